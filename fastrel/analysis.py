@@ -1,0 +1,187 @@
+"""Facts about a captured graph that the transform needs before it walks it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from fastrel import axes as axes_
+from fastrel.capture import Captured
+from fastrel.errors import InputError, UnsupportedModelError
+
+aten = torch.ops.aten
+
+#: Operators that return their first argument unchanged at inference.
+IDENTITIES = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.type_as.default,
+}
+
+ACTIVATIONS = {
+    aten.gelu.default,
+    aten.relu.default,
+    aten.relu_.default,
+    aten.silu.default,
+    aten.silu_.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.hardtanh.default,
+    aten.relu6.default,
+    aten.leaky_relu.default,
+    aten.elu.default,
+    aten.softplus.default,
+    aten.mish.default,
+    aten.erf.default,
+    aten.exp.default,
+    aten.neg.default,
+    aten.pow.Tensor_Scalar,
+    aten.clamp.default,
+    aten.clamp_min.default,
+}
+
+ARITHMETIC = {
+    aten.add.Tensor,
+    aten.add_.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.sub.Scalar,
+    aten.rsub.Scalar,
+    aten.mul.Tensor,
+    aten.mul_.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+}
+
+
+class Analysis:
+    """What depends on the input, where the attention maps are, and what lies between them and the prediction."""
+
+    def __init__(self, captured: Captured, leaves: Sequence[fx.Node], start_layer: int) -> None:
+        nodes = list(captured.graph.nodes)
+        self.leaves = list(leaves)
+        self.active = _active(captured, nodes)
+        for leaf in leaves:
+            if leaf not in self.active:
+                raise UnsupportedModelError(f"the output {leaf} does not depend on the input")
+        sizes = axes_.Sizes({entry[0] for entry in captured.sizes if entry and isinstance(entry[0], str)})
+        self.axes = axes_.label(nodes, self.active, sizes)
+        self.sizes = sizes
+        self.roots = _pointwise_roots(nodes, self.active)
+        found = self._attention_blocks(nodes)
+        self.total_blocks = len(found)
+        if not -len(found) <= start_layer < len(found):
+            raise InputError(
+                f"start_layer {start_layer} is out of range: the model has {len(found)} attention blocks, "
+                f"so use {-len(found)} to {len(found) - 1}"
+            )
+        start = start_layer % len(found)
+        self.blocks = {node: i for i, node in enumerate(found) if i >= start}
+        self.needed = _downstream(nodes, set(self.blocks), self.active)
+
+    def _attention_blocks(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+        """Nodes that mix values by an attention map: fused attention, or a matrix product with a softmax on its left."""
+        relevant = _upstream(self.leaves)
+        found = [
+            node
+            for node in nodes
+            if node in relevant
+            and node in self.active
+            and (node.target is aten.scaled_dot_product_attention.default or is_attention_value(node))
+        ]
+        if not found:
+            raise UnsupportedModelError(
+                "no attention was found between the input and the prediction; fastrel explains transformers"
+            )
+        return found
+
+
+def _active(captured: Captured, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Values that depend on the input through floating-point numbers, or on token ids through an embedding."""
+    varying = set(captured.inputs)
+    active: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "placeholder":
+            if node in varying and _is_float(node):
+                active.add(node)
+            continue
+        if any(n in varying for n in node.all_input_nodes):
+            varying.add(node)
+        if node.op != "call_function" or not (_is_float(node) or isinstance(node.meta.get("val"), (list, tuple))):
+            continue
+        looks_up = node.target is aten.embedding.default and node.args[1] in varying
+        if looks_up or any(n in active for n in node.all_input_nodes):
+            active.add(node)
+    return active
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype.is_floating_point
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each entry of the result depends on one entry of each operand."""
+    return node.target in ACTIVATIONS or node.target in ARITHMETIC or node.target in IDENTITIES
+
+
+def _pointwise_roots(nodes: Sequence[fx.Node], active: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """For values that are pointwise functions of one single activation: that activation (else the value itself).
+
+    x·σ(1.7x) is such a function of x, and passes relevance like any activation function; u·v is not.
+    """
+    roots: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node not in active:
+            continue
+        sources = {roots[n] for n in node.all_input_nodes if n in active} if is_pointwise(node) else set()
+        same_shape = len(sources) == 1 and next(iter(sources)).meta["val"].shape == node.meta["val"].shape
+        roots[node] = sources.pop() if same_shape else node
+    return roots
+
+
+def is_attention_value(node: fx.Node) -> bool:
+    """Whether a matrix product is A·V: its left operand is a softmax over keys, possibly copied or reshaped."""
+    if node.target not in (aten.matmul.default, aten.bmm.default):
+        return False
+    attn = node.args[0]
+    while isinstance(attn, fx.Node) and (attn.target in IDENTITIES or attn.target in axes_.RESHAPES):
+        attn = attn.args[0]
+    if not isinstance(attn, fx.Node) or attn.target not in (aten.softmax.int, aten._softmax.default):
+        return False
+    return attn.args[1] in (-1, attn.meta["val"].dim() - 1)
+
+
+def _upstream(leaves: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = list(leaves)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
+
+
+def _downstream(nodes: Sequence[fx.Node], sources: set[fx.Node], active: set[fx.Node]) -> set[fx.Node]:
+    found = set(sources)
+    for node in nodes:
+        if node in active and any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found

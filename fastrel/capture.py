@@ -1,0 +1,225 @@
+"""Capture: an unmodified model and one call of it -> a graph of high-level operators, valid for every batch size."""
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+
+from fastrel.errors import CaptureError, InputError
+
+aten = torch.ops.aten
+
+#: Graph nodes that only check something at run time.
+_ASSERTIONS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What two calls must share to share a captured graph: structure, dtypes, device, constants, static sizes."""
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple["Signature", list[Any]]:
+        """The signature of a call without any sizes, and the call's leaves."""
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
+        return cls(spec, tuple(_kind(leaf) for leaf in leaves)), leaves
+
+
+def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.dtype, leaf.device, leaf.dim()
+    try:
+        hash(leaf)
+    except TypeError as error:
+        raise InputError(f"input {leaf!r} of type {type(leaf).__name__} is neither a tensor nor a constant") from error
+    return type(leaf), leaf
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's forward pass as a graph.
+
+    `sizes` holds, per input tensor, what each dimension may be: a number, or the name of a size that varies; `ranges`
+    bounds those names. `owners` says where each parameter, buffer and constant placeholder is found on the live model.
+    """
+
+    graph: fx.Graph
+    inputs: list[fx.Node]
+    owners: dict[fx.Node, "str | Tensor"]
+    outputs: list[fx.Node]
+    out_spec: pytree.TreeSpec
+    sizes: list[tuple[int | str, ...]]
+    ranges: dict[str, tuple[int, int | None]]
+    fingerprint: frozenset[tuple[torch.dtype, torch.device]]
+
+    def accepts(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors of these sizes may run through this graph."""
+        bound: dict[str, int] = {}
+        for tensor, sizes in zip(tensors, self.sizes, strict=True):
+            for given, expected in zip(tensor.shape, sizes, strict=True):
+                if isinstance(expected, int):
+                    if given != expected:
+                        return False
+                    continue
+                low, high = self.ranges[expected]
+                if bound.setdefault(expected, given) != given or given < low or (high is not None and given > high):
+                    return False
+        return True
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside, every module's own mode restored outside."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export's own warnings say nothing that a user of fastrel can act on."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        # The fast path hides a whole encoder layer in one operator.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _varying(tensor: Tensor) -> dict[int, Any]:
+    """Dimensions that may vary between calls: the batch, and the length of token sequences ([B, T], [B, T, D])."""
+    dims = [0] if tensor.dim() else []
+    if tensor.dim() in (2, 3) and tensor.shape[1] > 1:
+        dims.append(1)
+    return {dim: torch.export.Dim.AUTO for dim in dims}
+
+
+def _examples(call: Any) -> Any:
+    """torch.export treats size 1 as fixed; a batch of one is captured as a batch of two."""
+    batched = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
+    if any(leaf.shape[0] != 1 for leaf in batched):
+        return call
+    return pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, call)
+
+
+def fingerprint(model: nn.Module) -> frozenset[tuple[torch.dtype, torch.device]]:
+    """Dtypes and devices of the parameters; a graph is valid for one set of them."""
+    return frozenset((p.dtype, p.device) for p in model.parameters())
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """Capture `model(*args, **kwargs)` with `torch.export`, in eval mode and without gradients.
+
+    Raises:
+        CaptureError: the model cannot be exported; the message carries torch's own reason.
+    """
+    example_args, example_kwargs = _examples((tuple(args), dict(kwargs)))
+    dynamic = pytree.tree_map(
+        lambda x: _varying(x) if isinstance(x, Tensor) else None, _by_name(model, example_args, example_kwargs)
+    )
+    try:
+        with evaluation_mode(model), torch.no_grad(), _quiet():
+            program = torch.export.export(model, example_args, example_kwargs, dynamic_shapes=dynamic)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(
+            f"torch.export could not capture {type(model).__name__}: {reason}. "
+            "Check that model(*inputs) runs in eval mode; data-dependent control flow cannot be captured."
+        ) from error
+    return _read(program, model)
+
+
+def _by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The call's inputs under the names of the model's parameters, as torch.export wants dynamic shapes."""
+    signature = inspect.signature(model.forward)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    return named
+
+
+def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
+    signature, graph = program.graph_signature, program.graph_module.graph
+    mutated = [spec.target for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+    if mutated:
+        raise CaptureError(f"the forward pass changes the model's state ({mutated[0]}), which cannot be explained")
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    owners: dict[fx.Node, str | Tensor] = {}
+    inputs: list[fx.Node] = []
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            assert spec.target is not None
+            owners[node] = spec.target
+        else:
+            assert spec.target is not None
+            owners[node] = program.constants[spec.target]
+    result = next(iter(reversed(graph.nodes)))
+    assert result.op == "output" and program.call_spec.out_spec is not None
+    graph.eliminate_dead_code()
+    sizes = [_sizes(node) for node in inputs]
+    batch = {entry[0] for entry in sizes if entry}
+    # torch.export always says "2 or more"; nothing in a graph depends on the batch being larger than one.
+    ranges = {
+        str(symbol): (1 if str(symbol) in batch else int(bounds.lower), _upper(bounds.upper))
+        for symbol, bounds in program.range_constraints.items()
+    }
+    return Captured(
+        graph=graph,
+        inputs=inputs,
+        owners=owners,
+        outputs=list(result.args[0]),  # type: ignore[arg-type]
+        out_spec=program.call_spec.out_spec,
+        sizes=sizes,
+        ranges={name: ranges.get(name, (1, None)) for entry in sizes for name in entry if isinstance(name, str)},
+        fingerprint=fingerprint(model),
+    )
+
+
+def _sizes(node: fx.Node) -> tuple[int | str, ...]:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ()
+    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+
+
+def _upper(bound: Any) -> int | None:
+    """A bound as a number, None for infinity."""
+    return int(bound) if isinstance(bound, int) or bound.is_Integer else None

@@ -1,0 +1,107 @@
+"""Writing the two graphs: new nodes of the reverse pass, and what the forward pass must save for them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+class Emitter:
+    """Appends nodes to the reverse graph. Equal calls give the same node, so rules need not avoid repeating work."""
+
+    def __init__(self, captured: fx.Graph) -> None:
+        self._forward = captured
+        self._reverse = fx.Graph()
+        self._calls: dict[Any, fx.Node] = {}
+        self._saved: dict[fx.Node, fx.Node] = {}
+        self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._inserted: dict[fx.Node, tuple[fx.Node, int]] = {}
+        self._last_placeholder: fx.Node | None = None
+
+    def placeholder(self, name: str) -> fx.Node:
+        """A new input of the reverse graph."""
+        anchor = self._last_placeholder
+        if anchor is None:
+            context = self._reverse.inserting_before(next(iter(self._reverse.nodes), None))
+        else:
+            context = self._reverse.inserting_after(anchor)
+        with context:
+            self._last_placeholder = self._reverse.placeholder(name)
+        return self._last_placeholder
+
+    def call(self, fn: Callable[..., Any], *args: Any) -> fx.Node:
+        """`fn(*args)` in the reverse graph; fn must be a pure function."""
+        key = (fn, _freeze(args))
+        if key not in self._calls:
+            self._calls[key] = self._reverse.call_function(fn, args)
+        return self._calls[key]
+
+    def parts(self, call: fx.Node, count: int) -> list[fx.Node]:
+        """The elements of a node that returns a tuple."""
+        return [self.call(operator.getitem, call, i) for i in range(count)]
+
+    def arith(self, op: str, a: Any, b: Any) -> Any:
+        """An integer, or a node for it where a size varies."""
+        fn = getattr(operator, op)
+        return fn(a, b) if isinstance(a, int) and isinstance(b, int) else self.call(fn, a, b)
+
+    def saved(self, x: fx.Node) -> fx.Node:
+        """The value of a captured node, as an input of the reverse graph."""
+        if x not in self._saved:
+            self._saved[x] = self.placeholder(f"saved_{x.name}")
+        return self._saved[x]
+
+    def size(self, x: fx.Node, dim: int) -> Any:
+        """A dimension of a captured value: a number, or an input of the reverse graph where it varies."""
+        size = x.meta["val"].shape[dim]
+        if isinstance(size, int):
+            return size
+        key = str(size)
+        existing = self._sizes.get(key)  # type: ignore[call-overload]
+        if existing is None:
+            existing = self.placeholder(f"size_{len(self._sizes)}")
+            self._sizes[key] = existing  # type: ignore[index]
+            self._inserted[existing] = (x, dim)
+        return existing
+
+    def output(self, result: Any) -> None:
+        """What the reverse graph returns."""
+        self._reverse.output(result)
+
+    def modules(self, outputs: list[fx.Node]) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The finished modules; the forward one returns `outputs` and, in order, what the reverse one takes first."""
+        self._reverse.eliminate_dead_code()
+        forward = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in self._forward.nodes:
+            if node.op != "output":
+                copies[node] = forward.node_copy(node, copies.__getitem__)
+        by_placeholder = {placeholder: x for x, placeholder in self._saved.items()}
+        saved: list[fx.Node] = []
+        for node in list(self._reverse.nodes):
+            if node.op != "placeholder" or not (node in by_placeholder or node in self._inserted):
+                continue
+            if not node.users:
+                self._reverse.erase_node(node)
+            elif node in by_placeholder:
+                saved.append(copies[by_placeholder[node]])
+            else:
+                x, dim = self._inserted[node]
+                saved.append(forward.call_function(aten.sym_size.int, (copies[x], dim)))
+        forward.output((tuple(copies[node] for node in outputs), tuple(saved)))
+        # Inputs and parameters stay inputs even where nothing uses them.
+        forward.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        return tuple(fx.GraphModule(torch.nn.Module(), graph) for graph in (forward, self._reverse))  # type: ignore
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze(item) for item in value)
+    # 1, 1.0 and True are equal keys but not equal arguments.
+    return value if isinstance(value, fx.Node) else (type(value), value)

@@ -1,0 +1,17 @@
+"""Errors that fastrel raises. Each message quotes the offending value and says what to do about it."""
+
+
+class FastrelError(Exception):
+    """Base of all errors that fastrel raises on purpose."""
+
+
+class InputError(FastrelError, ValueError):
+    """An input, a target or an option that cannot be used."""
+
+
+class CaptureError(FastrelError, RuntimeError):
+    """The model cannot be captured as a graph."""
+
+
+class UnsupportedModelError(FastrelError, RuntimeError):
+    """The captured graph holds something that has no relevance rule here."""

@@ -1,0 +1,19 @@
+"""Fused operators: one file each, with schema, implementation in plain PyTorch and fake (shape) implementation.
+
+Lanes (`rel`, `grad`, `row`) carry a leading dimension K, the number of targets explained at once; values do not.
+An absent lane goes in as None and comes out as an empty tensor, because operators return a fixed number of tensors.
+"""
+
+from fastrel.ops.attention import attention_relevance, attention_update, rollout_row
+from fastrel.ops.layer_norm import layer_norm_backward
+from fastrel.ops.residual_add import residual_add
+from fastrel.ops.zplus_linear import zplus_linear
+
+__all__ = [
+    "attention_relevance",
+    "attention_update",
+    "layer_norm_backward",
+    "residual_add",
+    "rollout_row",
+    "zplus_linear",
+]

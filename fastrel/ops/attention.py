@@ -1,0 +1,149 @@
+"""Softmax attention: both lanes through it, and the step it makes in the rollout."""
+
+import torch
+from torch import Tensor
+
+from fastrel.ops.library import define
+from fastrel.reference import rules
+
+#: What an attention block contributes to the rollout, M [B, Tq, Tk], from its A, ∇A and R_A [B, h, Tq, Tk].
+UPDATES = ("gradient_relevance", "gradient_attention", "relevance", "attention")
+
+
+def attention_probabilities(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, is_causal: bool, query_start: int
+) -> Tensor:
+    """A = softmax(scale · QKᵀ + mask) [B, h, Tq, Tk]; q may be the rows from `query_start` on of a longer query."""
+    scores = (q @ k.mT) * scale
+    if is_causal:
+        queries = torch.arange(query_start, query_start + q.shape[-2], device=q.device)
+        scores = scores.masked_fill(queries[:, None] < torch.arange(k.shape[-2], device=q.device), -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    # A row whose keys are all masked attends to nothing, as in torch's fused attention.
+    return scores.softmax(-1).nan_to_num(0.0)
+
+
+def _update(attn: Tensor | None, grad: Tensor | None, rel: Tensor | None, update: str) -> Tensor:
+    """M, with a leading K where the lanes have one: the mean over heads of the clamped product that `update` names."""
+    if update == "attention":
+        assert attn is not None
+        return attn.mean(-3)
+    if update == "relevance":
+        assert rel is not None
+        return rel.clamp(min=0).mean(-3)
+    assert grad is not None
+    other = rel if update == "gradient_relevance" else attn
+    assert other is not None
+    return (grad * other).clamp_(min=0).mean(-3)
+
+
+def _rollout_row(row: Tensor, m: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """One step of eq. (14) on one row: r (I + M) = kept + through, kept = w, through = w M.
+
+    w = r, or r/(1 + Σ_k M[·, k]) where rows of I + M are scaled to sum 1 (`kept` is empty where it is r itself).
+    row [K, *B, Tq], m [(K,) *B, Tq, Tk] -> kept [K, *B, Tq], through [K, *B, Tk].
+    """
+    kept = row / (1 + m.sum(-1)) if normalize else row
+    through = (kept.unsqueeze(-2) @ m).squeeze(-2)
+    return kept if normalize else row.new_empty(0), through
+
+
+def _attention_relevance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    rel: Tensor | None,
+    grad: Tensor | None,
+    row: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    query_start: int,
+    official: bool,
+    update: str,
+    normalize: bool,
+    inputs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All lanes through one attention, A recomputed from q and k.
+
+    q [*B, h, Tq, d], k, v [*B, h, Tk, d], rel and grad [K, *B, h, Tq, d], row [K, *B, Tq] -> rel_q, rel_k, rel_v, grad_q,
+    grad_k, grad_v (where `inputs`), kept, through (where there is a row).
+    """
+    rule: rules.Rules = "official" if official else "positive"
+    none = q.new_empty(0)
+    rel_q = rel_k = rel_v = grad_q = grad_k = grad_v = kept = through = none
+    attn = attention_probabilities(q, k, mask, scale, is_causal, query_start)
+    rel_attn = grad_attn = None
+    if rel is not None:
+        rel_attn, rel_v = rules.attention_value(attn, v, rel, rule)
+        if inputs:
+            rel_q, rel_k = rules.query_key(q, k, rel_attn, rule)
+        else:
+            rel_v = none
+    if grad is not None:
+        grad_attn = grad @ v.mT
+        if inputs:
+            grad_v = attn.mT @ grad
+            weighted = attn * grad_attn
+            grad_scores = (weighted - attn * weighted.sum(-1, keepdim=True)) * scale
+            grad_q, grad_k = grad_scores @ k, grad_scores.mT @ q
+    if row is not None:
+        kept, through = _rollout_row(row, _update(attn, grad_attn, rel_attn, update), normalize)
+    return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, through
+
+
+def _attention_relevance_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    rel: Tensor | None,
+    grad: Tensor | None,
+    row: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    query_start: int,
+    official: bool,
+    update: str,
+    normalize: bool,
+    inputs: bool,
+) -> tuple[Tensor, ...]:
+    def like(lane: Tensor | None, value: Tensor) -> Tensor:
+        return q.new_empty(0) if lane is None or not inputs else lane.new_empty((lane.shape[0], *value.shape))
+
+    rel_qkv, grad_qkv = (tuple(like(lane, value) for value in (q, k, v)) for lane in (rel, grad))
+    kept = row.new_empty(row.shape) if row is not None and normalize else q.new_empty(0)
+    through = q.new_empty(0) if row is None else row.new_empty((*row.shape[:-1], k.shape[-2]))
+    return (*rel_qkv, *grad_qkv, kept, through)
+
+
+attention_relevance = define(
+    "attention_relevance(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? rel, Tensor? grad, Tensor? row, float scale,"
+    " bool is_causal, int query_start, bool official, str update, bool normalize, bool inputs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention_relevance,
+    _attention_relevance_fake,
+)
+
+
+def _attention_update_fake(attn: Tensor | None, grad: Tensor | None, rel: Tensor | None, update: str) -> Tensor:
+    given = next(t for t in (grad, rel, attn) if t is not None)
+    return given.new_empty((*given.shape[:-3], *given.shape[-2:]))
+
+
+#: Eq. (13) for attention maps that exist as tensors.
+attention_update = define(
+    "attention_update(Tensor? attn, Tensor? grad, Tensor? rel, str update) -> Tensor", _update, _attention_update_fake
+)
+
+
+def _rollout_row_fake(row: Tensor, m: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    kept = row.new_empty(row.shape) if normalize else row.new_empty(0)
+    return kept, row.new_empty((*row.shape[:-1], m.shape[-1]))
+
+
+#: One step of eq. (14) on the row that the head reads.
+rollout_row = define(
+    "rollout_row(Tensor row, Tensor m, bool normalize) -> (Tensor, Tensor)", _rollout_row, _rollout_row_fake
+)

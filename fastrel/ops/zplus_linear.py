@@ -1,0 +1,52 @@
+"""Linear layer: relevance by eq. (5) and gradient, from three and one matrix products."""
+
+from torch import Tensor
+
+from fastrel.ops.library import define
+from fastrel.reference.rules import safe_divide
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    rel: Tensor,
+    grad: Tensor | None,
+    official: bool,
+) -> tuple[Tensor, Tensor]:
+    """x⁺w⁺ + x⁻w⁻ = (xw + |x||w|)/2, so Z = ½(xWᵀ + |x||W|ᵀ) and R' = ½(x ⊙ (S W) + |x| ⊙ (S|W|)).
+
+    xWᵀ is the layer's own output without its bias: passing `y` saves that product.
+    x [*, in], weight [out, in], y [*, out], rel and grad [K, *, out] -> rel_in, grad_in [K, *, in].
+    """
+    x_abs, w_abs = x.abs(), weight.abs()
+    if y is None:
+        z = x @ weight.mT
+    else:
+        z = y if bias is None else y - bias
+    z = (z + x_abs @ w_abs.mT) / 2
+    s = safe_divide(rel, z, "official" if official else "positive")
+    rel_in = (x * (s @ weight) + x_abs * (s @ w_abs)) / 2
+    return rel_in, x.new_empty(0) if grad is None else grad @ weight
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    rel: Tensor,
+    grad: Tensor | None,
+    official: bool,
+) -> tuple[Tensor, Tensor]:
+    rel_in = rel.new_empty((*rel.shape[:-1], weight.shape[1]))
+    return rel_in, x.new_empty(0) if grad is None else grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+
+
+zplus_linear = define(
+    "zplus_linear(Tensor x, Tensor weight, Tensor? y, Tensor? bias, Tensor rel, Tensor? grad, bool official)"
+    " -> (Tensor, Tensor)",
+    _reference,
+    _fake,
+)

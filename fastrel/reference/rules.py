@@ -1,0 +1,121 @@
+"""Relevance rules, one per kind of layer: equations (5), (9) and (10) of Chefer, Gur and Wolf (CVPR 2021).
+
+Notation: x is the input of a layer, R the relevance of its output, R' the relevance of its input. Every function is
+batch-correct: dimension 0 of the activations is the batch, and nothing is summed across it. Relevances may carry extra
+leading dimensions (several targets of one input).
+
+Two rule sets. `official` reproduces the method's published code, including its `safe_divide`. `positive` applies eq. (5),
+which keeps only contributions with x·w >= 0, to residual adds and attention products too, so that every denominator is
+a sum of non-negative terms; 0/0 is 0.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Rules = Literal["positive", "official"]
+
+OFFICIAL_EPSILON = 1e-9
+
+
+def safe_divide(a: Tensor, b: Tensor, rules: Rules = "positive") -> Tensor:
+    """a / b, and 0 where b = 0. `official` adds 1e-9 to b whatever its sign, like the published code."""
+    if rules == "official":
+        shifted = b + OFFICIAL_EPSILON
+        return torch.where(b == 0, 0.0, a / torch.where(shifted == 0, OFFICIAL_EPSILON, shifted))
+    tiny = torch.finfo(b.dtype).tiny
+    return torch.where(b < tiny, 0.0, a / b.clamp_min(tiny))
+
+
+def linear(x: Tensor, weight: Tensor, rel: Tensor, rules: Rules = "positive") -> Tensor:
+    """Eq. (5), the z+ rule; the bias takes no part.
+
+    Z = x⁺W⁺ᵀ + x⁻W⁻ᵀ,  S = R ⊘ Z,  R' = x⁺ ⊙ (S W⁺) + x⁻ ⊙ (S W⁻).   x [..., in], weight [out, in], rel [..., out].
+    """
+    x_pos, x_neg, w_pos, w_neg = x.clamp(min=0), x.clamp(max=0), weight.clamp(min=0), weight.clamp(max=0)
+    s = safe_divide(rel, x_pos @ w_pos.mT + x_neg @ w_neg.mT, rules)
+    return x_pos * (s @ w_pos) + x_neg * (s @ w_neg)
+
+
+def add(u: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[Tensor, Tensor]:
+    """Residual add u + v. `official`: eq. (9), normalised over the sample. `positive`: eq. (5).
+
+    positive: σ = sign(u+v), p_u = (σu)⁺, p_v = (σv)⁺, R_u = R p_u ⊘ (p_u + p_v): operands that agree in sign share,
+    otherwise the one that wins takes all.
+    """
+    if rules == "positive":
+        sign = torch.sign(u + v)
+        p_u, p_v = (sign * u).clamp(min=0), (sign * v).clamp(min=0)
+        s = safe_divide(rel, p_u + p_v)
+        return p_u * s, p_v * s
+    s = safe_divide(rel, u + v, rules)
+    a, b = u * s, v * s
+    sample = tuple(range(-u.dim() + 1, 0))
+    sum_a, sum_b, total = (t.sum(sample, keepdim=True) for t in (a, b, rel))
+    weight_a = safe_divide(sum_a.abs(), sum_a.abs() + sum_b.abs(), rules) * total
+    weight_b = safe_divide(sum_b.abs(), sum_a.abs() + sum_b.abs(), rules) * total
+    return a * safe_divide(weight_a, sum_a, rules), b * safe_divide(weight_b, sum_b, rules)
+
+
+def attention_value(attn: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[Tensor, Tensor]:
+    """A·V, half of the relevance to each operand. attn [..., Tq, Tk] >= 0, v [..., Tk, d], rel [..., Tq, d].
+
+    positive: Z = A V⁺,  S = R ⊘ Z,  R_A = ½ A ⊙ (S V⁺ᵀ),  R_V = ½ V⁺ ⊙ (Aᵀ S).  official: the same with V for V⁺.
+    """
+    v = v.clamp(min=0) if rules == "positive" else v
+    s = safe_divide(rel, attn @ v, rules)
+    return attn * (s @ v.mT) / 2, v * (attn.mT @ s) / 2
+
+
+def query_key(q: Tensor, k: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[Tensor, Tensor]:
+    """Q·Kᵀ (its scale takes no part), half of the relevance to each. q [..., Tq, d], k [..., Tk, d], rel [..., Tq, Tk].
+
+    positive: Z = Q⁺K⁺ᵀ + Q⁻K⁻ᵀ,  S = R ⊘ Z,  R_Q = ½ (Q⁺ ⊙ (S K⁺) + Q⁻ ⊙ (S K⁻)), R_K alike.
+    """
+    if rules == "official":
+        s = safe_divide(rel, q @ k.mT, rules)
+        return q * (s @ k) / 2, k * (s.mT @ q) / 2
+    q_pos, q_neg, k_pos, k_neg = q.clamp(min=0), q.clamp(max=0), k.clamp(min=0), k.clamp(max=0)
+    s = safe_divide(rel, q_pos @ k_pos.mT + q_neg @ k_neg.mT)
+    rel_q = q_pos * (s @ k_pos) + q_neg * (s @ k_neg)
+    rel_k = k_pos * (s.mT @ q_pos) + k_neg * (s.mT @ q_neg)
+    return rel_q / 2, rel_k / 2
+
+
+def clone(x: Tensor, rels: list[Tensor], rules: Rules = "positive") -> Tensor:
+    """One value used several times: relevances add up. `official` writes x ⊙ Σ (R_i ⊘ x), whose 1e-9 matters."""
+    if rules == "positive":
+        return torch.stack(rels).sum(0)
+    return x * torch.stack([safe_divide(rel, x, rules) for rel in rels]).sum(0)
+
+
+def index_map(x: Tensor, vjp: Callable[[Tensor], Tensor], rel: Tensor, rules: Rules, image: Tensor) -> Tensor:
+    """A value picked out of x, image = f(x): R' = x ⊙ vjp(R ⊘ image), which for `positive` is just vjp(R)."""
+    return vjp(rel) if rules == "positive" else x * vjp(safe_divide(rel, image, rules))
+
+
+def mean(x: Tensor, rel: Tensor, dims: list[int], rules: Rules = "positive") -> Tensor:
+    """Mean of x over `dims`, which rel keeps with size 1. `official`: R' = x ⊙ (R ⊘ mean)/n.
+
+    positive: σ = sign(Σx), p = (σx)⁺, R' = p ⊙ (R ⊘ Σp), eq. (5) as for the residual add.
+    """
+    if rules == "official":
+        average = x.mean(dims, keepdim=True)
+        return x * safe_divide(rel, average, rules) * (average.numel() / x.numel())
+    part = (torch.sign(x.sum(dims, keepdim=True)) * x).clamp(min=0)
+    return part * safe_divide(rel, part.sum(dims, keepdim=True))
+
+
+def pixel_conv(x: Tensor, weight: Tensor, rel: Tensor, stride: tuple[int, int]) -> Tensor:
+    """The first convolution, whose inputs are bounded by the image's own range [l, h]: the z^B rule.
+
+    S = R ⊘ (x∗W − l∗W⁺ − h∗W⁻),  R' = x ⊙ (S∗W) − l ⊙ (S∗W⁺) − h ⊙ (S∗W⁻).   x [B, 3, H, W], no padding.
+    """
+    low, high = (t.expand_as(x) for t in (x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)))
+    terms = ((x, weight, 1), (low, weight.clamp(min=0), -1), (high, weight.clamp(max=0), -1))
+    z = sum(sign * F.conv2d(value, w, stride=stride) for value, w, sign in terms)
+    s = rel / (z + OFFICIAL_EPSILON)
+    return sum(sign * value * F.conv_transpose2d(s, w, stride=stride) for value, w, sign in terms)  # type: ignore

@@ -1,0 +1,91 @@
+"""A forward pass that can be replayed backwards with the relevance rules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrel.reference import rules as R
+
+
+class Tape:
+    """Calls layers and remembers how each turns the relevance of its output into that of its inputs.
+
+    A value may be consumed once; where a model uses one several times it calls `clone`, as the published code does.
+    Gradients come from autograd, which the tape does not disturb.
+    """
+
+    def __init__(self, rules: R.Rules = "positive") -> None:
+        self.rules = rules
+        self._steps: list[tuple[list[Tensor], list[Tensor], Callable[..., Any]]] = []
+
+    def _record(self, outputs: list[Tensor], inputs: list[Tensor], step: Callable[..., Any]) -> None:
+        self._steps.append((outputs, inputs, step))
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Eq. (5)."""
+        y = F.linear(x, weight, bias)
+        self._record([y], [x], lambda rel: [R.linear(x, weight, rel, self.rules)])
+        return y
+
+    def add(self, u: Tensor, v: Tensor) -> Tensor:
+        """Residual add."""
+        y = u + v
+        self._record([y], [u, v], lambda rel: R.add(u, v, rel, self.rules))
+        return y
+
+    def query_key(self, q: Tensor, k: Tensor) -> Tensor:
+        """Q·Kᵀ."""
+        y = q @ k.mT
+        self._record([y], [q, k], lambda rel: R.query_key(q, k, rel, self.rules))
+        return y
+
+    def attention_value(self, attn: Tensor, v: Tensor) -> Tensor:
+        """A·V."""
+        y = attn @ v
+        self._record([y], [attn, v], lambda rel: R.attention_value(attn, v, rel, self.rules))
+        return y
+
+    def clone(self, x: Tensor, count: int) -> list[Tensor]:
+        """A value that is used `count` times."""
+        copies = [x.view_as(x) for _ in range(count)]
+        self._record(copies, [x], lambda *rels: [R.clone(x, list(rels), self.rules)])
+        return copies
+
+    def identity(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """LayerNorm, activation functions, softmax, scaling: relevance passes unchanged."""
+        y = f(x)
+        self._record([y], [x], lambda rel: [rel])
+        return y
+
+    def rearrange(self, f: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+        """A pure rearrangement of entries: relevance goes back where its entry came from."""
+        y, vjp = torch.func.vjp(f, *xs)
+        self._record([y], list(xs), lambda rel: list(vjp(rel)))
+        return y
+
+    def select_token(self, x: Tensor, index: int) -> Tensor:
+        """One token of x [B, T, D]."""
+        y, vjp = torch.func.vjp(lambda t: t[:, index], x)
+        self._record([y], [x], lambda rel: [R.index_map(x, lambda s: vjp(s)[0], rel, self.rules, y)])
+        return y
+
+    def pixel_conv(self, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Tensor:
+        """Patch embedding of an image."""
+        y = F.conv2d(x, weight, bias, stride)
+        self._record([y], [x], lambda rel: [R.pixel_conv(x, weight, rel, stride)])
+        return y
+
+    def relprop(self, output: Tensor, seed: Tensor) -> dict[int, Tensor]:
+        """Relevance of every recorded value, by `id`, for the relevance `seed` of `output`."""
+        rel = {id(output): seed}
+        with torch.no_grad():
+            for outputs, inputs, step in reversed(self._steps):
+                given = [rel.get(id(y)) for y in outputs]
+                if all(r is None for r in given):
+                    continue
+                filled = [torch.zeros_like(y) if r is None else r for r, y in zip(given, outputs, strict=True)]
+                rel.update((id(x), r) for x, r in zip(inputs, step(*filled), strict=True))
+        return rel

@@ -1,0 +1,193 @@
+"""Attention: fused, and spelled out as matrix products around a softmax."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastrel import ops
+from fastrel.analysis import is_attention_value
+from fastrel.errors import UnsupportedModelError
+from fastrel.lanes import Lane, Lanes, RowLane, Rows
+from fastrel.ops.attention import attention_probabilities
+from fastrel.reference import rules as reference
+from fastrel.rules import rule
+from fastrel.transform import Transform, describe
+
+aten = torch.ops.aten
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """A = softmax(scale QKᵀ + mask), A V, all lanes at once."""
+    q, k, v, mask, _, is_causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])[:6]
+    mask, is_causal = node.kwargs.get("attn_mask", mask), node.kwargs.get("is_causal", is_causal)
+    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    if node.kwargs.get("enable_gqa", False):
+        raise UnsupportedModelError(f"{describe(node)} with grouped keys")
+    if isinstance(mask, fx.Node) and t.is_active(mask):
+        raise UnsupportedModelError(f"{describe(node)} with a mask that depends on the input's values")
+    scale = node.kwargs.get("scale")
+    scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
+    query_dim = node.meta["val"].dim() - 2
+    rows = _common_rows(out, query_dim)
+    grad, rel = (_restrict(t, lane, rows, node) for lane in (out.grad, out.rel))
+    block = t.enter_block(node)
+    row_node, entering = None, None
+    if block is not None and out.row:
+        entering = t.entering_row(out.row, node)
+        dense = t.dense(entering.lane, node, is_row=True)
+        row_node = _queries(t, dense.node, rows, query_dim)
+    mask_value: Any = None
+    if isinstance(mask, fx.Node):
+        mask_value = t.value(mask, rows, node.meta["val"].dim())
+    inputs = any(t.wants(x) for x in (q, k, v))
+    attention = (t.value(q, rows), t.value(k), t.value(v), mask_value)
+    start = rows.start if rows else 0
+    call = t.emit.call(
+        ops.attention_relevance,
+        *attention,
+        *(lane.node if lane else None for lane in (rel, grad)),
+        row_node,
+        float(scale),
+        bool(is_causal),
+        start,
+        t.official,
+        t.method.update,
+        t.method.normalize,
+        inputs,
+    )
+    *lanes, kept, through = t.emit.parts(call, 8)
+    if block is not None and t.trace:
+        args = (*attention, rel.node if rel else None, grad.node if grad else None)
+        maps = t.emit.call(attention_maps, *args, float(scale), bool(is_causal), start, t.official)
+        for name, part in zip(("attention", "gradient", "relevance"), t.emit.parts(maps, 3), strict=True):
+            t.record(block, name, part)
+        t.record(block, "value_relevance", lanes[2])
+    for i, x in enumerate((q, k, v)):
+        own_rows = rows if i == 0 else None
+        t.give(
+            x,
+            grad=Lane(lanes[3 + i], own_rows) if grad and inputs else None,
+            rel=Lane(lanes[i], own_rows) if rel and inputs else None,
+        )
+    if entering:
+        _give_row(t, v, query_dim, rows, entering, kept, through)
+
+
+def _common_rows(out: Lanes, dim: int) -> Rows | None:
+    """The query rows that the lanes cover, if they agree on them."""
+    rows = {lane.rows for lane in (out.grad, out.rel) if lane}
+    only = rows.pop() if len(rows) == 1 else None
+    return only if only and only.dim == dim else None
+
+
+def _restrict(t: Transform, lane: Lane | None, rows: Rows | None, node: fx.Node) -> Lane | None:
+    return lane if lane is None or lane.rows == rows else t.dense(lane, node)
+
+
+def _queries(t: Transform, row: fx.Node, rows: Rows | None, query_dim: int) -> fx.Node:
+    """A row lane [K, *B, 1, Tq, 1] of the attention's output as [K, *B, Tq], only the given query rows."""
+    squeezed = t.emit.call(aten.squeeze.dims, row, [query_dim, query_dim + 2])
+    if rows is None:
+        return squeezed
+    return t.emit.call(aten.narrow.default, squeezed, query_dim, rows.start, rows.length)
+
+
+def _give_row(
+    t: Transform, v: fx.Node, dim: int, rows: Rows | None, entering: RowLane, kept: fx.Node, through: fx.Node
+) -> None:
+    """The row goes on to the tokens whose values are mixed."""
+
+    def lane(node: fx.Node, own_rows: Rows | None = None) -> Lane:
+        spread = t.emit.call(aten.unsqueeze.default, t.emit.call(aten.unsqueeze.default, node, dim), dim + 2)
+        return t.dense(Lane(spread, own_rows), v, is_row=True)
+
+    kept_lane = lane(kept, rows) if t.method.normalize and t.method.residual else None
+    row = RowLane(lane(through), t.new_origin(), entering.origin, kept_lane, drop=not t.method.residual)
+    t.give(v, row=row)
+
+
+def attention_maps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    rel: Tensor | None,
+    grad: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    query_start: int,
+    official: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A, ∂y/∂A and the relevance of A, for traces: what the fused operator does not keep."""
+    attn = attention_probabilities(q, k, mask, scale, is_causal, query_start)
+    relevance = None
+    if rel is not None:
+        relevance = reference.attention_value(attn, v, rel, "official" if official else "positive")[0]
+    return attn, None if grad is None else grad @ v.mT, relevance
+
+
+@rule(aten.matmul.default, aten.bmm.default)
+def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """A product of two activations, each of which takes half of the relevance: A·V or Q·Kᵀ."""
+    left, right = node.args
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    ndim = node.meta["val"].dim()
+    if not (t.is_active(left) and t.is_active(right) and left.meta["val"].dim() == right.meta["val"].dim() == ndim):
+        raise UnsupportedModelError(f"{describe(node)} is not a product of two activations of the same rank")
+    rows = _common_rows(out, ndim - 2)
+    grad, rel = (_restrict(t, lane, rows, node) for lane in (out.grad, out.rel))
+    a, b = t.value(left, rows), t.value(right)
+    is_attention = is_attention_value(node)
+    rel_a = rel_b = grad_a = grad_b = None
+    if rel:
+        share = reference.attention_value if is_attention else _left_right
+        call = t.emit.call(share, a, b, rel.node, "official" if t.official else "positive")
+        rel_a, rel_b = t.emit.parts(call, 2)
+    if grad:
+        grad_a = t.emit.call(torch.matmul, grad.node, t.emit.call(getattr, b, "mT"))
+        grad_b = t.emit.call(torch.matmul, t.emit.call(getattr, a, "mT"), grad.node)
+    block = t.enter_block(node) if is_attention else None
+    if block is not None:
+        if ndim != 4:
+            raise UnsupportedModelError(f"{describe(node)}: an attention map without a dimension of heads")
+        for name, part in zip(("attention", "gradient", "relevance", "value_relevance"), (a, grad_a, rel_a, rel_b)):
+            if part is not None:
+                t.record(block, name, part)
+        if out.row:
+            _roll(t, node, right, rows, out.row, t.emit.call(ops.attention_update, a, grad_a, rel_a, t.method.update))
+    t.give(left, Lane(grad_a, rows) if grad_a else None, Lane(rel_a, rows) if rel_a else None)
+    t.give(right, Lane(grad_b) if grad_b else None, Lane(rel_b) if rel_b else None)
+
+
+def _left_right(a: Tensor, b: Tensor, rel: Tensor, rules: reference.Rules) -> tuple[Tensor, Tensor]:
+    """Q·Kᵀ with its right operand as the product has it, [..., d, Tk]."""
+    rel_a, rel_b = reference.query_key(a, b.mT, rel, rules)
+    return rel_a, rel_b.mT
+
+
+def _roll(t: Transform, node: fx.Node, v: fx.Node, rows: Rows | None, row: RowLane, update: fx.Node) -> None:
+    entering = t.entering_row(row, node)
+    dim = node.meta["val"].dim() - 2
+    queries = _queries(t, t.dense(entering.lane, node, is_row=True).node, rows, dim)
+    kept, through = t.emit.parts(t.emit.call(ops.rollout_row, queries, update, t.method.normalize), 2)
+    _give_row(t, v, dim, rows, entering, kept, through)
+
+
+@rule(aten.softmax.int, aten._softmax.default)
+def softmax(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Relevance passes unchanged."""
+    dim = node.args[1] % node.meta["val"].dim()  # type: ignore[operator]
+
+    def back(lane: Lane) -> Lane:
+        full = t.dense(lane, node) if lane.rows and lane.rows.dim == dim else lane
+        return Lane(t.emit.call(softmax_backward, full.node, t.value(node, full.rows), dim + 1), full.rows)
+
+    t.pass_through(node.args[0], out, back)
+
+
+def softmax_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
+    """grad [K, *] through y = softmax(x) [*]; `dim` counts the leading K."""
+    weighted = grad * y
+    return weighted - y * weighted.sum(dim, keepdim=True)

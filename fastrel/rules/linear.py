@@ -1,0 +1,45 @@
+"""Linear layers: eq. (5)."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastrel import ops
+from fastrel.errors import UnsupportedModelError
+from fastrel.lanes import Lane, Lanes
+from fastrel.rules import rule
+from fastrel.transform import Transform, describe
+
+aten = torch.ops.aten
+
+
+@rule(aten.linear.default)
+def linear(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """x Wᵀ + b: relevance by the z+ rule, gradient g W."""
+    x, weight = node.args[0], node.args[1]
+    bias = node.args[2] if len(node.args) > 2 else None
+    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    if t.is_active(weight):
+        raise UnsupportedModelError(f"{describe(node)} has a weight that depends on the input")
+    grad = rel = None
+    if t.wants(x):
+        grad, rel = _back(t, node, x, t.value(weight), t.value(bias) if isinstance(bias, fx.Node) else None, out)
+    t.give(x, grad, rel, out.row)
+
+
+def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, out: Lanes) -> tuple[Any, Any]:
+    feature = node.meta["val"].dim() - 1
+    rel, grad = out.rel, out.grad
+    if rel and rel.rows and rel.rows.dim == feature:
+        rel = t.dense(rel, node)
+    if grad and grad.rows and (grad.rows.dim == feature or (rel and grad.rows != rel.rows)):
+        grad = t.dense(grad, node)
+    if rel and grad and rel.rows != grad.rows:
+        rel = t.dense(rel, node)
+    if rel is None:
+        return (Lane(t.emit.call(torch.matmul, grad.node, weight), grad.rows) if grad else None), None
+    values = (t.value(x, rel.rows), weight, t.value(node, rel.rows), bias)
+    call = t.emit.call(ops.zplus_linear, *values, rel.node, grad.node if grad else None, t.official)
+    rel_in, grad_in = t.emit.parts(call, 2)
+    return (Lane(grad_in, rel.rows) if grad else None), Lane(rel_in, rel.rows)

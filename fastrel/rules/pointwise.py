@@ -1,0 +1,155 @@
+"""Pointwise nodes: activation functions, residual adds, scalings and gates."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastrel import ops
+from fastrel.analysis import ACTIVATIONS, IDENTITIES
+from fastrel.errors import UnsupportedModelError
+from fastrel.lanes import Lane, Lanes
+from fastrel.rules import rule
+from fastrel.transform import Transform, describe
+
+aten = torch.ops.aten
+
+
+@rule(*IDENTITIES)
+def identity(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Dropout at inference, copies and casts."""
+    x = node.args[0]
+    dtype = x.meta["val"].dtype  # type: ignore[union-attr]
+    if dtype == node.meta["val"].dtype:
+        return t.give(x, *out)
+
+    def cast(lane: Lane | None) -> Lane | None:
+        return Lane(t.emit.call(aten.to.dtype, lane.node, dtype), lane.rows) if lane else None
+
+    t.give(x, cast(out.grad), cast(out.rel), out.row)
+
+
+def activation_grad(op: Any, lane: Tensor, x: Tensor, *args: Any) -> Tensor:
+    """lane ⊙ op'(x), for lanes [K, *] of a pointwise op of x [*]."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(op(leaf, *args).sum(), leaf)
+    return lane * slope
+
+
+@rule(*ACTIVATIONS)
+def activation(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Relevance passes unchanged; the gradient is multiplied by the slope."""
+    x, *rest = node.args
+    assert isinstance(x, fx.Node)
+    rest += list(node.kwargs.values())
+
+    def grad(lane: Lane) -> Lane:
+        value = t.value(x, lane.rows)
+        if node.target is aten.gelu.default:
+            return Lane(t.emit.call(gelu_backward, lane.node, value, *rest), lane.rows)
+        return Lane(t.emit.call(activation_grad, node.target, lane.node, value, *rest), lane.rows)
+
+    t.pass_through(x, out, grad)
+
+
+def gelu_backward(lane: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+    """lane ⊙ gelu'(x)."""
+    return aten.gelu_backward(lane, x.expand_as(lane), approximate=approximate)
+
+
+@rule(aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
+def add(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """u ± v. Two activations share the relevance (residual add); a constant takes none of it."""
+    u, v = node.args[:2]
+    if node.kwargs.get("alpha", 1) != 1:
+        raise UnsupportedModelError(f"{describe(node)} with alpha={node.kwargs['alpha']}")
+    minus = node.target in (aten.sub.Tensor, aten.sub.Scalar)
+    operands = [x for x in (u, v) if t.is_active(x)]
+    rels: list[Lane | None] = [out.rel] * len(operands)
+    if len(operands) == 2 and out.rel:
+        if t.analysis.roots[node] is not node:
+            rels = [None, None]
+            t.give(t.analysis.roots[node], rel=out.rel)
+        elif any(t.wants(x) for x in operands):
+            rels = _share(t, node, out.rel, minus)
+    for x, rel in zip(operands, rels, strict=True):
+        grad = out.grad
+        if grad and minus and x is v and t.wants(x):
+            grad = Lane(t.emit.call(torch.neg, grad.node), grad.rows)
+        _give_broadcast(t, x, node, Lanes(grad, rel, out.row))
+
+
+def _share(t: Transform, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | None]:
+    u, v = node.args[:2]
+    ndim = node.meta["val"].dim()
+    values = [t.value(x, rel.rows, ndim) for x in (u, v)]  # type: ignore[arg-type]
+    for i, x in enumerate((u, v)):
+        if x.meta["val"].shape != node.meta["val"].shape:  # type: ignore[union-attr]
+            values[i] = t.emit.call(expand_like, values[i], rel.node)
+    if minus:
+        values[1] = t.emit.call(torch.neg, values[1])
+    batch = next((i for i, axis in enumerate(t.axes(node)) if any(role == "batch" for _, role in axis)), 0)
+    call = t.emit.call(ops.residual_add, *values, rel.node, batch, t.official)
+    return [Lane(part, rel.rows) for part in t.emit.parts(call, 2)]
+
+
+def expand_like(x: Tensor, lane: Tensor) -> Tensor:
+    """x with the shape of a lane [K, *] without its K."""
+    return x.expand(lane.shape[1:])
+
+
+def sum_to(lane: Tensor, *shape: int) -> Tensor:
+    """A lane [K, *] summed over the dimensions along which a value of this shape was broadcast."""
+    return lane.sum_to_size(lane.shape[0], *shape)
+
+
+def _give_broadcast(t: Transform, x: fx.Node, node: fx.Node, lanes: Lanes) -> None:
+    """Lanes of an operand that was broadcast to the node's shape are summed back."""
+    if x.meta["val"].shape == node.meta["val"].shape:
+        return t.give(x, *lanes)
+
+    def shrink(lane: Lane | None, is_row: bool = False) -> Lane | None:
+        if lane is None:
+            return None
+        shape = t.row_shape(x) if is_row else t.shape(x)
+        lead = node.meta["val"].dim() - len(shape)
+        full = t.dense(lane, node, is_row)
+        node_ = t.emit.call(aten.sum.dim_IntList, full.node, list(range(1, 1 + lead))) if lead else full.node
+        return Lane(t.emit.call(sum_to, node_, *shape))
+
+    row = t.map_row(lanes.row, lambda lane: shrink(lane, is_row=True) or lane)
+    t.give(x, shrink(lanes.grad), shrink(lanes.rel), row)
+
+
+@rule(aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+def mul(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """u · v. A constant factor passes relevance unchanged; of two activations (a gate) each takes half."""
+    u, v = node.args[:2]
+    divide = node.target in (aten.div.Tensor, aten.div.Scalar)
+    if t.is_active(v) and divide:
+        raise UnsupportedModelError(f"{describe(node)} divides by an activation")
+    both = t.is_active(u) and t.is_active(v)
+    rel = out.rel
+    if both and rel:
+        if t.analysis.roots[node] is not node:
+            t.give(t.analysis.roots[node], rel=rel)
+            rel = None
+        else:
+            rel = Lane(t.emit.call(torch.mul, rel.node, 0.5), rel.rows)
+    for x, other in ((u, v), (v, u)):
+        if not t.is_active(x):
+            continue
+        assert isinstance(x, fx.Node)
+        grad = None
+        if out.grad and t.wants(x):
+            rows = out.grad.rows
+            factor = t.value(other, rows, node.meta["val"].dim()) if isinstance(other, fx.Node) else other
+            grad = Lane(t.emit.call(torch.div if divide else torch.mul, out.grad.node, factor), rows)
+        _give_broadcast(t, x, node, Lanes(grad, rel, out.row))
+
+
+@rule(aten.rsub.Scalar)
+def rsub(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """c − x."""
+    t.pass_through(node.args[0], out, lambda lane: Lane(t.emit.call(torch.neg, lane.node), lane.rows))

@@ -1,0 +1,233 @@
+"""Index maps: views, permutations, picks and joins. Lanes go back to where their entries came from."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastrel import axes as axes_
+from fastrel.errors import UnsupportedModelError
+from fastrel.lanes import Lane, Lanes, Rows
+from fastrel.reference.rules import safe_divide
+from fastrel.rules import rule
+from fastrel.transform import Transform, describe
+
+aten = torch.ops.aten
+
+
+def _ndim(x: Any) -> int:
+    return x.meta["val"].dim()
+
+
+@rule(*axes_.RESHAPES)
+def reshape(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Dimensions merged, split, added or dropped."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    source, result = t.analysis.sizes.shape(x), t.analysis.sizes.shape(node)
+    groups = axes_.groups(source, result)
+
+    def back(lane: Lane, is_row: bool) -> Lane:
+        rows = None
+        if lane.rows:
+            rows = _regroup_rows(lane.rows, groups, source, result)
+            if rows is None:
+                lane = t.dense(lane, node, is_row)
+        if is_row:
+            return Lane(_reshape_row(t, node, x, groups, lane.node, rows), rows)
+        shape = list(t.shape(x))
+        if rows:
+            shape[rows.dim] = rows.length
+        return Lane(_view(t, lane.node, shape), rows)
+
+    t.index_map(x, out, back)
+
+
+def _view(t: Transform, lane: fx.Node, shape: Sequence[Any]) -> fx.Node:
+    targets = t.emit.call(operator.getitem, t.emit.call(getattr, lane, "shape"), 0)
+    return t.emit.call(aten.reshape.default, lane, [targets, *shape])
+
+
+def _regroup_rows(rows: Rows, groups: Any, source: Sequence[int], result: Sequence[int]) -> Rows | None:
+    """Where the rows are after the reshape is undone, if their dimension survives it."""
+    for left, right in groups:
+        if rows.dim not in right:
+            continue
+        real_left = [dim for dim in left if source[dim] != 1]
+        real_right = [dim for dim in right if result[dim] != 1]
+        if len(real_left) == 1 and real_right == [rows.dim]:
+            return Rows(real_left[0], rows.start, rows.length)
+    return None
+
+
+def _reshape_row(t: Transform, node: fx.Node, x: fx.Node, groups: Any, lane: fx.Node, rows: Rows | None) -> fx.Node:
+    """A row has size 1 in feature dimensions; where a group mixes them with tokens they are spread out, then averaged."""
+    before, after = t.axes(x), t.axes(node)
+    shape, mixed = list(t.row_shape(x)), []
+    for left, right in groups:
+        roles = {axes_.is_feature(after[dim]) for dim in right if after[dim]}
+        if len(roles) > 1 or {axes_.is_feature(before[dim]) for dim in left if before[dim]} != roles:
+            mixed.append((left, right))
+    if mixed:
+        full = list(t.row_shape(node))
+        for left, right in mixed:
+            for dim in right:
+                full[dim] = t.emit.size(node, dim)
+            for dim in left:
+                shape[dim] = t.emit.size(x, dim)
+        lane = t.emit.call(expand_row, lane, *full)
+    if rows:
+        shape[rows.dim] = rows.length
+    lane = _view(t, lane, shape)
+    spread = [dim + 1 for left, _ in mixed for dim in left if axes_.is_feature(before[dim]) and before[dim]]
+    return t.emit.call(aten.mean.dim, lane, spread, True) if spread else lane
+
+
+def expand_row(row: torch.Tensor, *shape: int) -> torch.Tensor:
+    """A row [K, *] spread over feature dimensions."""
+    return row.expand(row.shape[0], *shape)
+
+
+@rule(aten.permute.default)
+def permute(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Dimensions reordered."""
+    x, order = node.args[0], [dim % _ndim(node) for dim in node.args[1]]  # type: ignore[operator, union-attr]
+    _permute(t, x, out, order)
+
+
+@rule(aten.transpose.int)
+def transpose(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Two dimensions swapped."""
+    order = list(range(_ndim(node)))
+    a, b = node.args[1] % len(order), node.args[2] % len(order)  # type: ignore[operator]
+    order[a], order[b] = order[b], order[a]
+    _permute(t, node.args[0], out, order)
+
+
+def _permute(t: Transform, x: Any, out: Lanes, order: list[int]) -> None:
+    inverse = [order.index(dim) for dim in range(len(order))]
+
+    def back(lane: Lane, is_row: bool) -> Lane:
+        rows = Rows(order[lane.rows.dim], lane.rows.start, lane.rows.length) if lane.rows else None
+        return Lane(t.emit.call(aten.permute.default, lane.node, [0, *(dim + 1 for dim in inverse)]), rows)
+
+    t.index_map(x, out, back)
+
+
+@rule(aten.select.int)
+def select(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """One entry of a dimension, for instance the CLS token: nothing reaches the others."""
+    x, dim, index = node.args
+    assert isinstance(x, fx.Node) and isinstance(dim, int) and isinstance(index, int)
+    dim %= _ndim(x)
+    _pick(t, node, x, out, dim, index)
+
+
+def _pick(t: Transform, node: fx.Node, x: fx.Node, out: Lanes, dim: int, index: int) -> None:
+    index = _non_negative(t, x, dim, index)
+    feature = axes_.is_feature(t.axes(x)[dim])
+
+    def back(lane: Lane, is_row: bool) -> Lane:
+        if lane.rows:
+            lane = t.dense(lane, node, is_row)
+        picked = t.emit.call(aten.unsqueeze.default, lane.node, dim + 1)
+        if is_row:
+            return Lane(picked) if feature else t.dense(Lane(picked, Rows(dim, index, 1)), x, is_row=True)
+        return Lane(picked, Rows(dim, index, 1))
+
+    if t.official and out.rel and not feature and t.wants(x):
+        value, rel = t.value(node), t.dense(out.rel, node).node
+        shared = t.emit.call(torch.mul, value, t.emit.call(safe_divide, rel, value, "official"))
+        out = out._replace(rel=Lane(shared))
+    t.index_map(x, out, back)
+
+
+def _non_negative(t: Transform, x: fx.Node, dim: int, index: int) -> int:
+    if index >= 0:
+        return index
+    size = t.emit.size(x, dim)
+    if not isinstance(size, int):
+        raise UnsupportedModelError(f"{describe(x)}: entry {index} of a dimension whose size varies")
+    return size + index
+
+
+@rule(aten.slice.Tensor)
+def slice_(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """A run of entries of a dimension."""
+    x, dim, start, _, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])[:5]
+    assert isinstance(x, fx.Node) and isinstance(dim, int)
+    dim %= _ndim(x)
+    if x.meta["val"].shape[dim] == node.meta["val"].shape[dim]:
+        return t.give(x, *out)
+    length = node.meta["val"].shape[dim]
+    if step != 1 or not isinstance(length, int) or not isinstance(start, (int, type(None))):
+        raise UnsupportedModelError(f"{describe(node)} with step {step} and start {start}")
+    _narrow(t, node, x, out, dim, _non_negative(t, x, dim, start or 0), length)
+
+
+def _narrow(t: Transform, node: fx.Node, x: fx.Node, out: Lanes, dim: int, start: int, length: int) -> None:
+    feature = axes_.is_feature(t.axes(x)[dim])
+
+    def back(lane: Lane, is_row: bool) -> Lane:
+        if is_row and feature:
+            return lane
+        rows = Rows(dim, start, length)
+        if lane.rows and lane.rows.dim == dim:
+            rows = Rows(dim, start + lane.rows.start, lane.rows.length)
+        elif lane.rows:
+            lane = t.dense(lane, node, is_row)
+        moved = Lane(lane.node, rows)
+        return t.dense(moved, x, is_row=True) if is_row else moved
+
+    t.index_map(x, out, back)
+
+
+@rule(operator.getitem)
+def getitem(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """One of the parts that unbind, chunk or split makes."""
+    whole, index = node.args
+    assert isinstance(whole, fx.Node) and isinstance(index, int)
+    x, args = whole.args[0], whole.args[1:]
+    assert isinstance(x, fx.Node)
+    if whole.target is aten.unbind.int:
+        return _pick(t, node, x, out, (args[0] if args else 0) % _ndim(x), index)  # type: ignore[operator]
+    if whole.target in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes):
+        dim = (args[1] if len(args) > 1 else 0) % _ndim(x)  # type: ignore[operator]
+        lengths = [part.shape[dim] for part in whole.meta["val"]]
+        if all(isinstance(length, int) for length in lengths):
+            return _narrow(t, node, x, out, dim, sum(lengths[:index]), lengths[index])
+    raise UnsupportedModelError(f"no relevance rule for {describe(whole)}")
+
+
+@rule(aten.cat.default)
+def cat(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Values joined along a dimension: each takes its own part."""
+    parts, dim = node.args[0], (node.args[1] if len(node.args) > 1 else 0)
+    dim %= _ndim(node)  # type: ignore[operator, assignment]
+    feature = axes_.is_feature(t.axes(node)[dim])  # type: ignore[index]
+    start: Any = 0
+    for x in parts:  # type: ignore[union-attr]
+        length = t.emit.size(x, dim)  # type: ignore[arg-type]
+        begin = start
+
+        def back(lane: Lane, is_row: bool, begin: Any = begin, length: Any = length) -> Lane:
+            if is_row and feature:
+                return lane
+            full = t.dense(lane, node, is_row)
+            return Lane(t.emit.call(aten.narrow.default, full.node, dim + 1, begin, length))  # type: ignore[operator]
+
+        if t.is_active(x):
+            t.index_map(x, out, back)  # type: ignore[arg-type]
+        start = t.emit.arith("add", start, length)
+
+
+@rule(aten.expand.default)
+def expand(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Copies of one value: their lanes add up."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    if x.meta["val"].shape == node.meta["val"].shape:
+        return t.give(x, *out)
+    raise UnsupportedModelError(f"no relevance rule for {describe(node)}")
