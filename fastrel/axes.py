@@ -40,9 +40,10 @@ class Sizes:
     """Sizes as integers, with a prime in the place of every symbol."""
 
     def __init__(self, batch: set[str]) -> None:
-        self._values: dict[str, int] = {name: _PRIMES[0] for name in batch}
+        self._values: dict[str, int] = dict.fromkeys(batch, _PRIMES[0])
 
     def __call__(self, size: Any) -> int:
+        """One size, symbolic or not."""
         if isinstance(size, int):
             return size
         expression = size.node.expr
@@ -131,7 +132,8 @@ def _label(node: fx.Node, axes: dict[fx.Node, Axes], sizes: Sizes) -> Axes | Non
     value = node.meta["val"]
     if node.op == "placeholder":
         return _input_axes(sizes.shape(node))
-    target, args = node.target, node.args
+    target: Any = node.target
+    args: tuple[Any, ...] = node.args
     if target is operator.getitem:
         return _part(node, axes, sizes)
     known = [axes[n] for n in node.all_input_nodes if n in axes]
@@ -150,7 +152,7 @@ def _label(node: fx.Node, axes: dict[fx.Node, Axes], sizes: Sizes) -> Axes | Non
     if target is aten.linear.default:
         return (*x[:-1], ((shape[-1], "feature"),))
     if target is aten.scaled_dot_product_attention.default:
-        values = axes.get(args[2])  # type: ignore[arg-type]
+        values = axes.get(args[2])
         return (*x[:-1], values[-1] if values else ((shape[-1], "feature"),))
     if target in (aten.matmul.default, aten.bmm.default):
         other = axes.get(args[1]) if isinstance(args[1], fx.Node) else None
@@ -158,23 +160,25 @@ def _label(node: fx.Node, axes: dict[fx.Node, Axes], sizes: Sizes) -> Axes | Non
     if target in RESHAPES:
         return regroup(x, shape)
     if target is aten.permute.default:
-        return tuple(x[dim] for dim in args[1])  # type: ignore[index, union-attr]
+        return tuple(x[dim] for dim in args[1])
     if target is aten.transpose.int:
         moved = list(x)
         a, b = args[1], args[2]
-        moved[a], moved[b] = moved[b], moved[a]  # type: ignore[index, call-overload]
+        moved[a], moved[b] = moved[b], moved[a]
         return tuple(moved)
     if target is aten.select.int:
-        dim = args[1] % len(x)  # type: ignore[operator]
+        dim = args[1] % len(x)
         return (*x[:dim], *x[dim + 1 :])
     if target in (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default):
-        dims = {dim % len(x) for dim in args[1]}  # type: ignore[operator, union-attr]
+        dims = {dim % len(x) for dim in args[1]}
         return tuple(() if i in dims else axis for i, axis in enumerate(x) if len(shape) == len(x) or i not in dims)
     return _broadcast(known, shape)
 
 
 def _input_axes(shape: tuple[int, ...]) -> Axes:
-    roles: list[Role] = ["batch", *(["token"] * (len(shape) - 1))] if shape else []  # type: ignore[list-item]
+    roles: list[Role] = ["token"] * len(shape)
+    if shape:
+        roles[0] = "batch"
     if len(shape) == 4:
         roles[1] = "feature"
     elif len(shape) == 3:
@@ -183,13 +187,13 @@ def _input_axes(shape: tuple[int, ...]) -> Axes:
 
 
 def _part(node: fx.Node, axes: dict[fx.Node, Axes], sizes: Sizes) -> Axes | None:
-    whole = node.args[0]
-    x = axes.get(whole)  # type: ignore[arg-type]
+    whole: Any = node.args[0]
+    x = axes.get(whole)
     if x is None:
         return None
     shape = sizes.shape(node)
     if len(shape) == len(x) - 1:  # unbind
-        dim = (whole.args[1] if len(whole.args) > 1 else 0) % len(x)  # type: ignore[operator, union-attr]
+        dim = (whole.args[1] if len(whole.args) > 1 else 0) % len(x)
         return (*x[:dim], *x[dim + 1 :])
     return _broadcast([x], shape)
 

@@ -37,7 +37,7 @@ class Signature:
     @classmethod
     def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple["Signature", list[Any]]:
         """The signature of a call without any sizes, and the call's leaves."""
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
         return cls(spec, tuple(_kind(leaf) for leaf in leaves)), leaves
 
 
@@ -56,17 +56,17 @@ class Captured:
     """A model's forward pass as a graph.
 
     `sizes` holds, per input tensor, what each dimension may be: a number, or the name of a size that varies; `ranges`
-    bounds those names. `owners` says where each parameter, buffer and constant placeholder is found on the live model.
+    bounds those names. `owners` says where each parameter and buffer is found on the live model.
     """
 
     graph: fx.Graph
     inputs: list[fx.Node]
-    owners: dict[fx.Node, "str | Tensor"]
+    owners: list["tuple[str, ...] | Tensor"]
     outputs: list[fx.Node]
     out_spec: pytree.TreeSpec
     sizes: list[tuple[int | str, ...]]
     ranges: dict[str, tuple[int, int | None]]
-    fingerprint: frozenset[tuple[torch.dtype, torch.device]]
+    kinds: frozenset[tuple[torch.dtype, torch.device]]
 
     def accepts(self, tensors: Sequence[Tensor]) -> bool:
         """Whether tensors of these sizes may run through this graph."""
@@ -81,6 +81,32 @@ class Captured:
                 if bound.setdefault(expected, given) != given or given < low or (high is not None and given > high):
                     return False
         return True
+
+    def parameters(self, model: nn.Module) -> list[Tensor] | None:
+        """The live parameters, buffers and constants, in the order of the graph's inputs.
+
+        None where the model has changed so much (structure, dtype, device) that the graph no longer describes it.
+        """
+        values: list[Tensor] = []
+        for owner in self.owners:
+            if isinstance(owner, Tensor):
+                values.append(owner)
+                continue
+            module: nn.Module | None = model
+            for name in owner[:-1]:
+                module = module._modules.get(name) if module is not None else None
+            found = None
+            if module is not None:
+                found = module._parameters.get(owner[-1], module._buffers.get(owner[-1]))
+            if found is None:
+                return None
+            values.append(found)
+        return values if kinds(values) == self.kinds else None
+
+
+def kinds(values: Sequence[Tensor]) -> frozenset[tuple[torch.dtype, torch.device]]:
+    """Dtypes and devices of a model's parameters; a graph is valid for one set of them."""
+    return frozenset((value.dtype, value.device) for value in values)
 
 
 @contextlib.contextmanager
@@ -121,7 +147,7 @@ def _varying(tensor: Tensor) -> dict[int, Any]:
     dims = [0] if tensor.dim() else []
     if tensor.dim() in (2, 3) and tensor.shape[1] > 1:
         dims.append(1)
-    return {dim: torch.export.Dim.AUTO for dim in dims}
+    return dict.fromkeys(dims, torch.export.Dim.AUTO)
 
 
 def _examples(call: Any) -> Any:
@@ -132,9 +158,19 @@ def _examples(call: Any) -> Any:
     return pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, call)
 
 
-def fingerprint(model: nn.Module) -> frozenset[tuple[torch.dtype, torch.device]]:
-    """Dtypes and devices of the parameters; a graph is valid for one set of them."""
-    return frozenset((p.dtype, p.device) for p in model.parameters())
+def in_order(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword inputs in the order of the model's signature, which is that of the captured graph.
+
+    Raises:
+        InputError: the model takes no such inputs.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"{type(model).__name__} cannot be called like this: {error}") from error
+    position = {name: i for i, name in enumerate(signature.parameters)}
+    return dict(sorted(kwargs.items(), key=lambda item: position.get(item[0], len(position))))
 
 
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
@@ -179,7 +215,8 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and node.target in _ASSERTIONS:
             graph.erase_node(node)
-    owners: dict[fx.Node, str | Tensor] = {}
+    owners: list[tuple[str, ...] | Tensor] = []
+    current: list[Tensor] = []
     inputs: list[fx.Node] = []
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
@@ -187,14 +224,17 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
             inputs.append(node)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             assert spec.target is not None
-            owners[node] = spec.target
+            owners.append(tuple(spec.target.split(".")))
+            current.append(_find(model, spec.target))
         else:
             assert spec.target is not None
-            owners[node] = program.constants[spec.target]
+            owners.append(program.constants[spec.target])
+            current.append(program.constants[spec.target])
     result = next(iter(reversed(graph.nodes)))
-    assert result.op == "output" and program.call_spec.out_spec is not None
+    outputs: Any = result.args[0]
+    assert program.call_spec.out_spec is not None
     graph.eliminate_dead_code()
-    sizes = [_sizes(node) for node in inputs]
+    sizes = [_sizes(node) for node in inputs if isinstance(node.meta.get("val"), Tensor)]
     batch = {entry[0] for entry in sizes if entry}
     # torch.export always says "2 or more"; nothing in a graph depends on the batch being larger than one.
     ranges = {
@@ -205,19 +245,21 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
         graph=graph,
         inputs=inputs,
         owners=owners,
-        outputs=list(result.args[0]),  # type: ignore[arg-type]
+        outputs=list(outputs),
         out_spec=program.call_spec.out_spec,
         sizes=sizes,
         ranges={name: ranges.get(name, (1, None)) for entry in sizes for name in entry if isinstance(name, str)},
-        fingerprint=fingerprint(model),
+        kinds=kinds(current),
     )
 
 
+def _find(model: nn.Module, name: str) -> Tensor:
+    module, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(module), leaf)
+
+
 def _sizes(node: fx.Node) -> tuple[int | str, ...]:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return ()
-    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    return tuple(size if isinstance(size, int) else str(size) for size in node.meta["val"].shape)
 
 
 def _upper(bound: Any) -> int | None:

@@ -8,9 +8,15 @@ tokens hold so far, has size 1 in every feature dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx
+
+
+def arguments(node: fx.Node, *defaults: Any, count: int) -> tuple[Any, ...]:
+    """The first `count` positional arguments of a node; those left out of the call come from the tail of `defaults`."""
+    missing = max(0, count - len(node.args))
+    return (*node.args[:count], *defaults[len(defaults) - missing :])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ of its output into lanes of its inputs, as nodes of the reverse graph. Lanes tha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,18 +30,18 @@ aten = torch.ops.aten
 class Program:
     """A model's prediction and its explanation as two plain fx modules.
 
-    `forward(*parameters_and_inputs)` returns (outputs, saved); `reverse(*seeds, *saved)`, with two seeds per explained
-    output (gradient and row), returns (row, grid, records): the map over all tokens [K, B, T…], the part of it on the patch
-    grid [K, B, gh, gw] (None where there is no grid) and, when traced, the tensors named by `record_names`.
+    `forward(*parameters_and_inputs)` returns (outputs, saved). `reverse(*seeds, *saved)`, with three seeds per explained
+    output (gradient, relevance, row), returns (row, grid, records): the map over all tokens [K, B, T…]; the part of it on
+    the patch grid [K, B, gh, gw], None where there is none; and, when traced, the tensors named by `record_names`.
     """
 
     captured: Captured
     forward: fx.GraphModule
     reverse: fx.GraphModule
     leaves: tuple[int, ...]
+    leaf_features: tuple[tuple[int, ...], ...]
     blocks: int
     record_names: tuple[tuple[int, str], ...]
-    has_grid: bool
 
 
 @dataclass
@@ -187,8 +188,7 @@ class Transform:
         self._seed()
         result: tuple[fx.Node, Lane] | None = None
         nodes = [n for n in reversed(self.captured.graph.nodes) if n in self.analysis.active]
-        position = 0
-        for position, node in enumerate(nodes):
+        for node in nodes:
             lanes = self._collect(node)
             if lanes is None:
                 continue
@@ -204,23 +204,27 @@ class Transform:
             rule(self, node, lanes)
         if result is None:
             raise UnsupportedModelError("the attention maps of this model do not lead back to one sequence of tokens")
-        grid = self._grid(nodes[position:], *result)
+        grid = self._grid(nodes[nodes.index(result[0]) :], *result)
         row = self._tokens(*result)
         self.emit.output((row, grid, [node for _, node in self.records]))
         forward, reverse = self.emit.modules(self.captured.outputs)
         leaves = tuple(self.captured.outputs.index(leaf) for leaf in self.analysis.leaves)
-        names = tuple(name for name, _ in self.records)
-        return Program(
-            self.captured, forward, reverse, leaves, self.analysis.total_blocks, names, has_grid=grid is not None
+        features = tuple(
+            tuple(dim for dim, axis in enumerate(self.axes(leaf)) if axes_.is_feature(axis))
+            for leaf in self.analysis.leaves
         )
+        names = tuple(name for name, _ in self.records)
+        return Program(self.captured, forward, reverse, leaves, features, self.analysis.total_blocks, names)
 
     def _seed(self) -> None:
         for i, leaf in enumerate(self.analysis.leaves):
-            seed, row = self.emit.placeholder(f"seed_{i}"), self.emit.placeholder(f"row_{i}")
-            lane = Lane(seed)
-            rel = lane if self.method.needs_relevance else None
-            grad = lane if self.method.needs_gradient else None
-            self.give(leaf, grad, rel, RowLane(Lane(row), self.new_origin()))
+            grad, rel, row = (Lane(self.emit.placeholder(f"{lane}_{i}")) for lane in ("grad", "rel", "row"))
+            self.give(
+                leaf,
+                grad if self.method.needs_gradient else None,
+                rel if self.method.needs_relevance else None,
+                RowLane(row, self.new_origin()),
+            )
 
     def _collect(self, node: fx.Node) -> Lanes | None:
         pending = self._pending.pop(node, None)
@@ -254,7 +258,7 @@ class Transform:
         if not sparse:
             return by_rows[None]
         if len({r.dim for r in sparse}) == 1 and None not in by_rows:
-            adjacent = all(a.stop == b.start for a, b in zip(sparse, sparse[1:], strict=False))
+            adjacent = all(a.stop == b.start for a, b in itertools.pairwise(sparse))
             if adjacent:
                 parts, dim = [by_rows[r].node for r in sparse], sparse[0].dim
                 joined = parts[0] if len(parts) == 1 else self.emit.call(aten.cat.default, parts, dim + 1)
@@ -343,9 +347,7 @@ def describe(node: fx.Node) -> str:
     return f"{node.target}{shape}" + (f" in {where}" if where else "")
 
 
-def transform(
-    captured: Captured, method: Method, *, rules: str, leaves: Sequence[int], trace: bool = False
-) -> Program:
+def transform(captured: Captured, method: Method, *, rules: str, leaves: Sequence[int], trace: bool = False) -> Program:
     """Build the forward and reverse graphs for explaining the outputs `leaves` of a captured model.
 
     Raises:

@@ -24,6 +24,15 @@ def attention_probabilities(
     return scores.softmax(-1).nan_to_num(0.0)
 
 
+def _through_mask(q: Tensor, k: Tensor, mask: Tensor | None, rel: Tensor, scale: float) -> Tensor:
+    """The published code adds the mask to the scores by a residual add, and drops the mask's share."""
+    if mask is None:
+        return rel
+    scores = (q @ k.mT) * scale
+    bias = torch.where(mask, 0.0, -10000.0) if mask.dtype == torch.bool else mask
+    return rules.add(scores, bias.to(scores.dtype).expand_as(scores), rel, "official")[0]
+
+
 def _update(attn: Tensor | None, grad: Tensor | None, rel: Tensor | None, update: str) -> Tensor:
     """M, with a leading K where the lanes have one: the mean over heads of the clamped product that `update` names."""
     if update == "attention":
@@ -78,7 +87,8 @@ def _attention_relevance(
     if rel is not None:
         rel_attn, rel_v = rules.attention_value(attn, v, rel, rule)
         if inputs:
-            rel_q, rel_k = rules.query_key(q, k, rel_attn, rule)
+            rel_scores = _through_mask(q, k, mask, rel_attn, scale) if official else rel_attn
+            rel_q, rel_k = rules.query_key(q, k, rel_scores, rule)
         else:
             rel_v = none
     if grad is not None:

@@ -21,11 +21,8 @@ def _reference(
     x [*, in], weight [out, in], y [*, out], rel and grad [K, *, out] -> rel_in, grad_in [K, *, in].
     """
     x_abs, w_abs = x.abs(), weight.abs()
-    if y is None:
-        z = x @ weight.mT
-    else:
-        z = y if bias is None else y - bias
-    z = (z + x_abs @ w_abs.mT) / 2
+    signed = x @ weight.mT if y is None else y if bias is None else y - bias
+    z = (signed + x_abs @ w_abs.mT) / 2
     s = safe_divide(rel, z, "official" if official else "positive")
     rel_in = (x * (s @ weight) + x_abs * (s @ w_abs)) / 2
     return rel_in, x.new_empty(0) if grad is None else grad @ weight

@@ -62,13 +62,13 @@ class Tape:
 
     def rearrange(self, f: Callable[..., Tensor], *xs: Tensor) -> Tensor:
         """A pure rearrangement of entries: relevance goes back where its entry came from."""
-        y, vjp = torch.func.vjp(f, *xs)
+        y, vjp = torch.func.vjp(f, *xs)[:2]
         self._record([y], list(xs), lambda rel: list(vjp(rel)))
         return y
 
     def select_token(self, x: Tensor, index: int) -> Tensor:
         """One token of x [B, T, D]."""
-        y, vjp = torch.func.vjp(lambda t: t[:, index], x)
+        y, vjp = torch.func.vjp(lambda t: t[:, index], x)[:2]
         self._record([y], [x], lambda rel: [R.index_map(x, lambda s: vjp(s)[0], rel, self.rules, y)])
         return y
 

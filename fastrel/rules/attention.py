@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from fastrel import ops
 from fastrel.analysis import is_attention_value
 from fastrel.errors import UnsupportedModelError
-from fastrel.lanes import Lane, Lanes, RowLane, Rows
+from fastrel.lanes import Lane, Lanes, RowLane, Rows, arguments
 from fastrel.ops.attention import attention_probabilities
 from fastrel.reference import rules as reference
 from fastrel.rules import rule
@@ -20,14 +20,13 @@ aten = torch.ops.aten
 @rule(aten.scaled_dot_product_attention.default)
 def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> None:
     """A = softmax(scale QKᵀ + mask), A V, all lanes at once."""
-    q, k, v, mask, _, is_causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])[:6]
+    q, k, v, mask, _, is_causal = arguments(node, None, 0.0, False, count=6)
     mask, is_causal = node.kwargs.get("attn_mask", mask), node.kwargs.get("is_causal", is_causal)
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
     if node.kwargs.get("enable_gqa", False):
         raise UnsupportedModelError(f"{describe(node)} with grouped keys")
     if isinstance(mask, fx.Node) and t.is_active(mask):
         raise UnsupportedModelError(f"{describe(node)} with a mask that depends on the input's values")
-    scale = node.kwargs.get("scale")
+    scale: Any = node.kwargs.get("scale")
     scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
     query_dim = node.meta["val"].dim() - 2
     rows = _common_rows(out, query_dim)
@@ -131,8 +130,7 @@ def attention_maps(
 @rule(aten.matmul.default, aten.bmm.default)
 def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
     """A product of two activations, each of which takes half of the relevance: A·V or Q·Kᵀ."""
-    left, right = node.args
-    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    left, right = arguments(node, count=2)
     ndim = node.meta["val"].dim()
     if not (t.is_active(left) and t.is_active(right) and left.meta["val"].dim() == right.meta["val"].dim() == ndim):
         raise UnsupportedModelError(f"{describe(node)} is not a product of two activations of the same rank")
@@ -152,7 +150,9 @@ def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
     if block is not None:
         if ndim != 4:
             raise UnsupportedModelError(f"{describe(node)}: an attention map without a dimension of heads")
-        for name, part in zip(("attention", "gradient", "relevance", "value_relevance"), (a, grad_a, rel_a, rel_b)):
+        for name, part in zip(
+            ("attention", "gradient", "relevance", "value_relevance"), (a, grad_a, rel_a, rel_b), strict=True
+        ):
             if part is not None:
                 t.record(block, name, part)
         if out.row:
@@ -178,13 +178,14 @@ def _roll(t: Transform, node: fx.Node, v: fx.Node, rows: Rows | None, row: RowLa
 @rule(aten.softmax.int, aten._softmax.default)
 def softmax(t: Transform, node: fx.Node, out: Lanes) -> None:
     """Relevance passes unchanged."""
-    dim = node.args[1] % node.meta["val"].dim()  # type: ignore[operator]
+    x, dim = arguments(node, count=2)
+    dim %= node.meta["val"].dim()
 
     def back(lane: Lane) -> Lane:
         full = t.dense(lane, node) if lane.rows and lane.rows.dim == dim else lane
         return Lane(t.emit.call(softmax_backward, full.node, t.value(node, full.rows), dim + 1), full.rows)
 
-    t.pass_through(node.args[0], out, back)
+    t.pass_through(x, out, back)
 
 
 def softmax_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:

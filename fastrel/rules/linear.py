@@ -7,7 +7,7 @@ from torch import fx
 
 from fastrel import ops
 from fastrel.errors import UnsupportedModelError
-from fastrel.lanes import Lane, Lanes
+from fastrel.lanes import Lane, Lanes, arguments
 from fastrel.rules import rule
 from fastrel.transform import Transform, describe
 
@@ -17,9 +17,7 @@ aten = torch.ops.aten
 @rule(aten.linear.default)
 def linear(t: Transform, node: fx.Node, out: Lanes) -> None:
     """x Wᵀ + b: relevance by the z+ rule, gradient g W."""
-    x, weight = node.args[0], node.args[1]
-    bias = node.args[2] if len(node.args) > 2 else None
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    x, weight, bias = arguments(node, None, count=3)
     if t.is_active(weight):
         raise UnsupportedModelError(f"{describe(node)} has a weight that depends on the input")
     grad = rel = None

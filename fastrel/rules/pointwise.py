@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from fastrel import ops
 from fastrel.analysis import ACTIVATIONS, IDENTITIES
 from fastrel.errors import UnsupportedModelError
-from fastrel.lanes import Lane, Lanes
+from fastrel.lanes import Lane, Lanes, arguments
 from fastrel.rules import rule
 from fastrel.transform import Transform, describe
 
@@ -18,8 +18,8 @@ aten = torch.ops.aten
 @rule(*IDENTITIES)
 def identity(t: Transform, node: fx.Node, out: Lanes) -> None:
     """Dropout at inference, copies and casts."""
-    x = node.args[0]
-    dtype = x.meta["val"].dtype  # type: ignore[union-attr]
+    (x,) = arguments(node, count=1)
+    dtype = x.meta["val"].dtype
     if dtype == node.meta["val"].dtype:
         return t.give(x, *out)
 
@@ -40,8 +40,7 @@ def activation_grad(op: Any, lane: Tensor, x: Tensor, *args: Any) -> Tensor:
 @rule(*ACTIVATIONS)
 def activation(t: Transform, node: fx.Node, out: Lanes) -> None:
     """Relevance passes unchanged; the gradient is multiplied by the slope."""
-    x, *rest = node.args
-    assert isinstance(x, fx.Node)
+    x, *rest = arguments(node, count=len(node.args))
     rest += list(node.kwargs.values())
 
     def grad(lane: Lane) -> Lane:
@@ -60,19 +59,23 @@ def gelu_backward(lane: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
 
 @rule(aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
 def add(t: Transform, node: fx.Node, out: Lanes) -> None:
-    """u ± v. Two activations share the relevance (residual add); a constant takes none of it."""
-    u, v = node.args[:2]
+    """u ± v. Two activations share the relevance (residual add); a constant takes none of it.
+
+    Not so in the published code, where constants (position embeddings, masks) take their share, which is then dropped.
+    """
+    u, v = arguments(node, count=2)
     if node.kwargs.get("alpha", 1) != 1:
         raise UnsupportedModelError(f"{describe(node)} with alpha={node.kwargs['alpha']}")
     minus = node.target in (aten.sub.Tensor, aten.sub.Scalar)
     operands = [x for x in (u, v) if t.is_active(x)]
     rels: list[Lane | None] = [out.rel] * len(operands)
-    if len(operands) == 2 and out.rel:
-        if t.analysis.roots[node] is not node:
+    shares = len(operands) == 2 or (t.official and isinstance(u, fx.Node) and isinstance(v, fx.Node))
+    if out.rel and shares and any(t.wants(x) for x in operands):
+        if len(operands) == 2 and t.analysis.roots[node] is not node:
             rels = [None, None]
             t.give(t.analysis.roots[node], rel=out.rel)
-        elif any(t.wants(x) for x in operands):
-            rels = _share(t, node, out.rel, minus)
+        else:
+            rels = [rel for x, rel in zip((u, v), _share(t, node, out.rel, minus), strict=True) if x in operands]
     for x, rel in zip(operands, rels, strict=True):
         grad = out.grad
         if grad and minus and x is v and t.wants(x):
@@ -81,11 +84,11 @@ def add(t: Transform, node: fx.Node, out: Lanes) -> None:
 
 
 def _share(t: Transform, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | None]:
-    u, v = node.args[:2]
+    u, v = arguments(node, count=2)
     ndim = node.meta["val"].dim()
-    values = [t.value(x, rel.rows, ndim) for x in (u, v)]  # type: ignore[arg-type]
+    values = [t.value(x, rel.rows, ndim) for x in (u, v)]
     for i, x in enumerate((u, v)):
-        if x.meta["val"].shape != node.meta["val"].shape:  # type: ignore[union-attr]
+        if x.meta["val"].shape != node.meta["val"].shape:
             values[i] = t.emit.call(expand_like, values[i], rel.node)
     if minus:
         values[1] = t.emit.call(torch.neg, values[1])
@@ -125,7 +128,7 @@ def _give_broadcast(t: Transform, x: fx.Node, node: fx.Node, lanes: Lanes) -> No
 @rule(aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 def mul(t: Transform, node: fx.Node, out: Lanes) -> None:
     """u · v. A constant factor passes relevance unchanged; of two activations (a gate) each takes half."""
-    u, v = node.args[:2]
+    u, v = arguments(node, count=2)
     divide = node.target in (aten.div.Tensor, aten.div.Scalar)
     if t.is_active(v) and divide:
         raise UnsupportedModelError(f"{describe(node)} divides by an activation")
@@ -140,7 +143,6 @@ def mul(t: Transform, node: fx.Node, out: Lanes) -> None:
     for x, other in ((u, v), (v, u)):
         if not t.is_active(x):
             continue
-        assert isinstance(x, fx.Node)
         grad = None
         if out.grad and t.wants(x):
             rows = out.grad.rows

@@ -9,7 +9,7 @@ from torch import fx
 
 from fastrel import axes as axes_
 from fastrel.errors import UnsupportedModelError
-from fastrel.lanes import Lane, Lanes, Rows
+from fastrel.lanes import Lane, Lanes, Rows, arguments
 from fastrel.reference.rules import safe_divide
 from fastrel.rules import rule
 from fastrel.transform import Transform, describe
@@ -24,8 +24,7 @@ def _ndim(x: Any) -> int:
 @rule(*axes_.RESHAPES)
 def reshape(t: Transform, node: fx.Node, out: Lanes) -> None:
     """Dimensions merged, split, added or dropped."""
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    (x,) = arguments(node, count=1)
     source, result = t.analysis.sizes.shape(x), t.analysis.sizes.shape(node)
     groups = axes_.groups(source, result)
 
@@ -93,17 +92,17 @@ def expand_row(row: torch.Tensor, *shape: int) -> torch.Tensor:
 @rule(aten.permute.default)
 def permute(t: Transform, node: fx.Node, out: Lanes) -> None:
     """Dimensions reordered."""
-    x, order = node.args[0], [dim % _ndim(node) for dim in node.args[1]]  # type: ignore[operator, union-attr]
-    _permute(t, x, out, order)
+    x, dims = arguments(node, count=2)
+    _permute(t, x, out, [dim % _ndim(node) for dim in dims])
 
 
 @rule(aten.transpose.int)
 def transpose(t: Transform, node: fx.Node, out: Lanes) -> None:
     """Two dimensions swapped."""
+    x, a, b = arguments(node, count=3)
     order = list(range(_ndim(node)))
-    a, b = node.args[1] % len(order), node.args[2] % len(order)  # type: ignore[operator]
     order[a], order[b] = order[b], order[a]
-    _permute(t, node.args[0], out, order)
+    _permute(t, x, out, order)
 
 
 def _permute(t: Transform, x: Any, out: Lanes, order: list[int]) -> None:
@@ -119,10 +118,8 @@ def _permute(t: Transform, x: Any, out: Lanes, order: list[int]) -> None:
 @rule(aten.select.int)
 def select(t: Transform, node: fx.Node, out: Lanes) -> None:
     """One entry of a dimension, for instance the CLS token: nothing reaches the others."""
-    x, dim, index = node.args
-    assert isinstance(x, fx.Node) and isinstance(dim, int) and isinstance(index, int)
-    dim %= _ndim(x)
-    _pick(t, node, x, out, dim, index)
+    x, dim, index = arguments(node, count=3)
+    _pick(t, node, x, out, dim % _ndim(x), index)
 
 
 def _pick(t: Transform, node: fx.Node, x: fx.Node, out: Lanes, dim: int, index: int) -> None:
@@ -156,8 +153,7 @@ def _non_negative(t: Transform, x: fx.Node, dim: int, index: int) -> int:
 @rule(aten.slice.Tensor)
 def slice_(t: Transform, node: fx.Node, out: Lanes) -> None:
     """A run of entries of a dimension."""
-    x, dim, start, _, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])[:5]
-    assert isinstance(x, fx.Node) and isinstance(dim, int)
+    x, dim, start, _, step = arguments(node, 0, None, None, 1, count=5)
     dim %= _ndim(x)
     if x.meta["val"].shape[dim] == node.meta["val"].shape[dim]:
         return t.give(x, *out)
@@ -187,14 +183,13 @@ def _narrow(t: Transform, node: fx.Node, x: fx.Node, out: Lanes, dim: int, start
 @rule(operator.getitem)
 def getitem(t: Transform, node: fx.Node, out: Lanes) -> None:
     """One of the parts that unbind, chunk or split makes."""
-    whole, index = node.args
-    assert isinstance(whole, fx.Node) and isinstance(index, int)
-    x, args = whole.args[0], whole.args[1:]
-    assert isinstance(x, fx.Node)
+    whole, index = arguments(node, count=2)
     if whole.target is aten.unbind.int:
-        return _pick(t, node, x, out, (args[0] if args else 0) % _ndim(x), index)  # type: ignore[operator]
+        x, dim = arguments(whole, 0, count=2)
+        return _pick(t, node, x, out, dim % _ndim(x), index)
     if whole.target in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes):
-        dim = (args[1] if len(args) > 1 else 0) % _ndim(x)  # type: ignore[operator]
+        x, _, dim = arguments(whole, 0, count=3)
+        dim %= _ndim(x)
         lengths = [part.shape[dim] for part in whole.meta["val"]]
         if all(isinstance(length, int) for length in lengths):
             return _narrow(t, node, x, out, dim, sum(lengths[:index]), lengths[index])
@@ -204,30 +199,29 @@ def getitem(t: Transform, node: fx.Node, out: Lanes) -> None:
 @rule(aten.cat.default)
 def cat(t: Transform, node: fx.Node, out: Lanes) -> None:
     """Values joined along a dimension: each takes its own part."""
-    parts, dim = node.args[0], (node.args[1] if len(node.args) > 1 else 0)
-    dim %= _ndim(node)  # type: ignore[operator, assignment]
-    feature = axes_.is_feature(t.axes(node)[dim])  # type: ignore[index]
+    parts, dim = arguments(node, 0, count=2)
+    dim %= _ndim(node)
+    feature = axes_.is_feature(t.axes(node)[dim])
     start: Any = 0
-    for x in parts:  # type: ignore[union-attr]
-        length = t.emit.size(x, dim)  # type: ignore[arg-type]
+    for x in parts:
+        length = t.emit.size(x, dim)
         begin = start
 
         def back(lane: Lane, is_row: bool, begin: Any = begin, length: Any = length) -> Lane:
             if is_row and feature:
                 return lane
             full = t.dense(lane, node, is_row)
-            return Lane(t.emit.call(aten.narrow.default, full.node, dim + 1, begin, length))  # type: ignore[operator]
+            return Lane(t.emit.call(aten.narrow.default, full.node, dim + 1, begin, length))
 
         if t.is_active(x):
-            t.index_map(x, out, back)  # type: ignore[arg-type]
+            t.index_map(x, out, back)
         start = t.emit.arith("add", start, length)
 
 
 @rule(aten.expand.default)
 def expand(t: Transform, node: fx.Node, out: Lanes) -> None:
     """Copies of one value: their lanes add up."""
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    (x,) = arguments(node, count=1)
     if x.meta["val"].shape == node.meta["val"].shape:
         return t.give(x, *out)
     raise UnsupportedModelError(f"no relevance rule for {describe(node)}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, fx
 
 from fastrel import axes as axes_
-from fastrel.lanes import Lane, Lanes
+from fastrel.lanes import Lane, Lanes, arguments
 from fastrel.reference import rules as reference
 from fastrel.rules import rule
 from fastrel.transform import Transform
@@ -15,11 +15,9 @@ aten = torch.ops.aten
 @rule(aten.mean.dim)
 def mean(t: Transform, node: fx.Node, out: Lanes) -> None:
     """Mean over tokens: relevance by share, gradient and row in equal parts."""
-    x, dims = node.args[0], node.args[1]
-    keep = bool(node.args[2]) if len(node.args) > 2 else False
-    assert isinstance(x, fx.Node)
+    x, dims, keep = arguments(node, False, count=3)
     ndim = x.meta["val"].dim()
-    over = sorted(dim % ndim for dim in dims)  # type: ignore[operator, union-attr]
+    over = sorted(dim % ndim for dim in dims)
     shape = t.shape(x)
 
     def widen(lane: Lane, is_row: bool = False) -> fx.Node:

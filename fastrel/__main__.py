@@ -1,0 +1,7 @@
+"""`python -m fastrel`."""
+
+import sys
+
+from fastrel.cli import main
+
+sys.exit(main())

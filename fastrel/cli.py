@@ -1,0 +1,105 @@
+"""The `fastrel` command: arguments, exit codes and error messages. What each command does is in fastrel/commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fastrel import __version__, methods
+from fastrel.commands import demo, doctor, explain
+from fastrel.errors import FastrelError
+
+EPILOG = """\
+exit codes: 0 all went well, 1 some inputs could not be explained (the others were), 2 nothing could be done
+
+examples:
+  fastrel demo
+  fastrel explain cat.jpg --model vit_base_patch16_224 --out maps
+  fastrel explain --text "a gripping, clever film" --model ./my-bert --out map.html
+  fastrel doctor
+"""
+
+EXPLAIN_EPILOG = """\
+examples:
+  fastrel explain scene.png --out maps                                      the embedded model
+  fastrel explain *.jpg --model vit_base_patch16_224 --out maps             timm, pretrained weights
+  fastrel explain cat.jpg --model deit_tiny_patch16_224 --weights deit.pth --target 281 tiger --out maps --npz
+  fastrel explain --text "not bad at all" --model ./my-bert --target 0 1 --out map.html
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="fastrel",
+        description="Explain the predictions of transformers.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastrel {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    sub = commands.add_parser("demo", parents=[common], help="explain the shipped samples with the embedded model, offline")
+    sub.add_argument("--out", default="fastrel-demo", metavar="DIR", help="where the overlays go (default: %(default)s)")
+    sub.add_argument("--score", action="store_true", help="score the maps on held-out scenes instead, as a table")
+    sub.set_defaults(run=demo.run)
+
+    sub = commands.add_parser(
+        "explain",
+        parents=[common],
+        help="explain images or a text with a model of yours",
+        epilog=EXPLAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.add_argument("images", nargs="*", metavar="IMAGE", help="picture files")
+    sub.add_argument("--text", help="a text to explain instead of images")
+    sub.add_argument("--model", metavar="NAME", help="timm model name; with --text a Hugging Face name or folder")
+    sub.add_argument(
+        "--weights", metavar="FILE", help="weights of the timm model (.pth, .safetensors); default: pretrained"
+    )
+    sub.add_argument(
+        "--target",
+        nargs="+",
+        metavar="CLASS",
+        help="class numbers, or names (or parts of them); default: the predicted class",
+    )
+    sub.add_argument(
+        "--method", default="transformer_attribution", choices=list(methods.METHODS), help="default: %(default)s"
+    )
+    sub.add_argument("--rules", default="positive", choices=["positive", "official"], help="default: %(default)s")
+    sub.add_argument(
+        "--start-layer", type=int, metavar="N", help="first attention block, negative from the output (default: 0)"
+    )
+    sub.add_argument(
+        "--normalize", action="store_true", default=None, help="normalise rows in the rollout, as BERT code does"
+    )
+    sub.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: %(default)s)")
+    sub.add_argument("--out", required=True, metavar="PATH", help="folder for overlays; with --text an .html file")
+    sub.add_argument("--npz", action="store_true", help="also write the raw maps, one .npz per image")
+    sub.set_defaults(run=explain.run)
+
+    sub = commands.add_parser("doctor", parents=[common], help="versions, devices and backends, with reasons")
+    sub.set_defaults(run=doctor.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = build_parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except (FastrelError, OSError, ImportError) as error:
+        if options.debug:
+            raise
+        print(f"fastrel: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastrel: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

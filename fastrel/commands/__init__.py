@@ -1,0 +1,1 @@
+"""What the commands of the `fastrel` program do, one file each."""

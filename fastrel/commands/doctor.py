@@ -1,0 +1,38 @@
+"""`fastrel doctor`: what is installed, what can run, and why the rest cannot."""
+
+import argparse
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fastrel import __version__, backends
+
+PACKAGES = ("torch", "triton", "timm", "torchvision", "transformers", "numpy", "pillow", "matplotlib")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report."""
+    print(f"fastrel {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}\n")
+    print("packages")
+    for name in PACKAGES:
+        print(f"  {name:<14}{_version(name)}")
+    print("\ndevices")
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"  {'cpu':<14}{torch.get_num_threads()} threads, {capability}")
+    for i in range(torch.cuda.device_count()):
+        print(f"  {f'cuda:{i}':<14}{torch.cuda.get_device_name(i)}")
+    if not torch.cuda.is_available():
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        print(f"  {'cuda':<14}none (torch was built {built})")
+    print("\nbackends")
+    for name, reason in backends.status().items():
+        print(f"  {name:<14}{'available' if reason is None else 'not available: ' + reason}")
+    return 0
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

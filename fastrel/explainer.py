@@ -1,0 +1,261 @@
+"""Explainer: a model, once; then explanations of its predictions."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fastrel import backends, methods
+from fastrel.capture import Captured, Signature, capture, evaluation_mode, in_order
+from fastrel.errors import CaptureError, InputError, UnsupportedModelError
+from fastrel.explanation import BlockTrace, Explanation, check_finite
+from fastrel.targets import Seeds, Target, class_seeds, function_seeds
+from fastrel.transform import Program, transform
+
+RULES = ("positive", "official")
+
+
+class Explainer:
+    """Explains predictions of an unmodified model.
+
+    The model is captured with `torch.export` at the first call and again for every new kind of input (other image size,
+    other dtype); batch size and text length may vary freely. Nothing is patched and nothing is copied: parameters are read
+    from the live model at every call, so that training it further is fine. It is always explained as it predicts in eval
+    mode, whatever mode it is in. Calls from several threads are safe.
+
+    Args:
+        model: a module that returns class logits [B, C], or anything holding them (a Hugging Face output, a dict, a tuple).
+        method: one of `fastrel.methods.METHODS`.
+        rules: "positive" (default): eq. (5) in every layer. "official": the published code, whose maps depend on rounding.
+        start_layer: first attention block of the chain, counted from the input; negative from the output. Default: the
+            method's own, 0 for transformer attribution.
+        normalize_rollout: scale the rows of I + M to sum 1, as the published code does for BERT. Default: the method's own,
+            False for transformer attribution.
+        precision: "float32": everything in the model's own dtype.
+        backend: "auto" or "torch".
+
+    Raises:
+        InputError: an option that does not exist; `backend` that cannot run, with the reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str = "transformer_attribution",
+        *,
+        rules: str = "positive",
+        start_layer: int | None = None,
+        normalize_rollout: bool | None = None,
+        precision: str = "float32",
+        backend: str = "auto",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        if rules not in RULES:
+            raise InputError(f"unknown rules {rules!r}; choose one of {', '.join(RULES)}")
+        if precision != "float32":
+            raise InputError(f"precision {precision!r} needs a compiled backend, and none is part of this version")
+        backends.require(backend)
+        self.model = model
+        self.method = methods.get(method, start_layer=start_layer, normalize=normalize_rollout)
+        self.rules = rules
+        self._lock = threading.Lock()
+        self._captured: dict[Signature, list[Captured]] = {}
+        self._programs: dict[tuple[int, tuple[int, ...], bool], Program] = {}
+
+    def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Explanation:
+        """Explain `model(*args, **kwargs)`: `predict(...)` and `explain(target)` in one."""
+        return self.predict(*args, **kwargs).explain(target)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Prediction:
+        """The model's prediction, kept so that it can be explained for any target without another forward pass.
+
+        Inputs are given as to the model itself; dimension 0 of every tensor is the batch.
+
+        Raises:
+            InputError: the model rejects these inputs, or they hold NaN.
+            CaptureError: torch.export cannot capture the model.
+            UnsupportedModelError: the model holds something without a relevance rule.
+        """
+        captured, values, tensors = self._enter(args, kwargs)
+        return self._run(captured, self._program(captured, (_logits_index(captured),)), values, tensors)
+
+    def trace(self, *args: Any, target: Target = None, **kwargs: Any) -> list[BlockTrace]:
+        """The attention, gradient and relevance of every block from `start_layer` on; slower, for study and tests."""
+        captured, values, tensors = self._enter(args, kwargs)
+        program = self._program(captured, (_logits_index(captured),), trace=True)
+        return self._run(captured, program, values, tensors)._trace(target)
+
+    def _run(self, captured: Captured, program: Program, values: list[Any], tensors: list[Tensor]) -> Prediction:
+        with torch.no_grad():
+            outputs, saved = program.forward(*values)
+        return Prediction(self, captured, program, list(outputs), saved, values, tensors)
+
+    def _enter(self, args: Any, kwargs: Any) -> tuple[Captured, list[Any], list[Tensor]]:
+        """The captured graph that takes these inputs, made if there is none; its placeholders' values; the tensors."""
+        kwargs = in_order(self.model, args, kwargs)
+        signature, leaves = Signature.of(args, kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        _check_inputs(tensors)
+        found = self._find(signature, leaves, tensors)
+        if found is None:
+            with self._lock:
+                found = self._find(signature, leaves, tensors)
+                if found is None:
+                    captured = self._new_capture(args, kwargs)
+                    self._captured.setdefault(signature, []).append(captured)
+                    found = self._find(signature, leaves, tensors)
+        if found is None:
+            raise CaptureError(
+                f"the captured graph does not take inputs of sizes {[tuple(x.shape) for x in tensors]}; "
+                "dimension 0 of every tensor input must be the batch"
+            )
+        return *found, tensors
+
+    def _find(self, signature: Signature, leaves: list[Any], tensors: list[Tensor]) -> tuple[Captured, list[Any]] | None:
+        """A graph that is valid for these inputs and the model as it is, and the values of its placeholders."""
+        for captured in self._captured.get(signature, []):
+            if captured.accepts(tensors) and (owned := captured.parameters(self.model)) is not None:
+                return captured, owned + leaves
+        return None
+
+    def _new_capture(self, args: Any, kwargs: Any) -> Captured:
+        try:
+            return capture(self.model, args, kwargs)
+        except CaptureError:
+            self._try_model(args, kwargs)
+            raise
+
+    def _try_model(self, args: Any, kwargs: Any) -> None:
+        """Tell a model that rejects its inputs from one that cannot be captured."""
+        try:
+            with evaluation_mode(self.model), torch.no_grad():
+                self.model(*args, **kwargs)
+        except Exception as error:
+            raise InputError(f"{type(self.model).__name__} rejects these inputs: {error}") from error
+
+    def _program(self, captured: Captured, outputs: tuple[int, ...], trace: bool = False) -> Program:
+        key = (id(captured), outputs, trace)
+        if key not in self._programs:
+            with self._lock:
+                if key not in self._programs:
+                    self._programs[key] = transform(captured, self.method, rules=self.rules, leaves=outputs, trace=trace)
+        return self._programs[key]
+
+
+class Prediction:
+    """A prediction that can be explained. Made by `Explainer.predict`.
+
+    Attributes:
+        logits: the logits, as the model returns them.
+        output: everything the model returns.
+    """
+
+    def __init__(
+        self,
+        explainer: Explainer,
+        captured: Captured,
+        program: Program,
+        outputs: list[Tensor],
+        saved: Sequence[Any],
+        values: list[Any],
+        inputs: list[Tensor],
+    ) -> None:
+        self._explainer, self._captured, self._program = explainer, captured, program
+        self._outputs, self._saved, self._values, self._inputs = outputs, saved, values, inputs
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's logits, [B, C]."""
+        return self._outputs[_logits_index(self._captured)]
+
+    @property
+    def output(self) -> Any:
+        """What the model returned, in its own type."""
+        return self._rebuild(self._outputs)
+
+    def explain(self, target: Target = None) -> Explanation:
+        """Explain this prediction.
+
+        Args:
+            target: None (the predicted class of each sample) · an int · [B] class indices · [B, K] (K targets per sample,
+                at less than K times the cost) · a function of the model's output that returns [B] or [B, K] values, for
+                regression, similarities, contrasts (`lambda out: out[:, 3] - out[:, 5]`) or multi-label scores.
+
+        Raises:
+            InputError: the target does not fit the output.
+        """
+        check_finite("the model's output", self.logits)
+        seeds, program, saved = self._seed(target)
+        row, grid, _ = self._reverse(program, seeds, saved)
+        relevance = row.flatten(2).transpose(0, 1)
+        check_finite("the explanation", relevance)
+        patches = None if grid is None else grid.transpose(0, 1)
+        if not seeds.several:
+            relevance, patches = relevance[:, 0], None if patches is None else patches[:, 0]
+        return Explanation(self.logits, seeds.classes, relevance, patches, _image_size(self._inputs), self.output)
+
+    def _seed(self, target: Target) -> tuple[Seeds, Program, Sequence[Any]]:
+        if not callable(target):
+            return class_seeds(self.logits, target), self._program, self._saved
+        seeds, used = function_seeds(self._outputs, self._rebuild, target)
+        if tuple(used) == self._program.leaves:
+            return seeds, self._program, self._saved
+        program = self._explainer._program(self._captured, tuple(used))
+        with torch.no_grad():
+            _, saved = program.forward(*self._values)
+        return seeds, program, saved
+
+    def _reverse(self, program: Program, seeds: Seeds, saved: Sequence[Any]) -> Any:
+        starts: list[Tensor] = []
+        for features, gradient, relevance in zip(program.leaf_features, seeds.gradient, seeds.relevance, strict=True):
+            row = relevance.abs().sum([dim + 1 for dim in features], keepdim=True)
+            starts += [gradient, relevance, row]
+        with torch.no_grad():
+            return program.reverse(*starts, *saved)
+
+    def _trace(self, target: Target) -> list[BlockTrace]:
+        seeds = class_seeds(self.logits, target)
+        _, _, records = self._reverse(self._program, seeds, self._saved)
+        found: dict[int, dict[str, Tensor]] = {}
+        for (block, name), value in zip(self._program.record_names, records, strict=True):
+            found.setdefault(block, {})[name] = value
+        names = BlockTrace.__dataclass_fields__
+        return [BlockTrace(**{name: found[block].get(name) for name in names}) for block in sorted(found)]  # type: ignore
+
+    def _rebuild(self, outputs: list[Tensor]) -> Any:
+        return pytree.tree_unflatten(outputs, self._captured.out_spec)
+
+
+def _check_inputs(tensors: list[Tensor]) -> None:
+    """Refuse what cannot be explained: nothing at all, empty batches, NaN."""
+    if not tensors:
+        raise InputError("no tensor among the inputs; call the explainer as you call the model")
+    for position, x in enumerate(tensors):
+        if x.dim() and len(x) == 0:
+            raise InputError(f"input {position} of shape {tuple(x.shape)} holds no samples")
+        if x.is_floating_point():
+            check_finite(f"input {position}", x)
+
+
+def _logits_index(captured: Captured) -> int:
+    """Which output holds the logits: the one so named, else the first floating-point tensor."""
+    named = pytree.tree_unflatten(list(range(len(captured.outputs))), captured.out_spec)
+    logits = named.get("logits") if isinstance(named, Mapping) else getattr(named, "logits", None)
+    if isinstance(logits, int):
+        return logits
+    for i, node in enumerate(captured.outputs):
+        value = getattr(node, "meta", {}).get("val")
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return i
+    raise UnsupportedModelError("the model returns no floating-point tensor to explain")
+
+
+def _image_size(inputs: list[Tensor]) -> tuple[int, int] | None:
+    images = [x for x in inputs if x.dim() == 4 and x.is_floating_point()]
+    return (images[0].shape[2], images[0].shape[3]) if images else None

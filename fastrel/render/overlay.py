@@ -1,0 +1,74 @@
+"""Heat maps over pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from fastrel.errors import InputError
+
+COLORMAP = "turbo"
+
+
+def as_picture(image: Any) -> Image.Image:
+    """An RGB picture from a PIL image, an array [H, W] or [H, W, 3] (uint8, or floats in 0 … 1), or a tensor [3, H, W].
+
+    Raises:
+        InputError: anything else, or floats outside 0 … 1 (a normalised model input, say).
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    if isinstance(image, Tensor) and array.ndim == 3 and array.shape[0] in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+        raise InputError(f"cannot show an image of shape {array.shape}; expected [H, W], [H, W, 3] or a tensor [3, H, W]")
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if low < -1e-6 or high > 1 + 1e-6:
+            raise InputError(f"image values run from {low:.3g} to {high:.3g}; pass the picture in 0 … 1, not normalised")
+        array = (array * 255).round().clip(0, 255)
+    return Image.fromarray(array.astype(np.uint8)).convert("RGB")
+
+
+def unit(heat: np.ndarray) -> np.ndarray:
+    """A map scaled to 0 … 1; a constant map is all zeros."""
+    low, high = heat.min(), heat.max()
+    return np.zeros_like(heat) if high <= low else (heat - low) / (high - low)
+
+
+def overlay(picture: Image.Image, heat: Tensor | np.ndarray, opacity: float = 0.75) -> Image.Image:
+    """The picture, tinted where the map [H, W] (the picture's size) is high and left as it is where it is zero."""
+    heat = heat.detach().float().cpu().numpy() if isinstance(heat, Tensor) else np.asarray(heat, np.float32)
+    if heat.shape != (picture.height, picture.width):
+        raise InputError(f"a map of shape {heat.shape} does not fit a picture of {picture.height} x {picture.width}")
+    level = unit(heat)
+    colour = matplotlib.colormaps[COLORMAP](level)[..., :3] * 255
+    alpha = (opacity * np.sqrt(level))[..., None]
+    blend = np.asarray(picture, np.float32) * (1 - alpha) + colour * alpha
+    return Image.fromarray(blend.round().astype(np.uint8))
+
+
+def side_by_side(
+    picture: Image.Image, heats: Sequence[Tensor | np.ndarray], titles: Sequence[str], title: str = "input"
+) -> Image.Image:
+    """The picture and one overlay per map, in one row with titles."""
+    panels = [picture, *(overlay(picture, heat) for heat in heats)]
+    ratio = picture.height / picture.width
+    figure = Figure(figsize=(3 * len(panels), 3 * ratio + 0.4), dpi=100, layout="constrained")
+    for axis, panel, text in zip(np.ravel(figure.subplots(1, len(panels))), panels, [title, *titles], strict=True):
+        axis.imshow(np.asarray(panel))
+        axis.set_title(text, fontsize=11)
+        axis.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")

@@ -1,0 +1,84 @@
+"""Relevance of words as a web page that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from torch import Tensor
+
+from fastrel.errors import InputError
+
+_SPECIAL = {"[CLS]", "[SEP]", "[PAD]", "[MASK]", "<s>", "</s>", "<pad>", "<|endoftext|>", "<unk>", "<bos>", "<eos>"}
+_COLORMAP = "YlOrRd"
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>fastrel</title>
+<style>
+body {{ font: 18px/1.9 Georgia, serif; max-width: 46em; margin: 2em auto; padding: 0 1em; color: #222; }}
+h2 {{ font: 600 15px/1.4 system-ui, sans-serif; margin: 1.6em 0 .4em; }}
+span {{ padding: .15em .2em; border-radius: .2em; }}
+footer {{ font: 13px system-ui, sans-serif; color: #777; margin-top: 2em; }}
+</style></head><body>
+{body}
+<footer>Each map is scaled by its own highest word. Hover over a word for its share of the whole.</footer>
+</body></html>
+"""
+
+
+def words(tokens: Sequence[str], relevance: Tensor) -> list[tuple[str, float]]:
+    """Whole words and their relevance: sub-words are joined and count as the highest of them; special tokens are left out.
+
+    tokens: T strings as a tokenizer returns them, with the marks of WordPiece (##), byte-level BPE (Ġ) or
+    SentencePiece (▁). relevance: [T].
+
+    Raises:
+        InputError: there are not as many tokens as relevances.
+    """
+    if len(tokens) != len(relevance):
+        raise InputError(f"{len(tokens)} tokens but relevance for {len(relevance)}")
+    marked = any(token.startswith(("Ġ", "▁")) for token in tokens)
+    found: list[tuple[str, float]] = []
+    for token, value in zip(tokens, relevance.tolist(), strict=True):
+        if token in _SPECIAL:
+            continue
+        continues = token.startswith("##") or (marked and not token.startswith(("Ġ", "▁")))
+        text = token[2:] if token.startswith("##") else token.lstrip("Ġ▁")
+        if continues and found:
+            word, before = found[-1]
+            found[-1] = (word + text, max(before, value))
+        elif text:
+            found.append((text, value))
+    return found
+
+
+def _paragraph(tokens: Sequence[str], relevance: Tensor) -> str:
+    found = words(tokens, relevance)
+    highest = max((value for _, value in found), default=0.0)
+    total = sum(value for _, value in found)
+    spans = []
+    for word, value in found:
+        level = max(value, 0.0) / highest if highest > 0 else 0.0
+        red, green, blue, _ = (round(255 * c) for c in matplotlib.colormaps[_COLORMAP](0.85 * level))
+        ink = "#fff" if level > 0.75 else "#222"
+        style = f"background: rgba({red},{green},{blue},{min(1.0, 1.4 * level):.3f}); color: {ink}"
+        share = f"{value / total:.1%}" if total > 0 else "0 %"
+        spans.append(f'<span style="{style}" title="{share}">{html.escape(word)}</span>')
+    return f"<p>{' '.join(spans)}</p>"
+
+
+def page(tokens: Sequence[str], relevance: Tensor, titles: Sequence[str]) -> str:
+    """A page with one paragraph of coloured words per target. relevance [K, T], titles: K headings."""
+    parts = []
+    for title, row in zip(titles, relevance.detach().float().cpu(), strict=True):
+        parts += [f"<h2>{html.escape(title)}</h2>"] if title else []
+        parts.append(_paragraph(tokens, row))
+    return _PAGE.format(body="\n".join(parts))
+
+
+def save_page(path: str | os.PathLike[str], tokens: Sequence[str], relevance: Tensor, titles: Sequence[str]) -> None:
+    """Write `page(...)` to a file."""
+    Path(path).write_text(page(tokens, relevance, titles), encoding="utf-8")

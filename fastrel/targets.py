@@ -1,0 +1,110 @@
+"""What is to be explained: from the user's `target` to the seeds of the reverse pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrel.errors import InputError
+
+#: None (predicted class) · int · [B] · [B, K] · callable(output) -> [B] or [B, K]
+Target: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | Callable[[Any], Tensor] | None
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Where the reverse pass starts: ∂y/∂leaf and the relevance of each leaf, [K, B, …] each.
+
+    `classes` is [B] or [B, K], or None for a callable; `several` says whether the caller asked for a dimension K.
+    """
+
+    gradient: list[Tensor]
+    relevance: list[Tensor]
+    classes: Tensor | None
+    several: bool
+
+
+def class_seeds(logits: Tensor, target: Target) -> Seeds:
+    """Seeds for classes of logits [B, C]: a one-hot vector (value 1, not the logit).
+
+    Raises:
+        InputError: the target's type, shape or range does not fit the logits.
+    """
+    classes = _classes(logits, target)
+    one_hot = F.one_hot(classes.reshape(len(logits), -1).T, logits.shape[1]).to(logits.dtype)  # [K, B, C]
+    return Seeds([one_hot], [one_hot], classes, classes.dim() == 2)
+
+
+def _classes(logits: Tensor, target: Any) -> Tensor:
+    if logits.dim() != 2:
+        raise InputError(
+            f"the model's output has shape {tuple(logits.shape)}, not [B, C], so a class cannot be picked from it; pass "
+            "target as a function of the output that returns one value per sample, such as lambda out: out.logits[:, 0, 3]"
+        )
+    batch, count = logits.shape
+    if target is None:
+        return logits.argmax(1)
+    try:
+        classes = torch.full((batch,), operator.index(target), device=logits.device)
+    except TypeError:
+        classes = torch.as_tensor(target, device=logits.device)
+    if classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex():
+        raise InputError(f"target must hold class indices, not {classes.dtype}: {target!r}")
+    if classes.dim() not in (1, 2) or len(classes) != batch or classes.numel() == 0:
+        raise InputError(
+            f"target of shape {tuple(classes.shape)} does not fit a batch of {batch}: pass one class, [{batch}] classes, "
+            f"or [{batch}, K] for K targets per sample (several classes of one sample: [[281, 207]])"
+        )
+    wrong = classes[(classes < 0) | (classes >= count)]
+    if len(wrong):
+        raise InputError(f"target {int(wrong[0])} is out of range: the model has {count} classes, 0 to {count - 1}")
+    return classes.long()
+
+
+def function_seeds(outputs: list[Tensor], rebuild: Callable[[list[Tensor]], Any], function: Any) -> tuple[Seeds, list[int]]:
+    """Seeds for a function of the model's output, and which outputs it depends on.
+
+    The gradient is ∂f/∂output; the relevance is the same scaled to absolute sum 1 per sample, so that a class picked by
+    a function is explained like the class itself.
+
+    Raises:
+        InputError: f does not return one floating-point value (or K) per sample, or does not depend on the output.
+    """
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in outputs]
+        value = function(rebuild(leaves))
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise InputError(f"the target function must return a floating-point tensor, not {type(value).__name__}")
+        batch = len(outputs[0])
+        if value.dim() not in (1, 2) or len(value) != batch:
+            raise InputError(f"the target function returned shape {tuple(value.shape)}; expected [{batch}] or [{batch}, K]")
+        floats = [i for i, x in enumerate(leaves) if x.requires_grad]
+        columns = value.reshape(batch, -1).unbind(1)
+        per_target = [_gradients(column, [leaves[i] for i in floats]) for column in columns]
+    used = [j for j in range(len(floats)) if any(grads[j] is not None for grads in per_target)]
+    if not used:
+        raise InputError("the target function does not depend on the model's output, so there is nothing to explain")
+    gradient = [torch.stack([_or_zeros(grads[j], leaves[floats[j]]) for grads in per_target]) for j in used]
+    scale = sum(g.abs().flatten(2).sum(2) for g in gradient)  # [K, B]
+    assert isinstance(scale, Tensor)
+    if not bool((scale > 0).all()):
+        sample = int((scale == 0).nonzero()[0, 1])
+        raise InputError(f"the target function has a zero gradient for sample {sample}, so there is nothing to explain")
+    relevance = [g / scale.reshape(*scale.shape, *([1] * (g.dim() - 2))) for g in gradient]
+    return Seeds(gradient, relevance, None, value.dim() == 2), [floats[j] for j in used]
+
+
+def _gradients(column: Tensor, leaves: list[Tensor]) -> Sequence[Tensor | None]:
+    if not column.requires_grad:
+        return [None] * len(leaves)
+    return torch.autograd.grad(column.sum(), leaves, retain_graph=True, allow_unused=True)
+
+
+def _or_zeros(gradient: Tensor | None, leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if gradient is None else gradient

@@ -1,0 +1,179 @@
+"""The transformed program against the reference, autograd and itself."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastrel
+from fastrel import reference
+from fastrel.reference.rollout import gradient_relevance, rollout
+from tests import golden_files as golden
+from tests import models
+from tests.test_reference import bert_embedding
+
+EXACT = 1e-10
+
+
+def reference_trace(
+    name: str, params: dict[str, torch.Tensor], given: models.Inputs, target: torch.Tensor, rules: str = "positive"
+) -> reference.Trace:
+    if name == "timm_vit":
+        image = given["x"].clone().requires_grad_()
+        return reference.trace(lambda tape: reference.vit(tape, params, image, heads=3), target, rules)
+    embedding, mask = bert_embedding(params, given["input_ids"]), given["attention_mask"]
+    return reference.trace(lambda tape: reference.bert(tape, params, embedding, mask, heads=4, eps=1e-12), target, rules)
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_bert", "hf_bert_eager"])
+def test_positive_equals_the_reference_block_by_block(name: str) -> None:
+    model, given, target = models.build(name), models.inputs(name), torch.tensor([1, 5, 0])
+    expected = reference_trace(name, model.state_dict(), given, target)
+    blocks = fastrel.Explainer(model).trace(**given, target=target)
+    assert len(blocks) == len(expected.blocks)
+    for i, (ours, theirs) in enumerate(zip(blocks, expected.blocks, strict=True)):
+        rows = ours.attention.shape[-2]
+        for key in ("gradient", "relevance"):
+            value, wanted = getattr(ours, key)[0], getattr(theirs, key)
+            assert golden.relative_error(value, wanted[:, :, :rows]) < EXACT, (i, key)
+            assert not wanted[:, :, rows:].any(), (i, key)
+        assert golden.relative_error(ours.value_relevance[0], theirs.value_relevance) < EXACT, i
+        assert golden.relative_error(ours.input_relevance[0], theirs.input_relevance) < EXACT, i
+    maps = [gradient_relevance(b.gradient, b.relevance) for b in expected.blocks]
+    for start in (0, 1, -1):
+        for normalize in (False, True):
+            explainer = fastrel.Explainer(model, start_layer=start, normalize_rollout=normalize)
+            row = rollout(maps, start_layer=start, normalize=normalize)[:, 0]
+            assert golden.relative_error(explainer(**given, target=target).relevance, row) < EXACT, (start, normalize)
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_gradients_equal_autograd(name: str) -> None:
+    """∂y_c/∂V, which the gradient lane passes on, from the maps' gradients against autograd on the eager model."""
+    model, given = models.build(name), models.inputs(name, batch=2)
+    target = torch.tensor([2, 4])
+    expected = attention_gradients(model, given, target)
+    blocks = fastrel.Explainer(model).trace(**given, target=target)
+    assert len(blocks) == len(expected) == 3
+    for block, wanted in zip(blocks, expected, strict=True):
+        assert block.gradient is not None
+        rows = block.gradient.shape[-2]
+        assert golden.relative_error(block.gradient[0], wanted[:, :, :rows]) < EXACT
+        assert not wanted[:, :, rows:].any()
+
+
+def attention_gradients(model: torch.nn.Module, given: models.Inputs, target: torch.Tensor) -> list[torch.Tensor]:
+    """∂y_c/∂A of every block by autograd on the eager model, with fused attention spelled out and softmaxes kept."""
+    kept: list[torch.Tensor] = []
+    plain_softmax = F.softmax
+
+    def softmax(x, dim=None, **_):  # type: ignore[no-untyped-def]
+        kept.append(plain_softmax(x, dim))
+        return kept[-1]
+
+    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):  # type: ignore[no-untyped-def]
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        return softmax(scores, -1) @ v
+
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "softmax", softmax)
+        patch.setattr(F, "scaled_dot_product_attention", attention)
+        out = models.logits(model, given)
+    torch.backends.mha.set_fastpath_enabled(fastpath)
+    return list(torch.autograd.grad(out.gather(1, target[:, None]).sum(), kept))
+
+
+@pytest.mark.parametrize("rules", ["positive", "official"])
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_relevance_is_conserved_through_every_block(name: str, rules: str) -> None:
+    """Sum 1 per sample, less what the rules themselves lose: nothing is ever added, and samples keep to themselves."""
+    blocks = fastrel.Explainer(models.build(name), rules=rules).trace(**models.inputs(name), target=1)
+    above = torch.ones(3, dtype=torch.float64)
+    for block in reversed(blocks):
+        assert block.input_relevance is not None
+        total = block.input_relevance[0].flatten(1).sum(1)
+        if rules == "official":
+            assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
+        else:
+            assert (block.input_relevance >= 0).all()
+            assert (total <= above + 1e-12).all()
+            assert (total > 0).all()
+        above = total
+
+
+@pytest.mark.parametrize("rules", ["positive", "official"])
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_a_batch_equals_its_samples(name: str, rules: str) -> None:
+    """Different targets, K targets each, mixed paddings."""
+    model, given = models.build(name), models.inputs(name)
+    explainer = fastrel.Explainer(model, rules=rules)
+    targets = [[0, 3], [5, 5], [2, 1]]
+    batch = explainer(**given, target=targets)
+    assert batch.relevance.shape[:2] == (3, 2)
+    limit = EXACT if rules == "positive" else 1e-7
+    for i, sample in enumerate(models.samples(given)):
+        for k in range(2):
+            single = explainer(**sample, target=targets[i][k])
+            assert single.relevance.dim() == 2
+            assert golden.relative_error(batch.relevance[i, k], single.relevance[0]) < limit, (i, k)
+            assert torch.allclose(batch.logits[i], single.logits[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", models.TEXT)
+def test_padding_gets_zero_and_changes_nothing(name: str) -> None:
+    model, given = models.build(name), models.inputs(name)
+    explainer = fastrel.Explainer(model)
+    padded = explainer(**given, target=2)
+    assert not padded.relevance[given["attention_mask"] == 0].any()
+    longer = {key: torch.cat((x, torch.zeros(3, 7, dtype=x.dtype)), 1) for key, x in given.items()}
+    longest = explainer(**longer, target=2)
+    assert not longest.relevance[:, 12:].any()
+    assert golden.relative_error(longest.relevance[:, :12], padded.relevance) < EXACT
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_logits_are_the_models_own(name: str) -> None:
+    model, given = models.build(name), models.inputs(name)
+    with torch.no_grad():
+        expected = models.logits(model, given)
+    explanation = fastrel.Explainer(model)(**given)
+    if name == "torchvision_vit":  # its eager fast path rounds differently
+        assert golden.relative_error(explanation.logits, expected) < 1e-12
+    else:
+        assert torch.equal(explanation.logits, expected)
+    assert torch.equal(explanation.target, expected.argmax(1))
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_float32_is_within_1e_4_of_float64(name: str) -> None:
+    model, given = models.build(name), models.inputs(name)
+    exact = fastrel.Explainer(model)(**given, target=1).relevance
+    single = {key: x.float() if x.is_floating_point() else x for key, x in given.items()}
+    assert golden.relative_error(fastrel.Explainer(model.float())(**single, target=1).relevance, exact) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_bert"])
+def test_official_in_float32_errs_at_most_twice_as_much_as_the_reference(name: str) -> None:
+    """The official rules amplify rounding, so one input says little (ratios from 0.3 to 4): the mean over eight decides."""
+    ours, theirs = 0.0, 0.0
+    for seed in range(8):
+        model, given, target = models.build(name, seed), models.inputs(name, seed=100 + seed), torch.tensor([1, 5, 0])
+        exact = reference_map(name, model, given, target, torch.float64)
+        theirs += golden.relative_error(reference_map(name, model, given, target, torch.float32), exact)
+        single = {key: x.float() if x.is_floating_point() else x for key, x in given.items()}
+        explanation = fastrel.Explainer(model.float(), rules="official")(**single, target=target)
+        ours += golden.relative_error(explanation.relevance, exact)
+    assert ours <= 2 * theirs
+
+
+def reference_map(
+    name: str, model: torch.nn.Module, given: models.Inputs, target: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The map over all blocks by the reference with the official rules."""
+    params = {key: x.to(dtype) for key, x in model.state_dict().items()}
+    given = {key: x.to(dtype) if x.is_floating_point() else x for key, x in given.items()}
+    result = reference_trace(name, params, given, target, "official")
+    return rollout([gradient_relevance(b.gradient, b.relevance) for b in result.blocks])[:, 0]
