@@ -296,7 +296,7 @@ def test_unsupported_operators_are_refused_by_name(images: Tensor) -> None:
 
 
 def test_models_without_attention_are_refused(images: Tensor) -> None:
-    with pytest.raises(fastrel.UnsupportedModelError, match="no attention was found"):
+    with pytest.raises(fastrel.UnsupportedModelError, match=r"no attention was found"):
         fastrel.Explainer(nn.Sequential(nn.Flatten(), nn.Linear(3072, 4).double()))(images)
 
 
@@ -305,7 +305,7 @@ def test_data_dependent_models_are_refused(images: Tensor) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(fastrel.CaptureError, match="torch.export could not capture Branching"):
+    with pytest.raises(fastrel.CaptureError, match=r"torch\.export could not capture Branching"):
         fastrel.Explainer(Branching())(images)
 
 

@@ -1,0 +1,174 @@
+"""The command line as a user runs it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from fastrel import demo
+from fastrel.cli import main
+from fastrel.demo.score import score
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a small timm model with seven classes."""
+    import timm
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=7).state_dict(), path)
+    return path
+
+
+def test_demo_writes_an_overlay_per_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    samples = demo.sample_paths()
+    assert len(samples) >= 3
+    for sample in samples:
+        assert f"{tmp_path / sample.name}: " in printed
+        with Image.open(tmp_path / sample.name) as picture:
+            assert picture.width > 2 * picture.height
+
+
+def test_one_overlay_per_image_and_target_and_raw_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(path) for path in demo.sample_paths()[:3]]
+    out = tmp_path / "maps"
+    assert main(["explain", *files, "--target", "bag", "0", "--out", str(out), "--npz", "--batch-size", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("top classes") + printed.err.count("top classes") == 3
+    for file in files:
+        stem = Path(file).stem
+        with np.load(out / f"{stem}.npz") as raw:
+            assert raw["target"].tolist() == [8, 0]
+            assert raw["relevance"].shape == (2, 65)
+            assert raw["patches"].shape == (2, 8, 8)
+        for target in (8, 0):
+            with Image.open(out / f"{stem}-{target}.png") as picture:
+                assert picture.size == (64, 64)
+
+
+def test_unreadable_files_are_listed_and_the_others_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = str(demo.sample_paths()[0])
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    truncated = tmp_path / "truncated.png"
+    truncated.write_bytes(Path(good).read_bytes()[:200])
+    files = [str(tmp_path / "broken.png"), good, str(tmp_path / "missing.png"), str(truncated)]
+    assert main(["explain", *files, "--out", str(tmp_path / "out")]) == 1
+    errors = capsys.readouterr().err
+    for name in ("broken.png", "missing.png", "truncated.png"):
+        assert f"not explained: {tmp_path / name}: " in errors
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1
+
+
+def test_pictures_of_the_same_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    files = []
+    for folder, sample in zip(("a", "b"), demo.sample_paths(), strict=False):
+        (tmp_path / folder).mkdir()
+        files.append(tmp_path / folder / "scene.png")
+        files[-1].write_bytes(sample.read_bytes())
+    assert main(["explain", *map(str, files), "--target", "1", "--out", str(tmp_path / "out")]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["scene-1.png", "scene-2-1.png"]
+
+
+def test_a_timm_model_with_own_weights(weights: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 200, 3), np.uint8)).save(tmp_path / "x.jpg")
+    command = ["explain", str(tmp_path / "x.jpg"), "--model", "vit_tiny_patch16_224", "--weights", str(weights)]
+    assert main([*command, "--target", "6", "--start-layer", "-1", "--out", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "x-6.png") as picture:
+        assert picture.size == (224, 224)
+
+
+def bert_folder(tmp_path: Path) -> Path:
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "grip", "##ping", "clever", "film", ","]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        vocab_size=len(vocabulary),
+        id2label={0: "negative", 1: "positive"},
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_text_becomes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bert_folder(tmp_path)
+    text = "a gripping, clever film"
+    out = tmp_path / "map.html"
+    assert main(["explain", "--text", text, "--model", str(folder), "--target", "0", "positive", "--out", str(out)]) == 0
+    page = out.read_text()
+    assert ">gripping</span>" in page
+    assert page.index("negative") < page.index("positive")
+    assert "gripping" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "--out", "o"], "nothing to explain: give picture files, or --text"),
+        (["explain", "x.png", "--model", "vit_nonsense", "--out", "o"], "timm knows no model 'vit_nonsense'"),
+        (
+            ["explain", "x.png", "--model", "vit_tiny_patch16_224", "--weights", "w.pth", "--out", "o"],
+            "no weights file 'w.pth'",
+        ),
+        (["explain", "x.png", "--target", "unicorn", "--out", "o"], "target 'unicorn' fits 0 classes"),
+        (["explain", "x.png", "--target", "s", "--out", "o"], "fits 7 classes"),
+        (["explain", "x.png", "--target", "10", "--out", "o"], "target 10 is out of range: the model has 10 classes"),
+        (["explain", "--text", "a", "--out", "o.html"], "--text needs --model"),
+        (["explain", "--text", "a", "--model", "/nowhere", "--out", "o.png"], "must name an .html file, not 'o.png'"),
+        (["explain", "--text", "a", "--model", "/nowhere", "--out", "o.html"], "cannot load '/nowhere'"),
+        (["explain", "--text", " ", "--model", "/nowhere", "--out", "o.html"], "--text is empty"),
+        (["explain", "x.png", "--text", "a", "--out", "o"], "give images or --text, not both"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastrel: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="nothing to explain"):
+        main(["explain", "--out", "o", "--debug"])
+
+
+def test_doctor_reports_versions_devices_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in printed
+    assert "torch         available" in printed
+    for backend in ("cpp", "triton", "cuda"):
+        assert f"{backend:<14}" in printed
+
+
+@pytest.mark.parametrize("command", [[], ["explain"], ["demo"], ["doctor"]])
+def test_help_is_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: fastrel" in capsys.readouterr().out
+
+
+def test_maps_of_the_shipped_model_find_their_object() -> None:
+    """Class-specific maps light up the object of their class; what is blind to the class cannot."""
+    model = demo.load_model()
+    attribution, rollout, attention = (score(model, m) for m in ("transformer_attribution", "rollout", "raw_attention"))
+    assert attribution.energy > 2 * rollout.energy
+    assert attribution.energy > 2 * attention.energy
+    assert attribution.pointing > 0.85
