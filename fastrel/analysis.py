@@ -121,8 +121,8 @@ def _active(captured: Captured, nodes: Sequence[fx.Node]) -> set[fx.Node]:
             if node in varying and _is_float(node):
                 active.add(node)
             continue
-        if any(n in varying for n in node.all_input_nodes):
-            varying.add(node)
+        if isinstance(node.meta.get("val"), (Tensor, list, tuple)) and any(n in varying for n in node.all_input_nodes):
+            varying.add(node)  # sizes do not count
         if node.op != "call_function" or not (_is_float(node) or isinstance(node.meta.get("val"), (list, tuple))):
             continue
         looks_up = node.target is aten.embedding.default and node.args[1] in varying

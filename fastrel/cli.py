@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fastrel import __version__, methods
 from fastrel.commands import demo, doctor, explain
 from fastrel.errors import FastrelError
+from fastrel.explainer import RULES
 
 EPILOG = """\
 exit codes: 0 all went well, 1 some inputs could not be explained (the others were), 2 nothing could be done
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--method", default="transformer_attribution", choices=list(methods.METHODS), help="default: %(default)s"
     )
-    sub.add_argument("--rules", default="positive", choices=["positive", "official"], help="default: %(default)s")
+    sub.add_argument("--rules", default="positive", choices=RULES, help="default: %(default)s")
     sub.add_argument(
         "--start-layer", type=int, metavar="N", help="first attention block, negative from the output (default: 0)"
     )
@@ -81,9 +82,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--npz", action="store_true", help="also write the raw maps, one .npz per image")
     sub.set_defaults(run=explain.run)
 
+    sub = commands.add_parser("methods", parents=[common], help="the attribution methods, their sources and costs")
+    sub.set_defaults(run=list_methods)
+
     sub = commands.add_parser("doctor", parents=[common], help="versions, devices and backends, with reasons")
     sub.set_defaults(run=doctor.run)
     return parser
+
+
+def list_methods(options: argparse.Namespace) -> int:
+    """`fastrel methods`."""
+    for method in methods.METHODS.values():
+        print(f"{method.name}\n    {method.summary}\n    {method.source}; cost in forward passes: {method.cost}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

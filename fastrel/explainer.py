@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.utils._pytree as pytree
@@ -14,10 +14,12 @@ from fastrel import backends, methods
 from fastrel.capture import Captured, Signature, capture, evaluation_mode, in_order
 from fastrel.errors import CaptureError, InputError, UnsupportedModelError
 from fastrel.explanation import BlockTrace, Explanation, check_finite
+from fastrel.methods.integrated_gradients import integrated_gradients
+from fastrel.reference.rules import Rules
 from fastrel.targets import Seeds, Target, class_seeds, function_seeds
 from fastrel.transform import Program, transform
 
-RULES = ("positive", "official")
+RULES = get_args(Rules)
 
 
 class Explainer:
@@ -32,6 +34,7 @@ class Explainer:
         model: a module that returns class logits [B, C], or anything holding them (a Hugging Face output, a dict, a tuple).
         method: one of `fastrel.methods.METHODS`.
         rules: "positive" (default): eq. (5) in every layer. "official": the published code, whose maps depend on rounding.
+            "original_lrp": the published code's baseline LRP, which doubles relevance in every linear layer.
         start_layer: first attention block of the chain, counted from the input; negative from the output. Default: the
             method's own, 0 for transformer attribution.
         normalize_rollout: scale the rows of I + M to sum 1, as the published code does for BERT. Default: the method's own,
@@ -192,7 +195,10 @@ class Prediction:
         """
         check_finite("the model's output", self.logits)
         seeds, program, saved = self._seed(target)
-        row, grid, _ = self._reverse(program, seeds, saved)
+        if self._explainer.method.reading == "steps":
+            row = grid = self._along_path(seeds)
+        else:
+            row, grid, _ = self._reverse(program, seeds, saved)
         relevance = row.flatten(2).transpose(0, 1)
         check_finite("the explanation", relevance)
         patches = None if grid is None else grid.transpose(0, 1)
@@ -218,6 +224,23 @@ class Prediction:
             starts += [gradient, relevance, row]
         with torch.no_grad():
             return program.reverse(*starts, *saved)
+
+    def _along_path(self, seeds: Seeds) -> Tensor:
+        """Integrated gradients of the seeded outputs [K, B, H, W]."""
+        position = [i for i, x in enumerate(self._values) if x is self._inputs[0]]
+        if len(self._inputs) != 1 or self._inputs[0].dim() != 4 or not position:
+            raise InputError("integrated_gradients explains models of one image input [B, C, H, W]")
+        maps = []
+        for weights in seeds.gradient[0]:
+
+            def score(image: Tensor, weights: Tensor = weights) -> Tensor:
+                values = [*self._values[: position[0]], image, *self._values[position[0] + 1 :]]
+                outputs, _ = self._program.forward(*values)
+                repeats = len(image) // len(weights)
+                return (outputs[self._program.leaves[0]] * weights.repeat(repeats, 1)).sum(1)
+
+            maps.append(integrated_gradients(score, self._inputs[0]))
+        return torch.stack(maps)
 
     def _trace(self, target: Target) -> list[BlockTrace]:
         seeds = class_seeds(self.logits, target)

@@ -56,7 +56,8 @@ class Transform:
 
     def __init__(self, captured: Captured, method: Method, rules: str, leaves: Sequence[int], trace: bool) -> None:
         self.captured, self.method, self.trace = captured, method, trace
-        self.official = rules == "official"
+        self.rules = rules
+        self.published = rules != "positive"
         self.analysis = Analysis(captured, [captured.outputs[i] for i in leaves], method.start_layer)
         self.emit = Emitter(captured.graph)
         self.records: list[tuple[tuple[int, str], fx.Node]] = []
@@ -65,7 +66,8 @@ class Transform:
         self._unnormalized = False
         self._blocks_left = len(self.analysis.blocks)
         self._block = self.analysis.total_blocks
-        if trace:
+        self.attention_maps: list[fx.Node] = []
+        if trace or method.lane:
             self.analysis.needed = set(self.analysis.active)
 
     # What rules ask.
@@ -188,14 +190,22 @@ class Transform:
         self._seed()
         result: tuple[fx.Node, Lane] | None = None
         nodes = [n for n in reversed(self.captured.graph.nodes) if n in self.analysis.active]
+        pixels = self.method.reading == "pixels"
         for node in nodes:
             lanes = self._collect(node)
             if lanes is None:
                 continue
-            if lanes.row and not self._blocks_left and not any(p.row for p in self._pending.values()):
-                result = (node, self.dense(lanes.row.lane, node, is_row=True))
+            if pixels and node.op == "placeholder":
+                result = (node, self._reading(node, lanes))
                 break
+            if lanes.row and not self._blocks_left and not any(p.row for p in self._pending.values()):
+                if not pixels:
+                    result = (node, self._reading(node, lanes))
+                    break
+                lanes = lanes._replace(row=None)
             rule = rule_for(node)
+            if rule is None and pixels and node.target is aten.embedding.default:
+                break
             if rule is None:
                 raise UnsupportedModelError(
                     f"no relevance rule for {describe(node)}, which lies above attention block {self._block - 1} of "
@@ -203,9 +213,13 @@ class Transform:
                 )
             rule(self, node, lanes)
         if result is None:
-            raise UnsupportedModelError("the attention maps of this model do not lead back to one sequence of tokens")
-        grid = self._grid(nodes[nodes.index(result[0]) :], *result)
-        row = self._tokens(*result)
+            raise UnsupportedModelError(
+                "the model takes no floating-point input: read this method at its tokens instead"
+                if pixels
+                else "the attention maps of this model do not lead back to one sequence of tokens"
+            )
+        row = self._squeeze(*result)
+        grid = row if pixels else self._grid(nodes[nodes.index(result[0]) :], *result)
         self.emit.output((row, grid, [node for _, node in self.records]))
         forward, reverse = self.emit.modules(self.captured.outputs)
         leaves = tuple(self.captured.outputs.index(leaf) for leaf in self.analysis.leaves)
@@ -231,19 +245,19 @@ class Transform:
         if pending is None or not (pending.grad or pending.rel or pending.row):
             return None
         rel = pending.rel
-        if self.official and len(rel) > 1:
-            rel = [self._official_clone(node, lane) for lane in rel]
+        if self.published and len(rel) > 1:
+            rel = [self._published_clone(node, lane) for lane in rel]
         lanes = Lanes(self._sum(node, pending.grad), self._sum(node, rel), self._merge_rows(node, pending.row))
         if lanes.rel and self._meets_residual(pending.row):
             self.record(self._block, "input_relevance", self.dense(lanes.rel, node).node)
         return lanes
 
-    def _official_clone(self, node: fx.Node, lane: Lane) -> Lane:
+    def _published_clone(self, node: fx.Node, lane: Lane) -> Lane:
         """The published code's fan-out: x ⊙ Σ (R_i ⊘ x)."""
         if lane.rows and axes_.is_feature(self.axes(node)[lane.rows.dim]):
             return lane
         x = self.value(node, lane.rows)
-        return Lane(self.emit.call(torch.mul, x, self.emit.call(safe_divide, lane.node, x, "official")), lane.rows)
+        return Lane(self.emit.call(torch.mul, x, self.emit.call(safe_divide, lane.node, x, self.rules)), lane.rows)
 
     def _sum(self, node: fx.Node, lanes: Sequence[Lane], is_row: bool = False) -> Lane | None:
         """Lanes of one value added up, as sparse as they allow."""
@@ -299,11 +313,30 @@ class Transform:
 
     # The result.
 
-    def _tokens(self, node: fx.Node, row: Lane) -> fx.Node:
-        """The row [K, B, …] of the value where the chain ends, without its feature dimensions."""
-        return self._squeeze(node, row)
+    def _reading(self, node: fx.Node, lanes: Lanes) -> Lane:
+        """The explanation at the value where it is read, with size 1 in feature dimensions."""
+        if self.method.reading == "maps":
+            assert lanes.row
+            assert self.method.combine
+            row = self._squeeze(node, self.dense(lanes.row.lane, node, is_row=True))
+            combined = self.emit.call(self.method.combine, row, *reversed(self.attention_maps))
+            shape = [dim + 1 for dim, axis in enumerate(self.axes(node)) if axes_.is_feature(axis)]
+            for dim in shape:
+                combined = self.emit.call(aten.unsqueeze.default, combined, dim)
+            return Lane(combined)
+        if self.method.lane is None:
+            assert lanes.row
+            return self.dense(lanes.row.lane, node, is_row=True)
+        lane = lanes.rel if self.method.lane == "relevance" else lanes.grad
+        assert lane
+        dense = self.dense(lane, node).node
+        if self.method.lane == "gradient":
+            dense = self.emit.call(torch.mul, dense, self.value(node))
+        features = [dim + 1 for dim, axis in enumerate(self.axes(node)) if axes_.is_feature(axis)]
+        return Lane(self.emit.call(aten.sum.dim_IntList, dense, features, True))
 
     def _squeeze(self, node: fx.Node, row: Lane) -> fx.Node:
+        """A row without its feature dimensions, [K, B, …]."""
         features = [dim + 1 for dim, axis in enumerate(self.axes(node)) if axes_.is_feature(axis)]
         return self.emit.call(aten.squeeze.dims, row.node, features) if features else row.node
 

@@ -48,7 +48,7 @@ def load_model() -> nn.Module:
 
 def to_input(scenes: np.ndarray) -> Tensor:
     """Scenes [B, 64, 64] (grey) or [B, 64, 64, 3], uint8 -> model input [B, 3, 64, 64] float32."""
-    x = torch.from_numpy(np.ascontiguousarray(scenes)).float() / 255
+    x = torch.from_numpy(np.array(scenes)).float() / 255
     x = x[:, None].expand(-1, 3, -1, -1) if x.dim() == 3 else x.permute(0, 3, 1, 2)
     return ((x - MEAN) / STD).contiguous()
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from fastrel.ops.library import define
-from fastrel.reference import rules
+from fastrel.reference import rules as R
 
 #: What an attention block contributes to the rollout, M [B, Tq, Tk], from its A, ∇A and R_A [B, h, Tq, Tk].
-UPDATES = ("gradient_relevance", "gradient_attention", "relevance", "attention")
+UPDATES = ("gradient_relevance", "gradient_attention", "gradcam", "relevance", "attention")
 
 
 def attention_probabilities(
@@ -24,13 +24,13 @@ def attention_probabilities(
     return scores.softmax(-1).nan_to_num(0.0)
 
 
-def _through_mask(q: Tensor, k: Tensor, mask: Tensor | None, rel: Tensor, scale: float) -> Tensor:
+def _through_mask(q: Tensor, k: Tensor, mask: Tensor | None, rel: Tensor, scale: float, rules: R.Rules) -> Tensor:
     """The published code adds the mask to the scores by a residual add, and drops the mask's share."""
     if mask is None:
         return rel
     scores = (q @ k.mT) * scale
     bias = torch.where(mask, 0.0, -10000.0) if mask.dtype == torch.bool else mask
-    return rules.add(scores, bias.to(scores.dtype).expand_as(scores), rel, "official")[0]
+    return R.add(scores, bias.to(scores.dtype).expand_as(scores), rel, rules)[0]
 
 
 def _update(attn: Tensor | None, grad: Tensor | None, rel: Tensor | None, update: str) -> Tensor:
@@ -42,9 +42,21 @@ def _update(attn: Tensor | None, grad: Tensor | None, rel: Tensor | None, update
         assert rel is not None
         return rel.clamp(min=0).mean(-3)
     assert grad is not None
+    if update == "gradcam":
+        assert attn is not None
+        return (_head_weights(grad) * attn).mean(-3).clamp(min=0)
     other = rel if update == "gradient_relevance" else attn
     assert other is not None
     return (grad * other).clamp_(min=0).mean(-3)
+
+
+def _head_weights(grad: Tensor) -> Tensor:
+    """Grad-CAM's weight of each head: its mean gradient over the keys other than the query's own, [..., h, Tq, 1].
+
+    grad [..., h, Tq, Tk], query i being token i.
+    """
+    own = torch.eye(*grad.shape[-2:], dtype=torch.bool, device=grad.device)
+    return grad.masked_fill(own, 0).sum(-1, keepdim=True) / max(1, grad.shape[-1] - 1)
 
 
 def _rollout_row(row: Tensor, m: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -69,7 +81,7 @@ def _attention_relevance(
     scale: float,
     is_causal: bool,
     query_start: int,
-    official: bool,
+    rules: R.Rules,
     update: str,
     normalize: bool,
     inputs: bool,
@@ -79,16 +91,15 @@ def _attention_relevance(
     q [*B, h, Tq, d], k, v [*B, h, Tk, d], rel and grad [K, *B, h, Tq, d], row [K, *B, Tq] -> rel_q, rel_k, rel_v, grad_q,
     grad_k, grad_v (where `inputs`), kept, through (where there is a row).
     """
-    rule: rules.Rules = "official" if official else "positive"
     none = q.new_empty(0)
     rel_q = rel_k = rel_v = grad_q = grad_k = grad_v = kept = through = none
     attn = attention_probabilities(q, k, mask, scale, is_causal, query_start)
     rel_attn = grad_attn = None
     if rel is not None:
-        rel_attn, rel_v = rules.attention_value(attn, v, rel, rule)
+        rel_attn, rel_v = R.attention_value(attn, v, rel, rules)
         if inputs:
-            rel_scores = _through_mask(q, k, mask, rel_attn, scale) if official else rel_attn
-            rel_q, rel_k = rules.query_key(q, k, rel_scores, rule)
+            rel_scores = rel_attn if rules == "positive" else _through_mask(q, k, mask, rel_attn, scale, rules)
+            rel_q, rel_k = R.query_key(q, k, rel_scores, rules)
         else:
             rel_v = none
     if grad is not None:
@@ -114,7 +125,7 @@ def _attention_relevance_fake(
     scale: float,
     is_causal: bool,
     query_start: int,
-    official: bool,
+    rules: R.Rules,
     update: str,
     normalize: bool,
     inputs: bool,
@@ -130,7 +141,7 @@ def _attention_relevance_fake(
 
 attention_relevance = define(
     "attention_relevance(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? rel, Tensor? grad, Tensor? row, float scale,"
-    " bool is_causal, int query_start, bool official, str update, bool normalize, bool inputs)"
+    " bool is_causal, int query_start, str rules, str update, bool normalize, bool inputs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_relevance,
     _attention_relevance_fake,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastrel.ops.library import define
-from fastrel.reference.rules import safe_divide
+from fastrel.reference.rules import Rules, linear, safe_divide
 
 
 def _reference(
@@ -13,19 +13,22 @@ def _reference(
     bias: Tensor | None,
     rel: Tensor,
     grad: Tensor | None,
-    official: bool,
+    rules: Rules,
 ) -> tuple[Tensor, Tensor]:
     """x⁺w⁺ + x⁻w⁻ = (xw + |x||w|)/2, so Z = ½(xWᵀ + |x||W|ᵀ) and R' = ½(x ⊙ (S W) + |x| ⊙ (S|W|)).
 
     xWᵀ is the layer's own output without its bias: passing `y` saves that product.
     x [*, in], weight [out, in], y [*, out], rel and grad [K, *, out] -> rel_in, grad_in [K, *, in].
     """
+    grad_in = x.new_empty(0) if grad is None else grad @ weight
+    if rules == "original_lrp":
+        return linear(x, weight, rel, rules), grad_in
     x_abs, w_abs = x.abs(), weight.abs()
     signed = x @ weight.mT if y is None else y if bias is None else y - bias
     z = (signed + x_abs @ w_abs.mT) / 2
-    s = safe_divide(rel, z, "official" if official else "positive")
+    s = safe_divide(rel, z, rules)
     rel_in = (x * (s @ weight) + x_abs * (s @ w_abs)) / 2
-    return rel_in, x.new_empty(0) if grad is None else grad @ weight
+    return rel_in, grad_in
 
 
 def _fake(
@@ -35,14 +38,14 @@ def _fake(
     bias: Tensor | None,
     rel: Tensor,
     grad: Tensor | None,
-    official: bool,
+    rules: Rules,
 ) -> tuple[Tensor, Tensor]:
     rel_in = rel.new_empty((*rel.shape[:-1], weight.shape[1]))
     return rel_in, x.new_empty(0) if grad is None else grad.new_empty((*grad.shape[:-1], weight.shape[1]))
 
 
 zplus_linear = define(
-    "zplus_linear(Tensor x, Tensor weight, Tensor? y, Tensor? bias, Tensor rel, Tensor? grad, bool official)"
+    "zplus_linear(Tensor x, Tensor weight, Tensor? y, Tensor? bias, Tensor rel, Tensor? grad, str rules)"
     " -> (Tensor, Tensor)",
     _reference,
     _fake,

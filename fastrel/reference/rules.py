@@ -4,9 +4,10 @@ Notation: x is the input of a layer, R the relevance of its output, R' the relev
 batch-correct: dimension 0 of the activations is the batch, and nothing is summed across it. Relevances may carry extra
 leading dimensions (several targets of one input).
 
-Two rule sets. `official` reproduces the method's published code, including its `safe_divide`. `positive` applies eq. (5),
+Three rule sets. `official` reproduces the method's published code, including its `safe_divide`. `positive` applies eq. (5),
 which keeps only contributions with x·w >= 0, to residual adds and attention products too, so that every denominator is
-a sum of non-negative terms; 0/0 is 0.
+a sum of non-negative terms; 0/0 is 0. `original_lrp` is the published code of the baseline "LRP": like `official`, but a
+linear layer divides by its two sums separately, which doubles relevance, and residual adds are not normalised.
 """
 
 from collections.abc import Callable
@@ -16,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Rules = Literal["positive", "official"]
+Rules = Literal["positive", "official", "original_lrp"]
 
 OFFICIAL_EPSILON = 1e-9
 
 
 def safe_divide(a: Tensor, b: Tensor, rules: Rules = "positive") -> Tensor:
-    """a / b, and 0 where b = 0. `official` adds 1e-9 to b whatever its sign, like the published code."""
-    if rules == "official":
+    """a / b, and 0 where b = 0. The published code adds 1e-9 to b whatever its sign."""
+    if rules != "positive":
         shifted = b + OFFICIAL_EPSILON
         return torch.where(b == 0, 0.0, a / torch.where(shifted == 0, OFFICIAL_EPSILON, shifted))
     tiny = torch.finfo(b.dtype).tiny
@@ -34,14 +35,19 @@ def linear(x: Tensor, weight: Tensor, rel: Tensor, rules: Rules = "positive") ->
     """Eq. (5), the z+ rule; the bias takes no part.
 
     Z = x⁺W⁺ᵀ + x⁻W⁻ᵀ,  S = R ⊘ Z,  R' = x⁺ ⊙ (S W⁺) + x⁻ ⊙ (S W⁻).   x [..., in], weight [out, in], rel [..., out].
+    original_lrp: a Z and an S for each of the two products.
     """
     x_pos, x_neg, w_pos, w_neg = x.clamp(min=0), x.clamp(max=0), weight.clamp(min=0), weight.clamp(max=0)
-    s = safe_divide(rel, x_pos @ w_pos.mT + x_neg @ w_neg.mT, rules)
-    return x_pos * (s @ w_pos) + x_neg * (s @ w_neg)
+    z_pos, z_neg = x_pos @ w_pos.mT, x_neg @ w_neg.mT
+    if rules == "original_lrp":
+        s_pos, s_neg = safe_divide(rel, z_pos, rules), safe_divide(rel, z_neg, rules)
+    else:
+        s_pos = s_neg = safe_divide(rel, z_pos + z_neg, rules)
+    return x_pos * (s_pos @ w_pos) + x_neg * (s_neg @ w_neg)
 
 
 def add(u: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[Tensor, Tensor]:
-    """Residual add u + v. `official`: eq. (9), normalised over the sample. `positive`: eq. (5).
+    """Residual add u + v. `official`: eq. (9), normalised over the sample (`original_lrp`: not). `positive`: eq. (5).
 
     positive: σ = sign(u+v), p_u = (σu)⁺, p_v = (σv)⁺, R_u = R p_u ⊘ (p_u + p_v): operands that agree in sign share,
     otherwise the one that wins takes all.
@@ -53,6 +59,8 @@ def add(u: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[T
         return p_u * s, p_v * s
     s = safe_divide(rel, u + v, rules)
     a, b = u * s, v * s
+    if rules == "original_lrp":
+        return a, b
     sample = tuple(range(-u.dim() + 1, 0))
     sum_a, sum_b, total = (t.sum(sample, keepdim=True) for t in (a, b, rel))
     weight_a = safe_divide(sum_a.abs(), sum_a.abs() + sum_b.abs(), rules) * total
@@ -75,7 +83,7 @@ def query_key(q: Tensor, k: Tensor, rel: Tensor, rules: Rules = "positive") -> t
 
     positive: Z = Q⁺K⁺ᵀ + Q⁻K⁻ᵀ,  S = R ⊘ Z,  R_Q = ½ (Q⁺ ⊙ (S K⁺) + Q⁻ ⊙ (S K⁻)), R_K alike.
     """
-    if rules == "official":
+    if rules != "positive":
         s = safe_divide(rel, q @ k.mT, rules)
         return q * (s @ k) / 2, k * (s.mT @ q) / 2
     q_pos, q_neg, k_pos, k_neg = q.clamp(min=0), q.clamp(max=0), k.clamp(min=0), k.clamp(max=0)
@@ -102,7 +110,7 @@ def mean(x: Tensor, rel: Tensor, dims: list[int], rules: Rules = "positive") -> 
 
     positive: σ = sign(Σx), p = (σx)⁺, R' = p ⊙ (R ⊘ Σp), eq. (5) as for the residual add.
     """
-    if rules == "official":
+    if rules != "positive":
         average = x.mean(dims, keepdim=True)
         return x * safe_divide(rel, average, rules) * (average.numel() / x.numel())
     part = (torch.sign(x.sum(dims, keepdim=True)) * x).clamp(min=0)

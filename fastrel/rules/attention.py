@@ -51,7 +51,7 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
         float(scale),
         bool(is_causal),
         start,
-        t.official,
+        t.rules,
         t.method.update,
         t.method.normalize,
         inputs,
@@ -59,12 +59,14 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
     *lanes, kept, through = t.emit.parts(call, 8)
     if block is not None and t.trace:
         args = (*attention, rel.node if rel else None, grad.node if grad else None)
-        maps = t.emit.call(attention_maps, *args, float(scale), bool(is_causal), start, t.official)
+        maps = t.emit.call(attention_maps, *args, float(scale), bool(is_causal), start, t.rules)
         for name, part in zip(("attention", "gradient", "relevance"), t.emit.parts(maps, 3), strict=True):
             t.record(block, name, part)
         t.record(block, "value_relevance", lanes[2])
     for i, x in enumerate((q, k, v)):
         own_rows = rows if i == 0 else None
+        if t.method.attnlrp:
+            lanes[3 + i] = t.emit.call(torch.mul, lanes[3 + i], 0.5 if i == 2 else 0.25)
         t.give(
             x,
             grad=Lane(lanes[3 + i], own_rows) if grad and inputs else None,
@@ -72,6 +74,9 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
         )
     if entering:
         _give_row(t, v, query_dim, rows, entering, kept, through)
+    if block is not None and t.method.reading == "maps":
+        maps = t.emit.call(attention_maps, *attention, None, None, float(scale), bool(is_causal), start, t.rules)
+        t.attention_maps.append(t.emit.parts(maps, 3)[0])
 
 
 def _common_rows(out: Lanes, dim: int) -> Rows | None:
@@ -117,13 +122,13 @@ def attention_maps(
     scale: float,
     is_causal: bool,
     query_start: int,
-    official: bool,
+    rules: reference.Rules,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A, ∂y/∂A and the relevance of A, for traces: what the fused operator does not keep."""
     attn = attention_probabilities(q, k, mask, scale, is_causal, query_start)
     relevance = None
     if rel is not None:
-        relevance = reference.attention_value(attn, v, rel, "official" if official else "positive")[0]
+        relevance = reference.attention_value(attn, v, rel, rules)[0]
     return attn, None if grad is None else grad @ v.mT, relevance
 
 
@@ -141,11 +146,13 @@ def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
     rel_a = rel_b = grad_a = grad_b = None
     if rel:
         share = reference.attention_value if is_attention else _left_right
-        call = t.emit.call(share, a, b, rel.node, "official" if t.official else "positive")
+        call = t.emit.call(share, a, b, rel.node, t.rules)
         rel_a, rel_b = t.emit.parts(call, 2)
     if grad:
         grad_a = t.emit.call(torch.matmul, grad.node, t.emit.call(getattr, b, "mT"))
         grad_b = t.emit.call(torch.matmul, t.emit.call(getattr, a, "mT"), grad.node)
+        if t.method.attnlrp:
+            grad_a, grad_b = (t.emit.call(torch.mul, lane, 0.5) for lane in (grad_a, grad_b))
     block = t.enter_block(node) if is_attention else None
     if block is not None:
         if ndim != 4:
@@ -155,6 +162,7 @@ def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
         ):
             if part is not None:
                 t.record(block, name, part)
+        t.attention_maps.append(a)
         if out.row:
             _roll(t, node, right, rows, out.row, t.emit.call(ops.attention_update, a, grad_a, rel_a, t.method.update))
     t.give(left, Lane(grad_a, rows) if grad_a else None, Lane(rel_a, rows) if rel_a else None)

@@ -38,6 +38,6 @@ def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, o
     if rel is None:
         return (Lane(t.emit.call(torch.matmul, grad.node, weight), grad.rows) if grad else None), None
     values = (t.value(x, rel.rows), weight, t.value(node, rel.rows), bias)
-    call = t.emit.call(ops.zplus_linear, *values, rel.node, grad.node if grad else None, t.official)
+    call = t.emit.call(ops.zplus_linear, *values, rel.node, grad.node if grad else None, t.rules)
     rel_in, grad_in = t.emit.parts(call, 2)
     return (Lane(grad_in, rel.rows) if grad else None), Lane(rel_in, rel.rows)

@@ -45,11 +45,18 @@ def activation(t: Transform, node: fx.Node, out: Lanes) -> None:
 
     def grad(lane: Lane) -> Lane:
         value = t.value(x, lane.rows)
+        if t.method.attnlrp:
+            return Lane(t.emit.call(identity_slope, lane.node, value, t.value(node, lane.rows)), lane.rows)
         if node.target is aten.gelu.default:
             return Lane(t.emit.call(gelu_backward, lane.node, value, *rest), lane.rows)
         return Lane(t.emit.call(activation_grad, node.target, lane.node, value, *rest), lane.rows)
 
     t.pass_through(x, out, grad)
+
+
+def identity_slope(lane: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """AttnLRP's rule for activation functions, relevance unchanged: in terms of gradients, lane ⊙ y/x."""
+    return lane * torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
 
 
 def gelu_backward(lane: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
@@ -69,7 +76,7 @@ def add(t: Transform, node: fx.Node, out: Lanes) -> None:
     minus = node.target in (aten.sub.Tensor, aten.sub.Scalar)
     operands = [x for x in (u, v) if t.is_active(x)]
     rels: list[Lane | None] = [out.rel] * len(operands)
-    shares = len(operands) == 2 or (t.official and isinstance(u, fx.Node) and isinstance(v, fx.Node))
+    shares = len(operands) == 2 or (t.published and isinstance(u, fx.Node) and isinstance(v, fx.Node))
     if out.rel and shares and any(t.wants(x) for x in operands):
         if len(operands) == 2 and t.analysis.roots[node] is not node:
             rels = [None, None]
@@ -93,7 +100,7 @@ def _share(t: Transform, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | N
     if minus:
         values[1] = t.emit.call(torch.neg, values[1])
     batch = next((i for i, axis in enumerate(t.axes(node)) if any(role == "batch" for _, role in axis)), 0)
-    call = t.emit.call(ops.residual_add, *values, rel.node, batch, t.official)
+    call = t.emit.call(ops.residual_add, *values, rel.node, batch, t.rules)
     return [Lane(part, rel.rows) for part in t.emit.parts(call, 2)]
 
 
@@ -134,6 +141,8 @@ def mul(t: Transform, node: fx.Node, out: Lanes) -> None:
         raise UnsupportedModelError(f"{describe(node)} divides by an activation")
     both = t.is_active(u) and t.is_active(v)
     rel = out.rel
+    if both and t.method.attnlrp and out.grad:
+        out = _attnlrp_product(t, node, out, out.grad)
     if both and rel:
         if t.analysis.roots[node] is not node:
             t.give(t.analysis.roots[node], rel=rel)
@@ -149,6 +158,16 @@ def mul(t: Transform, node: fx.Node, out: Lanes) -> None:
             factor = t.value(other, rows, node.meta["val"].dim()) if isinstance(other, fx.Node) else other
             grad = Lane(t.emit.call(torch.div if divide else torch.mul, out.grad.node, factor), rows)
         _give_broadcast(t, x, node, Lanes(grad, rel, out.row))
+
+
+def _attnlrp_product(t: Transform, node: fx.Node, out: Lanes, grad: Lane) -> Lanes:
+    """AttnLRP's rules for a gate, half to each factor, and for x·σ(x), an activation function like others."""
+    root = t.analysis.roots[node]
+    if root is node:
+        return out._replace(grad=Lane(t.emit.call(torch.mul, grad.node, 0.5), grad.rows))
+    values = t.value(root, grad.rows), t.value(node, grad.rows)
+    t.give(root, grad=Lane(t.emit.call(identity_slope, grad.node, *values), grad.rows))
+    return out._replace(grad=None)
 
 
 @rule(aten.rsub.Scalar)

@@ -134,9 +134,9 @@ def _pick(t: Transform, node: fx.Node, x: fx.Node, out: Lanes, dim: int, index: 
             return Lane(picked) if feature else t.dense(Lane(picked, Rows(dim, index, 1)), x, is_row=True)
         return Lane(picked, Rows(dim, index, 1))
 
-    if t.official and out.rel and not feature and t.wants(x):
+    if t.published and out.rel and not feature and t.wants(x):
         value, rel = t.value(node), t.dense(out.rel, node).node
-        shared = t.emit.call(torch.mul, value, t.emit.call(safe_divide, rel, value, "official"))
+        shared = t.emit.call(torch.mul, value, t.emit.call(safe_divide, rel, value, t.rules))
         out = out._replace(rel=Lane(shared))
     t.index_map(x, out, back)
 

@@ -27,14 +27,13 @@ def mean(t: Transform, node: fx.Node, out: Lanes) -> None:
         return node_
 
     grad = rel = None
-    rules = "official" if t.official else "positive"
     count: object = 1
     for dim in over:
         count = t.emit.arith("mul", count, shape[dim])
     if out.grad and t.wants(x):
         grad = Lane(t.emit.call(spread, widen(out.grad), count, *shape))
     if out.rel and t.wants(x):
-        rel = Lane(t.emit.call(reference.mean, t.value(x), widen(out.rel), over, rules))
+        rel = Lane(t.emit.call(reference.mean, t.value(x), widen(out.rel), over, t.rules))
 
     def spread_row(lane: Lane) -> Lane:
         tokens: object = 1

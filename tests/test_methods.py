@@ -1,0 +1,184 @@
+"""Every method against the official code's baselines, and against the libraries that compute the same."""
+
+import networkx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastrel
+from fastrel import methods
+from tests import golden_files as golden
+from tests import models
+from tests.models import golden_bert, golden_vit
+
+VITS, BERTS = ["vit_a", "vit_b"], ["bert_a", "bert_b_padded"]
+VIT_CASES = [(name, target) for name in VITS for target in golden.targets(name)]
+BERT_CASES = [(name, target) for name in BERTS for target in golden.targets(name)]
+
+
+def vit_map(name: str, target: int, method: str, **options: object) -> fastrel.Explanation:
+    explainer = fastrel.Explainer(golden_vit(name), method, **options)  # type: ignore[arg-type]
+    return explainer(golden.tensor(golden.load(name)["input"]), target=target)
+
+
+def unit(x: Tensor) -> Tensor:
+    return (x - x.min()) / (x.max() - x.min())
+
+
+@pytest.mark.parametrize(("name", "target"), VIT_CASES)
+def test_baselines_equal_the_official_code_on_vit(name: str, target: int) -> None:
+    data = golden.load(name)
+
+    def check(ours: Tensor, key: str, limit: float) -> None:
+        assert golden.relative_error(ours, golden.tensor(data[key])) < limit, key
+
+    check(vit_map(name, target, "raw_attention").patches.flatten(), f"t{target}/last_layer_attn", 1e-10)
+    for start in (0, 1):
+        check(
+            vit_map(name, target, "rollout", start_layer=start).patches.flatten(), f"attention_rollout/start{start}", 1e-10
+        )
+        official = vit_map(name, target, "relevance_rollout", start_layer=start, rules="official")
+        check(official.patches.flatten(), f"t{target}/lrp_rollout/start{start}", 1e-6)
+    for rules, prefix in (("official", f"t{target}"), ("original_lrp", f"t{target}/orig_lrp")):
+        check(vit_map(name, target, "partial_lrp", rules=rules).patches.flatten(), f"{prefix}/last_layer", 1e-6)
+        pixels = vit_map(name, target, "lrp_pixels", rules=rules)
+        check(pixels.patches[0], f"{prefix}/full", 1e-6)
+        assert torch.equal(pixels.relevance[0], pixels.patches[0].flatten())
+    gradcam = vit_map(name, target, "attention_gradcam").patches.flatten()
+    expected = golden.tensor(data[f"t{target}/attention_gradcam"])
+    if expected.isnan().all():
+        assert not gradcam.any()  # a constant map: zeros, not the official code's NaN
+    else:
+        assert golden.relative_error(unit(gradcam), expected) < 1e-10
+
+
+@pytest.mark.parametrize(("name", "target"), BERT_CASES)
+def test_baselines_equal_the_official_code_on_bert(name: str, target: int) -> None:
+    data = golden.load(name)
+    given = {key: golden.tensor(data[key]) for key in ("input_ids", "attention_mask")}
+    for method, key in (("partial_lrp", "last_layer"), ("lrp", "full")):
+        row = fastrel.Explainer(golden_bert(name), method, rules="official")(**given, target=target).relevance[0]
+        row[0] = 0
+        assert golden.relative_error(row, golden.tensor(data[f"t{target}/{key}"])) < 1e-6, key
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("name", ["timm_vit", "timm_vit_mean_pooled", "timm_deit_distilled", "hf_vit"])
+def test_every_method_explains_images(name: str, method: str) -> None:
+    """Batched, per-sample targets: a batch equals its samples."""
+    model, given = models.build(name), models.inputs(name, batch=2)
+    explainer = fastrel.Explainer(model, method)
+    batch = explainer(**given, target=[[1, 2], [0, 5]])
+    for i, sample in enumerate(models.samples(given)):
+        single = explainer(**sample, target=[[1, 2], [0, 5]][i][1])
+        assert golden.relative_error(batch.relevance[i, 1], single.relevance[0]) < 1e-10
+        assert golden.relative_error(batch.patches[i, 1], single.patches[0]) < 1e-10
+        assert single.patches.shape[0] == 1
+        assert single.heatmap().shape == (1, *next(iter(given.values())).shape[2:])
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("name", ["hf_bert", "hf_bert_eager", "hf_roberta"])
+def test_every_method_explains_text_or_says_why_not(name: str, method: str) -> None:
+    model, given = models.build(name), models.inputs(name, batch=2)
+    explainer = fastrel.Explainer(model, method)
+    if method == "integrated_gradients":
+        with pytest.raises(fastrel.InputError, match="models of one image input"):
+            explainer(**given)
+    elif method.endswith("_pixels"):
+        with pytest.raises(fastrel.UnsupportedModelError, match="read this method at its tokens"):
+            explainer(**given)
+    else:
+        batch = explainer(**given, target=[1, 4])
+        assert batch.relevance.shape == (2, 12)
+        for i, sample in enumerate(models.samples(given)):
+            single = explainer(**sample, target=[1, 4][i])
+            assert golden.relative_error(batch.relevance[i], single.relevance[0]) < 1e-10
+
+
+def test_gradient_methods_equal_captum() -> None:
+    from captum.attr import InputXGradient, IntegratedGradients
+
+    model, x = models.build("timm_vit"), models.inputs("timm_vit", batch=2)["x"]
+    target = torch.tensor([3, 1])
+    theirs = InputXGradient(model).attribute(x.clone().requires_grad_(), target=target).sum(1)
+    ours = fastrel.Explainer(model, "input_x_gradient_pixels")(x, target=target).patches
+    assert golden.relative_error(ours, theirs) < 1e-10
+    theirs = IntegratedGradients(model).attribute(x, target=target, n_steps=50).sum(1)
+    ours = fastrel.Explainer(model, "integrated_gradients")(x, target=target).patches
+    assert golden.relative_error(ours, theirs) < 1e-10
+
+
+def test_embedding_times_gradient_equals_captum() -> None:
+    from captum.attr import LayerGradientXActivation
+
+    model, given = models.build("hf_bert"), models.inputs("hf_bert", batch=2)
+    target = torch.tensor([3, 1])
+
+    def logits(input_ids: Tensor) -> Tensor:
+        return model(input_ids=input_ids, attention_mask=given["attention_mask"]).logits
+
+    layer = LayerGradientXActivation(logits, model.bert.embeddings)  # type: ignore[arg-type]
+    theirs = layer.attribute(given["input_ids"], target=target).sum(-1)
+    ours = fastrel.Explainer(model, "input_x_gradient")(**given, target=target).relevance
+    assert golden.relative_error(ours, theirs) < 1e-10
+
+
+def test_attnlrp_equals_its_rules_by_autograd() -> None:
+    """The same rules as custom gradients in eager PyTorch: relevance is the token's embedding times that gradient."""
+    model, x, target = models.build("timm_vit"), models.inputs("timm_vit", batch=2)["x"], torch.tensor([2, 4])
+    ours = fastrel.Explainer(model, "attnlrp")(x, target=target).relevance
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "layer_norm", frozen_layer_norm)
+        patch.setattr(F, "gelu", identity_gelu)
+        patch.setattr(F, "scaled_dot_product_attention", halved_attention)
+        tokens = model._pos_embed(model.patch_embed(x)).detach().requires_grad_()  # type: ignore[operator]
+        logits = model.forward_head(model.norm(model.blocks(tokens)))  # type: ignore[operator]
+        (gradient,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), tokens)
+    assert golden.relative_error(ours, (tokens * gradient).sum(-1)) < 1e-10
+
+
+def frozen_layer_norm(x: Tensor, shape: object, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    std = (x.var(-1, correction=0, keepdim=True) + eps).sqrt().detach()
+    return (x - x.mean(-1, keepdim=True)) / std * weight + bias
+
+
+def identity_gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    value = x.detach() * (1 + torch.erf(x.detach() / 2**0.5)) / 2
+    return x * (value / x.detach())
+
+
+def halved_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+    def half(t: Tensor) -> Tensor:
+        return t / 2 + t.detach() / 2
+
+    return half((half(q) @ half(k).mT * q.shape[-1] ** -0.5).softmax(-1)) @ half(v)
+
+
+def test_attention_flow_equals_networkx() -> None:
+    model, x = models.build("timm_vit"), models.inputs("timm_vit", batch=1)["x"]
+    blocks = fastrel.Explainer(model, "rollout").trace(x)
+    ours = fastrel.Explainer(model, "attention_flow")(x).relevance[0]
+    graph = networkx.DiGraph()
+    for depth, block in enumerate(blocks):
+        step = (block.attention[0].mean(0) + torch.eye(17)) / 2
+        for query in range(17):
+            for key in range(17):
+                graph.add_edge((depth + 1, query), (depth, key), capacity=float(step[query, key]))
+    for token in (0, 1, 9):
+        flow = networkx.maximum_flow_value(graph, (len(blocks), 0), (0, token))
+        assert abs(float(ours[token]) - flow) < 1e-4
+
+
+def test_attention_flow_refuses_what_would_take_minutes() -> None:
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224").eval()
+    with pytest.raises(fastrel.InputError, match="12 blocks of 197 tokens has 465708 edges, more than 400000"):
+        fastrel.Explainer(model, "attention_flow")(torch.randn(1, 3, 224, 224))
+
+
+def test_rules_say_which_they_are() -> None:
+    with pytest.raises(fastrel.InputError, match="choose one of positive, official, original_lrp"):
+        fastrel.Explainer(models.build("timm_vit"), rules="zplus")
