@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -50,10 +49,9 @@ def _classes(logits: Tensor, target: Any) -> Tensor:
     batch, count = logits.shape
     if target is None:
         return logits.argmax(1)
-    try:
-        classes = torch.full((batch,), operator.index(target), device=logits.device)
-    except TypeError:
-        classes = torch.as_tensor(target, device=logits.device)
+    if isinstance(target, int) and not isinstance(target, bool):
+        target = [target] * batch
+    classes = torch.as_tensor(target, device=logits.device)
     if classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex():
         raise InputError(f"target must hold class indices, not {classes.dtype}: {target!r}")
     if classes.dim() not in (1, 2) or len(classes) != batch or classes.numel() == 0:

@@ -67,6 +67,7 @@ class Transform:
         self._blocks_left = len(self.analysis.blocks)
         self._block = self.analysis.total_blocks
         self.attention_maps: list[fx.Node] = []
+        self.read_row: fx.Node | None = None  # what the head reads of the last block, [K, B, Tq]
         if trace or method.lane:
             self.analysis.needed = set(self.analysis.active)
 
@@ -316,10 +317,9 @@ class Transform:
     def _reading(self, node: fx.Node, lanes: Lanes) -> Lane:
         """The explanation at the value where it is read, with size 1 in feature dimensions."""
         if self.method.reading == "maps":
-            assert lanes.row
             assert self.method.combine
-            row = self._squeeze(node, self.dense(lanes.row.lane, node, is_row=True))
-            combined = self.emit.call(self.method.combine, row, *reversed(self.attention_maps))
+            assert self.read_row
+            combined = self.emit.call(self.method.combine, self.read_row, *reversed(self.attention_maps))
             shape = [dim + 1 for dim, axis in enumerate(self.axes(node)) if axes_.is_feature(axis)]
             for dim in shape:
                 combined = self.emit.call(aten.unsqueeze.default, combined, dim)

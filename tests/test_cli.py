@@ -123,7 +123,7 @@ def test_text_becomes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             "no weights file 'w.pth'",
         ),
         (["explain", "x.png", "--target", "unicorn", "--out", "o"], "target 'unicorn' fits 0 classes"),
-        (["explain", "x.png", "--target", "s", "--out", "o"], "fits 7 classes"),
+        (["explain", "x.png", "--target", "s", "--out", "o"], "fits 6 classes"),
         (["explain", "x.png", "--target", "10", "--out", "o"], "target 10 is out of range: the model has 10 classes"),
         (["explain", "--text", "a", "--out", "o.html"], "--text needs --model"),
         (["explain", "--text", "a", "--model", "/nowhere", "--out", "o.png"], "must name an .html file, not 'o.png'"),
@@ -169,6 +169,5 @@ def test_maps_of_the_shipped_model_find_their_object() -> None:
     """Class-specific maps light up the object of their class; what is blind to the class cannot."""
     model = demo.load_model()
     attribution, rollout, attention = (score(model, m) for m in ("transformer_attribution", "rollout", "raw_attention"))
-    assert attribution.energy > 2 * rollout.energy
-    assert attribution.energy > 2 * attention.energy
-    assert attribution.pointing > 0.85
+    assert attribution.energy > 1.8 * max(rollout.energy, attention.energy)
+    assert attribution.pointing > 2.5 * max(rollout.pointing, attention.pointing)

@@ -64,7 +64,7 @@ def side_by_side(
     """The picture and one overlay per map, in one row with titles."""
     panels = [picture, *(overlay(picture, heat) for heat in heats)]
     ratio = picture.height / picture.width
-    figure = Figure(figsize=(3 * len(panels), 3 * ratio + 0.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3 * len(panels), 3 * ratio + 0.25), dpi=100, layout="constrained")
     for axis, panel, text in zip(np.ravel(figure.subplots(1, len(panels))), panels, [title, *titles], strict=True):
         axis.imshow(np.asarray(panel))
         axis.set_title(text, fontsize=11)

@@ -37,6 +37,7 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
         entering = t.entering_row(out.row, node)
         dense = t.dense(entering.lane, node, is_row=True)
         row_node = _queries(t, dense.node, rows, query_dim)
+        t.read_row = t.read_row or row_node
     mask_value: Any = None
     if isinstance(mask, fx.Node):
         mask_value = t.value(mask, rows, node.meta["val"].dim())
@@ -179,6 +180,7 @@ def _roll(t: Transform, node: fx.Node, v: fx.Node, rows: Rows | None, row: RowLa
     entering = t.entering_row(row, node)
     dim = node.meta["val"].dim() - 2
     queries = _queries(t, t.dense(entering.lane, node, is_row=True).node, rows, dim)
+    t.read_row = t.read_row or queries
     kept, through = t.emit.parts(t.emit.call(ops.rollout_row, queries, update, t.method.normalize), 2)
     _give_row(t, v, dim, rows, entering, kept, through)
 
