@@ -4,12 +4,13 @@ Lanes (`rel`, `grad`, `row`) carry a leading dimension K, the number of targets 
 An absent lane goes in as None and comes out as an empty tensor, because operators return a fixed number of tensors.
 """
 
-from fastrel.ops.attention import attention_relevance, attention_update, rollout_row
+from fastrel.ops.attention import UPDATES, attention_relevance, attention_update, rollout_row
 from fastrel.ops.layer_norm import layer_norm_backward
 from fastrel.ops.residual_add import residual_add
 from fastrel.ops.zplus_linear import zplus_linear
 
 __all__ = [
+    "UPDATES",
     "attention_relevance",
     "attention_update",
     "layer_norm_backward",

@@ -85,14 +85,13 @@ def _attention_relevance(
     update: str,
     normalize: bool,
     inputs: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """All lanes through one attention, A recomputed from q and k.
 
     q [*B, h, Tq, d], k, v [*B, h, Tk, d], rel and grad [K, *B, h, Tq, d], row [K, *B, Tq] -> rel_q, rel_k, rel_v, grad_q,
     grad_k, grad_v (where `inputs`), kept, through (where there is a row).
     """
-    none = q.new_empty(0)
-    rel_q = rel_k = rel_v = grad_q = grad_k = grad_v = kept = through = none
+    rel_q = rel_k = rel_v = grad_q = grad_k = grad_v = kept = through = None
     attn = attention_probabilities(q, k, mask, scale, is_causal, query_start)
     rel_attn = grad_attn = None
     if rel is not None:
@@ -101,7 +100,7 @@ def _attention_relevance(
             rel_scores = rel_attn if rules == "positive" else _through_mask(q, k, mask, rel_attn, scale, rules)
             rel_q, rel_k = R.query_key(q, k, rel_scores, rules)
         else:
-            rel_v = none
+            rel_v = None
     if grad is not None:
         grad_attn = grad @ v.mT
         if inputs:
@@ -111,7 +110,8 @@ def _attention_relevance(
             grad_q, grad_k = grad_scores @ k, grad_scores.mT @ q
     if row is not None:
         kept, through = _rollout_row(row, _update(attn, grad_attn, rel_attn, update), normalize)
-    return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, through
+    outputs = (rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, through)
+    return tuple(q.new_empty(0) if t is None else t for t in outputs)
 
 
 def _attention_relevance_fake(
@@ -149,7 +149,8 @@ attention_relevance = define(
 
 
 def _attention_update_fake(attn: Tensor | None, grad: Tensor | None, rel: Tensor | None, update: str) -> Tensor:
-    given = next(t for t in (grad, rel, attn) if t is not None)
+    given = attn if update == "attention" else rel if update == "relevance" else grad
+    assert given is not None
     return given.new_empty((*given.shape[:-3], *given.shape[-2:]))
 
 
