@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fastrel import __version__, methods
-from fastrel.commands import demo, doctor, explain
+from fastrel.commands import compare, demo, doctor, explain
 from fastrel.errors import FastrelError
 from fastrel.explainer import RULES
 
@@ -18,6 +18,8 @@ examples:
   fastrel demo
   fastrel explain cat.jpg --model vit_base_patch16_224 --out maps
   fastrel explain --text "a gripping, clever film" --model ./my-bert --out map.html
+  fastrel compare cat-and-dog.jpg --model vit_base_patch16_224 --target 281 207 --out compare.png
+  fastrel methods
   fastrel doctor
 """
 
@@ -81,6 +83,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="PATH", help="folder for overlays; with --text an .html file")
     sub.add_argument("--npz", action="store_true", help="also write the raw maps, one .npz per image")
     sub.set_defaults(run=explain.run)
+
+    sub = commands.add_parser("compare", parents=[common], help="one picture, several methods, a row per class")
+    sub.add_argument("image", metavar="IMAGE", help="picture file")
+    sub.add_argument("--methods", nargs="+", metavar="METHOD", default=list(compare.DEFAULT), help="default: %(default)s")
+    sub.add_argument("--target", nargs="+", metavar="CLASS", help="class numbers or names; default: the top two")
+    sub.add_argument("--model", metavar="NAME", help="timm model name; default: the embedded model")
+    sub.add_argument("--weights", metavar="FILE", help="weights of the timm model")
+    sub.add_argument("--rules", default="positive", choices=RULES, help="default: %(default)s")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the figure, for instance compare.png")
+    sub.set_defaults(run=compare.run)
 
     sub = commands.add_parser("methods", parents=[common], help="the attribution methods, their sources and costs")
     sub.set_defaults(run=list_methods)

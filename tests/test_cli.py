@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fastrel import demo
+from fastrel import demo, methods
 from fastrel.cli import main
 from fastrel.demo.score import score
 
@@ -157,7 +157,24 @@ def test_doctor_reports_versions_devices_and_backends(capsys: pytest.CaptureFixt
         assert f"{backend:<14}" in printed
 
 
-@pytest.mark.parametrize("command", [[], ["explain"], ["demo"], ["doctor"]])
+def test_compare_has_a_row_per_class_and_a_column_per_method(tmp_path: Path) -> None:
+    sample, out = str(demo.sample_paths()[0]), tmp_path / "compare.png"
+    names = ["transformer_attribution", "rollout", "attention_gradcam"]
+    assert main(["compare", sample, "--methods", *names, "--target", "bag", "1", "--out", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert 1.7 < picture.width / picture.height < 2.1
+    assert main(["compare", sample, "--methods", "saliency", "--out", str(out)]) == 2
+
+
+def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    for method in methods.METHODS.values():
+        assert f"{method.name}\n" in printed
+        assert method.source in printed
+
+
+@pytest.mark.parametrize("command", [[], ["explain"], ["demo"], ["doctor"], ["compare"], ["methods"]])
 def test_help_is_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

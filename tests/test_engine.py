@@ -43,7 +43,7 @@ def test_positive_equals_the_reference_block_by_block(name: str) -> None:
         for normalize in (False, True):
             explainer = fastrel.Explainer(model, start_layer=start, normalize_rollout=normalize)
             row = rollout(maps, start_layer=start, normalize=normalize)[:, 0]
-            assert golden.relative_error(explainer(**given, target=target).relevance, row) < EXACT, (start, normalize)
+            assert golden.map_error(explainer(**given, target=target).relevance, row) < EXACT, (start, normalize)
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
@@ -118,7 +118,7 @@ def test_a_batch_equals_its_samples(name: str, rules: str) -> None:
         for k in range(2):
             single = explainer(**sample, target=targets[i][k])
             assert single.relevance.dim() == 2
-            assert golden.relative_error(batch.relevance[i, k], single.relevance[0]) < limit, (i, k)
+            assert golden.map_error(batch.relevance[i, k], single.relevance[0]) < limit, (i, k)
             assert torch.allclose(batch.logits[i], single.logits[0], rtol=1e-12)
 
 
@@ -131,7 +131,7 @@ def test_padding_gets_zero_and_changes_nothing(name: str) -> None:
     longer = {key: torch.cat((x, torch.zeros(3, 7, dtype=x.dtype)), 1) for key, x in given.items()}
     longest = explainer(**longer, target=2)
     assert not longest.relevance[:, 12:].any()
-    assert golden.relative_error(longest.relevance[:, :12], padded.relevance) < EXACT
+    assert golden.map_error(longest.relevance[:, :12], padded.relevance) < EXACT
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
@@ -152,7 +152,7 @@ def test_float32_is_within_1e_4_of_float64(name: str) -> None:
     model, given = models.build(name), models.inputs(name)
     exact = fastrel.Explainer(model)(**given, target=1).relevance
     single = {key: x.float() if x.is_floating_point() else x for key, x in given.items()}
-    assert golden.relative_error(fastrel.Explainer(model.float())(**single, target=1).relevance, exact) < 1e-4
+    assert golden.map_error(fastrel.Explainer(model.float())(**single, target=1).relevance, exact) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["timm_vit", "hf_bert"])
@@ -162,10 +162,10 @@ def test_official_in_float32_errs_at_most_twice_as_much_as_the_reference(name: s
     for seed in range(8):
         model, given, target = models.build(name, seed), models.inputs(name, seed=100 + seed), torch.tensor([1, 5, 0])
         exact = reference_map(name, model, given, target, torch.float64)
-        theirs += golden.relative_error(reference_map(name, model, given, target, torch.float32), exact)
+        theirs += golden.map_error(reference_map(name, model, given, target, torch.float32), exact)
         single = {key: x.float() if x.is_floating_point() else x for key, x in given.items()}
         explanation = fastrel.Explainer(model.float(), rules="official")(**single, target=target)
-        ours += golden.relative_error(explanation.relevance, exact)
+        ours += golden.map_error(explanation.relevance, exact)
     assert ours <= 2 * theirs
 
 

@@ -137,7 +137,7 @@ def test_float32_on_the_shipped_weights() -> None:
     x = demo.to_input(demo.held_out()[0][:40])
     target = single(x).argmax(1)
     wanted = fastrel.Explainer(exact)(x.double(), target=target).relevance
-    assert golden.relative_error(fastrel.Explainer(single)(x, target=target).relevance, wanted) < 1e-4
+    assert golden.map_error(fastrel.Explainer(single)(x, target=target).relevance, wanted) < 1e-4
 
     def by_reference(model: torch.nn.Module, image: Tensor) -> Tensor:
         params = dict(model.state_dict())
@@ -146,6 +146,6 @@ def test_float32_on_the_shipped_weights() -> None:
         return rollout([gradient_relevance(b.gradient, b.relevance) for b in result.blocks])[:, 0]
 
     wanted = by_reference(exact, x.double())
-    theirs = (by_reference(single, x) - wanted).norm(dim=1)
-    ours = (fastrel.Explainer(single, rules="official")(x, target=target).relevance - wanted).norm(dim=1)
+    theirs = (by_reference(single, x) - wanted)[:, 1:].norm(dim=1)
+    ours = (fastrel.Explainer(single, rules="official")(x, target=target).relevance - wanted)[:, 1:].norm(dim=1)
     assert float((ours / theirs).log().mean().exp()) <= 2

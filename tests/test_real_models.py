@@ -56,7 +56,7 @@ def test_float32_maps_of_clip_are_those_of_float64(clip: nn.Module) -> None:
         x = photograph(i)
         prediction = exact.predict(x)
         c = int(prediction.logits.argmax())
-        assert golden.relative_error(single(x.float(), target=c).relevance, prediction.explain(c).relevance) < 1e-4
+        assert golden.map_error(single(x.float(), target=c).relevance, prediction.explain(c).relevance) < 1e-4
 
 
 def test_float32_maps_of_minilm_are_those_of_float64(minilm: nn.Module) -> None:
@@ -66,4 +66,4 @@ def test_float32_maps_of_minilm_are_those_of_float64(minilm: nn.Module) -> None:
         ids = golden.tensor(golden.load("minilm_sst2")[f"{i}/input_ids"])
         for c in (0, 1):
             ours, theirs = single(input_ids=ids, target=c), exact(input_ids=ids, target=c)
-            assert golden.relative_error(ours.relevance, theirs.relevance) < 1e-4
+            assert golden.map_error(ours.relevance, theirs.relevance) < 1e-4

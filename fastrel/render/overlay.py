@@ -62,13 +62,27 @@ def side_by_side(
     picture: Image.Image, heats: Sequence[Tensor | np.ndarray], titles: Sequence[str], title: str = "input"
 ) -> Image.Image:
     """The picture and one overlay per map, in one row with titles."""
-    panels = [picture, *(overlay(picture, heat) for heat in heats)]
-    ratio = picture.height / picture.width
-    figure = Figure(figsize=(3 * len(panels), 3 * ratio + 0.25), dpi=100, layout="constrained")
-    for axis, panel, text in zip(np.ravel(figure.subplots(1, len(panels))), panels, [title, *titles], strict=True):
-        axis.imshow(np.asarray(panel))
-        axis.set_title(text, fontsize=11)
-        axis.set_axis_off()
+    return table(picture, [heats], [title, *titles], [""])
+
+
+def table(
+    picture: Image.Image, rows: Sequence[Sequence[Tensor | np.ndarray]], columns: Sequence[str], names: Sequence[str]
+) -> Image.Image:
+    """One row of overlays per target, each beginning with the picture; `columns` are titles, `names` those of the rows."""
+    width, height = len(columns), len(rows)
+    figure = Figure(
+        figsize=(3 * width, (3 * picture.height / picture.width + 0.25) * height), dpi=100, layout="constrained"
+    )
+    grid = figure.subplots(height, width, squeeze=False)
+    for axes, heats, name in zip(grid, rows, names, strict=True):
+        panels = [picture, *(overlay(picture, heat) for heat in heats)]
+        for axis, panel in zip(axes, panels, strict=True):
+            axis.imshow(np.asarray(panel))
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        axes[0].set_ylabel(name, fontsize=11)
+    for axis, title in zip(grid[0], columns, strict=True):
+        axis.set_title(title.replace("_", " "), fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")

@@ -1,0 +1,76 @@
+"""Perturbation: remove pixels in the order of the map and watch the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrel.errors import InputError
+
+FRACTIONS = tuple(i / 10 for i in range(10))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is left of the prediction as more is removed.
+
+    fractions [S], starting with 0; correct [S, B] of bool: whether the class is still the highest.
+    """
+
+    fractions: np.ndarray
+    correct: np.ndarray
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """Share of samples still right, [S]."""
+        return self.correct.mean(1)
+
+    @property
+    def auc(self) -> float:
+        """Area under the accuracy curve by the trapezoidal rule, times 100."""
+        return float(np.trapezoid(self.accuracy, self.fractions) * 100)
+
+
+def perturb(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    maps: Tensor,
+    target: Tensor,
+    *,
+    order: Literal["positive", "negative"] = "positive",
+    fractions: Sequence[float] = FRACTIONS,
+    baseline: Tensor | float = 0.0,
+) -> Curve:
+    """Remove the most relevant pixels first (`positive`: a good map makes the accuracy fall fast) or the least relevant.
+
+    Args:
+        model: images [B, C, H, W] -> logits [B, classes].
+        maps: [B, gh, gw] or [B, H, W]; scaled up bilinearly. Equal values are removed in reading order.
+        target: the class that counts as right, [B]: the predicted one, or the label.
+        baseline: what removed pixels become, as the model sees it: a number, or a tensor that broadcasts to the images
+            (a black pixel of normalised images is (0 - mean) / std).
+
+    Raises:
+        InputError: shapes that do not fit, or fractions outside 0 … 1.
+    """
+    if maps.dim() != 3 or len(maps) != len(images) or target.shape != (len(images),):
+        raise InputError(f"maps {tuple(maps.shape)} and target {tuple(target.shape)} for images {tuple(images.shape)}")
+    if not all(0 <= f <= 1 for f in fractions):
+        raise InputError(f"fractions {tuple(fractions)} are not all in 0 … 1")
+    height, width = images.shape[2:]
+    heat = F.interpolate(maps[:, None], size=(height, width), mode="bilinear", align_corners=False).flatten(1)
+    ranking = heat.argsort(dim=1, descending=order == "positive", stable=True)
+    place = torch.empty_like(ranking).scatter_(1, ranking, torch.arange(height * width, device=heat.device).expand_as(heat))
+    filled = torch.as_tensor(baseline, dtype=images.dtype, device=images.device).expand_as(images)
+    correct = []
+    with torch.no_grad():
+        for fraction in fractions:
+            removed = (place < round(fraction * height * width)).reshape(-1, 1, height, width)
+            correct.append((model(torch.where(removed, filled, images)).argmax(1) == target).cpu().numpy())
+    return Curve(np.array(fractions), np.array(correct))

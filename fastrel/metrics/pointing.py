@@ -1,0 +1,29 @@
+"""Does the map lie on the object?"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrel.errors import InputError
+
+
+def _patch_cover(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of each patch that the mask covers, [B, gh, gw]."""
+    if maps.dim() != 3 or masks.dim() != 3 or len(maps) != len(masks):
+        raise InputError(f"expected maps [B, gh, gw] and masks [B, H, W], got {tuple(maps.shape)} and {tuple(masks.shape)}")
+    return F.adaptive_avg_pool2d(masks[:, None].to(maps.dtype), (maps.shape[1], maps.shape[2]))[:, 0]
+
+
+def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
+    """Whether the highest patch is more than half inside the mask, [B] of bool. maps [B, gh, gw], masks [B, H, W]."""
+    cover = _patch_cover(maps, masks).flatten(1)
+    return cover.gather(1, maps.flatten(1).argmax(1, keepdim=True))[:, 0] > 0.5
+
+
+def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of the positive relevance inside the mask, [B]; 0 for a map without any. maps [B, gh, gw], masks [B, H, W]."""
+    positive = maps.clamp(min=0)
+    inside = (positive * _patch_cover(maps, masks)).flatten(1).sum(1)
+    total = positive.flatten(1).sum(1)
+    return inside / total.where(total > 0, 1)

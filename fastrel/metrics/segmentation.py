@@ -1,0 +1,46 @@
+"""The map, cut at its mean, as a segmentation of the object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrel.errors import InputError
+
+
+@dataclass(frozen=True)
+class SegmentationScores:
+    """Per sample [B]: pixel accuracy; IoU and average precision, each the mean over object and background."""
+
+    pixel_accuracy: np.ndarray
+    mean_iou: np.ndarray
+    mean_ap: np.ndarray
+
+
+def segmentation(maps: Tensor, masks: Tensor) -> SegmentationScores:
+    """Score maps [B, gh, gw], scaled up bilinearly, against masks [B, H, W] (non-zero: object).
+
+    The map's own mean is the threshold. Average precision is that of the map for the object, and of its negative for the
+    background (scikit-learn). A part that a mask does not have (no object, or nothing else) is left out of the means.
+
+    Raises:
+        InputError: shapes that do not fit.
+    """
+    from sklearn.metrics import average_precision_score
+
+    if maps.dim() != 3 or masks.dim() != 3 or len(maps) != len(masks):
+        raise InputError(f"expected maps [B, gh, gw] and masks [B, H, W], got {tuple(maps.shape)} and {tuple(masks.shape)}")
+    heat = F.interpolate(maps[:, None].double(), size=masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+    heats, objects = heat.cpu().numpy(), masks.cpu().numpy() != 0
+    accuracy, iou, ap = [], [], []
+    for values, truth in zip(heats, objects, strict=True):
+        found = values > values.mean()
+        parts = [(truth, found, values), (~truth, ~found, -values)]
+        parts = [part for part in parts if part[0].any()]
+        accuracy.append((found == truth).mean())
+        iou.append(np.mean([(t & f).sum() / (t | f).sum() for t, f, _ in parts]))
+        ap.append(np.mean([average_precision_score(t.ravel(), v.ravel()) for t, _, v in parts]))
+    return SegmentationScores(np.array(accuracy), np.array(iou), np.array(ap))

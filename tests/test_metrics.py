@@ -1,0 +1,108 @@
+"""Scores against small cases worked out by hand, and scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from fastrel import metrics
+from fastrel.errors import InputError
+
+
+def by_left_half(images: torch.Tensor) -> torch.Tensor:
+    """Class 1 while the left half of a 4 x 4 picture is on average above 0.3."""
+    left = images[:, 0, :, :2].mean((1, 2))
+    return torch.stack((torch.full_like(left, 0.3), left), 1)
+
+
+def test_perturbation_removes_the_most_or_the_least_relevant_first() -> None:
+    image = torch.ones(1, 1, 4, 4)
+    heat = torch.zeros(1, 4, 4)
+    heat[:, :, :2] = 1 + torch.arange(8.0).reshape(4, 2)
+    fractions = (0.0, 0.25, 0.375, 0.5, 0.75)
+    positive = metrics.perturb(by_left_half, image, heat, torch.tensor([1]), fractions=fractions)
+    # 16 pixels: 0, 4, 6, 8, 12 removed, all from the left half's 8 at first: means 1, 0.5, 0.25, 0, 0
+    assert positive.accuracy.tolist() == [1, 1, 0, 0, 0]
+    negative = metrics.perturb(by_left_half, image, heat, torch.tensor([1]), order="negative", fractions=fractions)
+    assert negative.accuracy.tolist() == [1, 1, 1, 1, 1]
+    assert positive.auc == pytest.approx(100 * (0.25 + 0.0625))
+    assert negative.auc == pytest.approx(75)
+
+
+def test_perturbation_is_reproducible_and_fills_with_the_baseline() -> None:
+    seen = []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x.flatten(1)[:, :3]
+
+    torch.manual_seed(0)
+    image, heat = torch.randn(2, 3, 8, 8), torch.rand(2, 2, 2)
+    first, second = (metrics.perturb(model, image, heat, torch.tensor([0, 1]), baseline=-7.0) for _ in range(2))
+    assert np.array_equal(first.correct, second.correct)
+    assert torch.equal(seen[0], image)
+    for step, x in enumerate(seen[:10]):
+        assert ((x == -7).all(1).sum((1, 2)) == round(6.4 * step)).all()
+
+
+def test_the_pointing_game_asks_for_more_than_half_a_patch() -> None:
+    heat, mask = torch.zeros(3, 2, 2), torch.zeros(3, 8, 8)
+    heat[:, 0, 1] = 1
+    mask[0, :4, 4:] = 1
+    mask[1, :4, 4:6] = 1  # exactly half of the patch
+    mask[2, 4:] = 1
+    assert metrics.pointing_game(heat, mask).tolist() == [True, False, False]
+    assert metrics.energy_inside(heat, mask).tolist() == [1, 0.5, 0]
+    assert metrics.energy_inside(-heat, mask).tolist() == [0, 0, 0]
+
+
+def test_segmentation_cuts_at_the_mean() -> None:
+    heat = torch.tensor([[[0.0, 1.0], [0.0, 0.2]]])
+    mask = torch.tensor([[[0, 1], [1, 1]]])
+    scores = metrics.segmentation(heat, mask)
+    # mean 0.3: one pixel found; object 1 of 3, background 1 of 3
+    assert scores.pixel_accuracy[0] == 0.5
+    assert scores.mean_iou[0] == pytest.approx((1 / 3 + 1 / 3) / 2)
+    truth, values = mask.flatten().numpy(), heat.flatten().numpy()
+    expected = (average_precision_score(truth, values) + average_precision_score(1 - truth, -values)) / 2
+    assert scores.mean_ap[0] == pytest.approx(expected)
+
+
+def test_segmentation_of_a_mask_without_object_or_background() -> None:
+    for fill in (0, 1):
+        scores = metrics.segmentation(torch.rand(1, 2, 2), torch.full((1, 4, 4), fill))
+        assert np.isfinite([scores.pixel_accuracy, scores.mean_iou, scores.mean_ap]).all()
+
+
+def test_rationale_scores() -> None:
+    scores, rationale = np.array([0.1, 0.9, 0.8, 0.2, 0.7]), np.array([False, True, False, False, True])
+    assert metrics.token_f1(scores, rationale, 2) == 0.5
+    assert metrics.token_f1(scores, rationale, 3) == pytest.approx(0.8)
+    assert metrics.token_f1(scores, np.zeros(5, bool), 2) == 0
+    assert metrics.average_precision(scores, rationale) == pytest.approx((1 + 2 / 3) / 2)
+    assert np.isnan(metrics.average_precision(scores, np.zeros(5, bool)))
+    assert metrics.spans(np.array([True, True, False, True])) == [(0, 2), (3, 4)]
+    assert metrics.iou_f1([(0, 2), (5, 6)], [(0, 3)]) == pytest.approx(2 * 0.5 / 1.5)
+    assert metrics.iou_f1([], [(0, 3)]) == 0
+
+
+def test_faithfulness_of_a_model_that_reads_one_token() -> None:
+    scores = np.array([0.1, 0.9, 0.2])
+
+    def probability(kept: np.ndarray) -> float:
+        return 0.9 if kept[1] else 0.2
+
+    assert metrics.comprehensiveness(probability, scores, [1, 2]) == pytest.approx(0.7)
+    assert metrics.sufficiency(probability, scores, [1, 2]) == pytest.approx(0)
+    assert metrics.comprehensiveness(probability, -scores, [1, 2]) == pytest.approx(0)
+
+
+def test_shapes_that_do_not_fit() -> None:
+    with pytest.raises(InputError, match=r"maps \(2, 2, 2\) and target \(1,\) for images \(1, 3, 4, 4\)"):
+        metrics.perturb(by_left_half, torch.ones(1, 3, 4, 4), torch.ones(2, 2, 2), torch.tensor([0]))
+    with pytest.raises(InputError, match=r"fractions \(2,\)"):
+        metrics.perturb(by_left_half, torch.ones(1, 3, 4, 4), torch.ones(1, 2, 2), torch.tensor([0]), fractions=(2,))
+    with pytest.raises(InputError, match=r"got \(2, 2\) and \(1, 2, 2\)"):
+        metrics.pointing_game(torch.ones(2, 2), torch.ones(1, 2, 2))
+    with pytest.raises(InputError, match=r"scores of shape \(3,\) for a rationale of shape \(2,\)"):
+        metrics.token_f1(np.ones(3), np.ones(2, bool), 1)
