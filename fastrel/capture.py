@@ -215,6 +215,7 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and node.target in _ASSERTIONS:
             graph.erase_node(node)
+    _make_functional(graph)
     owners: list[tuple[str, ...] | Tensor] = []
     current: list[Tensor] = []
     inputs: list[fx.Node] = []
@@ -251,6 +252,34 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
         ranges={name: ranges.get(name, (1, None)) for entry in sizes for name in entry if isinstance(name, str)},
         kinds=kinds(current),
     )
+
+
+def _make_functional(graph: fx.Graph) -> None:
+    """Replace operators that overwrite their first argument (ReLU(inplace=True), x += y) by those that do not.
+
+    The reverse pass reads values that the forward pass saved; none may change after it was saved.
+
+    Raises:
+        CaptureError: an operator overwrites a part of another value, or has no such counterpart.
+    """
+    for node in list(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        written = node.args[0]
+        packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
+        overload = getattr(packet, schema.overload_name or "default", None)
+        if overload is None or overload is node.target or not isinstance(written, fx.Node) or _is_view(written):
+            raise CaptureError(f"{node.target} overwrites a value in place, which cannot be explained; write it without")
+        node.target = overload
+        written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)  # type: ignore[misc]
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a value shares memory with another one (or with the model's input or parameters)."""
+    schema = getattr(node.target, "_schema", None)
+    shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    return node.op == "placeholder" or shares
 
 
 def _find(model: nn.Module, name: str) -> Tensor:

@@ -20,7 +20,7 @@ class Emitter:
         self._reverse = fx.Graph()
         self._calls: dict[Any, fx.Node] = {}
         self._saved: dict[fx.Node, fx.Node] = {}
-        self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
+        self._sizes: dict[str, fx.Node] = {}
         self._inserted: dict[fx.Node, tuple[fx.Node, int]] = {}
         self._last_placeholder: fx.Node | None = None
 
@@ -63,10 +63,10 @@ class Emitter:
         if isinstance(size, int):
             return size
         key = str(size)
-        existing = self._sizes.get(key)  # type: ignore[call-overload]
+        existing = self._sizes.get(key)
         if existing is None:
             existing = self.placeholder(f"size_{len(self._sizes)}")
-            self._sizes[key] = existing  # type: ignore[index]
+            self._sizes[key] = existing
             self._inserted[existing] = (x, dim)
         return existing
 

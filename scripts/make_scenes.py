@@ -3,7 +3,7 @@
     apt-get install dataset-fashion-mnist
     python scripts/make_scenes.py train --steps 4500 --batch 64                       # fastrel/demo/model.safetensors
     python scripts/make_scenes.py train --steps 5000 --batch 64 --resume --seed 1     # about 20 minutes each on 2 cores
-    python scripts/make_scenes.py data                              # fastrel/demo/scenes.npz and samples/*.png
+    python scripts/make_scenes.py data                              # fastrel/demo/scenes.npz and scene*.png
 
 A scene is a 2 x 2 mosaic of photographs from Fashion-MNIST (MIT licence), each of another class, some cells left empty,
 each object moved at random within its cell. The model says for each class whether it is present (multi-label).
@@ -104,11 +104,10 @@ def data(count: int, samples: int) -> None:
     images, labels = load("t10k")
     scenes, cells = make(images, labels, count, np.random.default_rng(2), 0.1)
     np.savez_compressed(DEMO / "scenes.npz", scenes=scenes, cells=cells.astype(np.int8))
-    scenes, cells = make(images, labels, samples, np.random.default_rng(3), 0.0)
-    (DEMO / "samples").mkdir(exist_ok=True)
+    scenes, cells = make(images, labels, samples, np.random.default_rng(12), 0.0)
     for i, (scene, held) in enumerate(zip(scenes, cells, strict=True)):
-        names = "-".join(CLASSES[c].lower().replace(" ", "") for c in held)
-        Image.fromarray(scene).save(DEMO / "samples" / f"scene{i}-{names}.png")
+        names = "-".join(CLASSES[c].lower().replace(" ", "").replace("-", "") for c in held)
+        Image.fromarray(scene).save(DEMO / f"scene{i}-{names}.png")
 
 
 if __name__ == "__main__":

@@ -295,6 +295,38 @@ def test_unsupported_operators_are_refused_by_name(images: Tensor) -> None:
         fastrel.Explainer(Unusual(lambda x: x.cumsum(1)))(images)
 
 
+class Head(nn.Module):
+    """A classifier that may overwrite its values."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.body = models.build("timm_vit")
+        torch.manual_seed(0)
+        self.first, self.act, self.second = nn.Linear(48, 20).double(), nn.ReLU(in_place), nn.Linear(20, 3).double()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.body.forward_features(x)
+        if self.in_place:
+            tokens += 0.5
+        else:
+            tokens = tokens + 0.5
+        return self.second(self.act(self.first(tokens[:, 0])))
+
+
+def test_models_that_overwrite_values_in_place_are_explained_like_those_that_do_not(images: Tensor) -> None:
+    plain, in_place = (fastrel.Explainer(Head(flag))(images, target=1) for flag in (False, True))
+    assert torch.equal(plain.logits, in_place.logits)
+    assert torch.equal(plain.relevance, in_place.relevance)
+
+    def zero_cls(tokens: Tensor) -> Tensor:
+        tokens[:, 1] = 0
+        return tokens
+
+    with pytest.raises(fastrel.CaptureError, match="overwrites a value in place"):
+        fastrel.Explainer(Unusual(zero_cls))(images)
+
+
 def test_models_without_attention_are_refused(images: Tensor) -> None:
     with pytest.raises(fastrel.UnsupportedModelError, match=r"no attention was found"):
         fastrel.Explainer(nn.Sequential(nn.Flatten(), nn.Linear(3072, 4).double()))(images)

@@ -55,7 +55,7 @@ def to_input(scenes: np.ndarray) -> Tensor:
 
 def sample_paths() -> list[Path]:
     """The picture files that ship with the package."""
-    return sorted(Path(str(path)) for path in (files(__package__) / "samples").iterdir() if path.name.endswith(".png"))
+    return sorted(Path(str(path)) for path in files(__package__).iterdir() if path.name.endswith(".png"))
 
 
 def held_out() -> tuple[np.ndarray, np.ndarray]:
