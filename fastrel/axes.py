@@ -217,6 +217,6 @@ def _broadcast(known: list[Axes], shape: tuple[int, ...]) -> Axes | None:
     for position in range(1, len(shape) + 1):
         candidates = [x[-position] for x in known if len(x) >= position and x[-position]]
         exact = [axis for axis in candidates if size_of(axis) == shape[-position]]
-        best: Axis = exact[0] if exact else candidates[0] if candidates else ((shape[-position], "feature"),)
-        out.append(_resize(best, shape[-position]))
+        widest: Axis = max(candidates, key=size_of, default=((shape[-position], "feature"),))
+        out.append(_resize(exact[0] if exact else widest, shape[-position]))
     return tuple(reversed(out))

@@ -208,10 +208,9 @@ class Transform:
             if rule is None and pixels and node.target is aten.embedding.default:
                 break
             if rule is None:
-                raise UnsupportedModelError(
-                    f"no relevance rule for {describe(node)}, which lies above attention block {self._block - 1} of "
-                    f"{self.analysis.total_blocks}; choose a start_layer of at least {self._block}"
-                )
+                last = self._block == self.analysis.total_blocks
+                advice = "" if last else f"; with start_layer={self._block} it is not needed"
+                raise UnsupportedModelError(f"no relevance rule for {describe(node)}{advice}")
             rule(self, node, lanes)
         if result is None:
             raise UnsupportedModelError(
