@@ -74,6 +74,13 @@ def test_official_maps_equal_golden(name: str, target: int) -> None:
         check(full, name, f"t{target}/full")
 
 
+@pytest.mark.parametrize(("name", "target"), [case for case in CASES if case[0] in VITS])
+def test_original_lrp_equals_golden(name: str, target: int) -> None:
+    result = trace(name, target, "original_lrp")
+    check(result.input_relevance[0].sum(0), name, f"t{target}/orig_lrp/full")
+    check(result.blocks[-1].relevance.clamp(min=0).mean(1)[0, 0, 1:], name, f"t{target}/orig_lrp/last_layer")
+
+
 def overwrite_cls(row: Tensor) -> Tensor:
     """The published BERT code overwrites the CLS entry by the row's minimum."""
     return torch.cat((row.min()[None], row[1:]))
