@@ -1,6 +1,7 @@
 """Capture: an unmodified model and one call of it -> a graph of high-level operators, valid for every batch size."""
 
 import contextlib
+import functools
 import inspect
 import logging
 import warnings
@@ -13,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
-from fastrel.errors import CaptureError, InputError
+from fastrel.errors import CaptureError, InputError, UnsupportedModelError
 
 aten = torch.ops.aten
 
@@ -67,6 +68,19 @@ class Captured:
     sizes: list[tuple[int | str, ...]]
     ranges: dict[str, tuple[int, int | None]]
     kinds: frozenset[tuple[torch.dtype, torch.device]]
+
+    @functools.cached_property
+    def logits_index(self) -> int:
+        """Which output holds the logits: the one so named, else the first floating-point tensor."""
+        named = pytree.tree_unflatten(list(range(len(self.outputs))), self.out_spec)
+        logits = named.get("logits") if isinstance(named, Mapping) else getattr(named, "logits", None)
+        if isinstance(logits, int):
+            return logits
+        for i, node in enumerate(self.outputs):
+            value = getattr(node, "meta", {}).get("val")
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return i
+        raise UnsupportedModelError("the model returns no floating-point tensor to explain")
 
     def accepts(self, tensors: Sequence[Tensor]) -> bool:
         """Whether tensors of these sizes may run through this graph."""

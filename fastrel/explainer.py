@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastrel import backends, methods
 from fastrel.capture import Captured, Signature, capture, evaluation_mode, in_order
-from fastrel.errors import CaptureError, InputError, UnsupportedModelError
+from fastrel.errors import CaptureError, InputError
 from fastrel.explanation import BlockTrace, Explanation, check_finite
 from fastrel.methods.integrated_gradients import integrated_gradients
 from fastrel.reference.rules import Rules
@@ -86,12 +86,12 @@ class Explainer:
             UnsupportedModelError: the model holds something without a relevance rule.
         """
         captured, values, tensors = self._enter(args, kwargs)
-        return self._run(captured, self._program(captured, (_logits_index(captured),)), values, tensors)
+        return self._run(captured, self._program(captured, (captured.logits_index,)), values, tensors)
 
     def trace(self, *args: Any, target: Target = None, **kwargs: Any) -> list[BlockTrace]:
         """The attention, gradient and relevance of every block from `start_layer` on; slower, for study and tests."""
         captured, values, tensors = self._enter(args, kwargs)
-        program = self._program(captured, (_logits_index(captured),), trace=True)
+        program = self._program(captured, (captured.logits_index,), trace=True)
         return self._run(captured, program, values, tensors)._trace(target)
 
     def _run(self, captured: Captured, program: Program, values: list[Any], tensors: list[Tensor]) -> Prediction:
@@ -175,7 +175,7 @@ class Prediction:
     @property
     def logits(self) -> Tensor:
         """The model's logits, [B, C]."""
-        return self._outputs[_logits_index(self._captured)]
+        return self._outputs[self._captured.logits_index]
 
     @property
     def output(self) -> Any:
@@ -264,19 +264,6 @@ def _check_inputs(tensors: list[Tensor]) -> None:
             raise InputError(f"input {position} of shape {tuple(x.shape)} holds no samples")
         if x.is_floating_point():
             check_finite(f"input {position}", x)
-
-
-def _logits_index(captured: Captured) -> int:
-    """Which output holds the logits: the one so named, else the first floating-point tensor."""
-    named = pytree.tree_unflatten(list(range(len(captured.outputs))), captured.out_spec)
-    logits = named.get("logits") if isinstance(named, Mapping) else getattr(named, "logits", None)
-    if isinstance(logits, int):
-        return logits
-    for i, node in enumerate(captured.outputs):
-        value = getattr(node, "meta", {}).get("val")
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return i
-    raise UnsupportedModelError("the model returns no floating-point tensor to explain")
 
 
 def _image_size(inputs: list[Tensor]) -> tuple[int, int] | None:

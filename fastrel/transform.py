@@ -35,12 +35,10 @@ class Program:
     the patch grid [K, B, gh, gw], None where there is none; and, when traced, the tensors named by `record_names`.
     """
 
-    captured: Captured
     forward: fx.GraphModule
     reverse: fx.GraphModule
     leaves: tuple[int, ...]
     leaf_features: tuple[tuple[int, ...], ...]
-    blocks: int
     record_names: tuple[tuple[int, str], ...]
 
 
@@ -155,6 +153,10 @@ class Transform:
             return Lane(lane.node)
         return Lane(self.emit.call(aten.constant_pad_nd.default, lane.node, [0, 0] * pad_dims + [rows.start, after], 0.0))
 
+    def published_share(self, x: fx.Node, rel: fx.Node) -> fx.Node:
+        """x ⊙ (R ⊘ x): R itself, but for the published code's 1e-9."""
+        return self.emit.call(torch.mul, x, self.emit.call(safe_divide, rel, x, self.rules))
+
     def new_origin(self) -> int:
         """A number for a new row."""
         self._origins += 1
@@ -223,12 +225,9 @@ class Transform:
         self.emit.output((row, grid, [node for _, node in self.records]))
         forward, reverse = self.emit.modules(self.captured.outputs)
         leaves = tuple(self.captured.outputs.index(leaf) for leaf in self.analysis.leaves)
-        features = tuple(
-            tuple(dim for dim, axis in enumerate(self.axes(leaf)) if axes_.is_feature(axis))
-            for leaf in self.analysis.leaves
-        )
+        features = tuple(tuple(self._features(leaf)) for leaf in self.analysis.leaves)
         names = tuple(name for name, _ in self.records)
-        return Program(self.captured, forward, reverse, leaves, features, self.analysis.total_blocks, names)
+        return Program(forward, reverse, leaves, features, names)
 
     def _seed(self) -> None:
         for i, leaf in enumerate(self.analysis.leaves):
@@ -256,8 +255,7 @@ class Transform:
         """The published code's fan-out: x ⊙ Σ (R_i ⊘ x)."""
         if lane.rows and axes_.is_feature(self.axes(node)[lane.rows.dim]):
             return lane
-        x = self.value(node, lane.rows)
-        return Lane(self.emit.call(torch.mul, x, self.emit.call(safe_divide, lane.node, x, self.rules)), lane.rows)
+        return Lane(self.published_share(self.value(node, lane.rows), lane.node), lane.rows)
 
     def _sum(self, node: fx.Node, lanes: Sequence[Lane], is_row: bool = False) -> Lane | None:
         """Lanes of one value added up, as sparse as they allow."""
@@ -319,9 +317,8 @@ class Transform:
             assert self.method.combine
             assert self.read_row
             combined = self.emit.call(self.method.combine, self.read_row, *reversed(self.attention_maps))
-            shape = [dim + 1 for dim, axis in enumerate(self.axes(node)) if axes_.is_feature(axis)]
-            for dim in shape:
-                combined = self.emit.call(aten.unsqueeze.default, combined, dim)
+            for dim in self._features(node):
+                combined = self.emit.call(aten.unsqueeze.default, combined, dim + 1)
             return Lane(combined)
         if self.method.lane is None:
             assert lanes.row
@@ -331,12 +328,16 @@ class Transform:
         dense = self.dense(lane, node).node
         if self.method.lane == "gradient":
             dense = self.emit.call(torch.mul, dense, self.value(node))
-        features = [dim + 1 for dim, axis in enumerate(self.axes(node)) if axes_.is_feature(axis)]
+        features = [dim + 1 for dim in self._features(node)]
         return Lane(self.emit.call(aten.sum.dim_IntList, dense, features, True))
+
+    def _features(self, x: fx.Node) -> list[int]:
+        """The feature dimensions of x."""
+        return [dim for dim, axis in enumerate(self.axes(x)) if axes_.is_feature(axis)]
 
     def _squeeze(self, node: fx.Node, row: Lane) -> fx.Node:
         """A row without its feature dimensions, [K, B, …]."""
-        features = [dim + 1 for dim, axis in enumerate(self.axes(node)) if axes_.is_feature(axis)]
+        features = [dim + 1 for dim in self._features(node)]
         return self.emit.call(aten.squeeze.dims, row.node, features) if features else row.node
 
     def _grid(self, nodes: Sequence[fx.Node], start: fx.Node, row: Lane) -> fx.Node | None:

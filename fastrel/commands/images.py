@@ -41,13 +41,7 @@ def run(options: argparse.Namespace) -> Failures:
 
     vision = load(options.model, options.weights)
     targets = None if options.target is None else [class_index(t, vision.names) for t in options.target]
-    explainer = Explainer(
-        vision.model,
-        options.method,
-        rules=options.rules,
-        start_layer=options.start_layer,
-        normalize_rollout=options.normalize,
-    )
+    explainer = build_explainer(vision.model, options)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     failures: Failures = []
@@ -63,6 +57,13 @@ def run(options: argparse.Namespace) -> Failures:
                 progress.write(report(path, explanation.logits[i], vision.names, written))
             progress.update(len(paths))
     return failures
+
+
+def build_explainer(model: nn.Module, options: argparse.Namespace) -> Explainer:
+    """The explainer that the options of `fastrel explain` ask for."""
+    return Explainer(
+        model, options.method, rules=options.rules, start_layer=options.start_layer, normalize_rollout=options.normalize
+    )
 
 
 def load(name: str | None, weights: str | None) -> Vision:

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastrel import Explainer
-from fastrel.commands.images import class_index
+from fastrel.commands.images import build_explainer, class_index
 from fastrel.errors import InputError
 from fastrel.render.text import save_page, words
 
@@ -25,10 +24,7 @@ def run(options: argparse.Namespace) -> int:
     labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
     inputs = dict(tokenizer(options.text, return_tensors="pt", truncation=True))
     tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
-    explainer = Explainer(
-        model, options.method, rules=options.rules, start_layer=options.start_layer, normalize_rollout=options.normalize
-    )
-    prediction = explainer.predict(**inputs)
+    prediction = build_explainer(model, options).predict(**inputs)
     logits = prediction.logits[0]
     chosen = [int(logits.argmax())] if options.target is None else [class_index(t, labels) for t in options.target]
     explanation = prediction.explain([chosen])

@@ -8,10 +8,15 @@ from torch import Tensor
 from fastrel.errors import InputError
 
 
-def _patch_cover(maps: Tensor, masks: Tensor) -> Tensor:
-    """Share of each patch that the mask covers, [B, gh, gw]."""
+def check_shapes(maps: Tensor, masks: Tensor) -> None:
+    """Raise InputError unless maps are [B, gh, gw] and masks [B, H, W]."""
     if maps.dim() != 3 or masks.dim() != 3 or len(maps) != len(masks):
         raise InputError(f"expected maps [B, gh, gw] and masks [B, H, W], got {tuple(maps.shape)} and {tuple(masks.shape)}")
+
+
+def _patch_cover(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of each patch that the mask covers, [B, gh, gw]."""
+    check_shapes(maps, masks)
     return F.adaptive_avg_pool2d(masks[:, None].to(maps.dtype), (maps.shape[1], maps.shape[2]))[:, 0]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrel.errors import InputError
+from fastrel.metrics.pointing import check_shapes
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ def segmentation(maps: Tensor, masks: Tensor) -> SegmentationScores:
     """
     from sklearn.metrics import average_precision_score
 
-    if maps.dim() != 3 or masks.dim() != 3 or len(maps) != len(masks):
-        raise InputError(f"expected maps [B, gh, gw] and masks [B, H, W], got {tuple(maps.shape)} and {tuple(masks.shape)}")
+    check_shapes(maps, masks)
     heat = F.interpolate(maps[:, None].double(), size=masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]
     heats, objects = heat.cpu().numpy(), masks.cpu().numpy() != 0
     accuracy, iou, ap = [], [], []

@@ -10,7 +10,6 @@ from torch import fx
 from fastrel import axes as axes_
 from fastrel.errors import UnsupportedModelError
 from fastrel.lanes import Lane, Lanes, Rows, arguments
-from fastrel.reference.rules import safe_divide
 from fastrel.rules import rule
 from fastrel.transform import Transform, describe
 
@@ -135,9 +134,7 @@ def _pick(t: Transform, node: fx.Node, x: fx.Node, out: Lanes, dim: int, index: 
         return Lane(picked, Rows(dim, index, 1))
 
     if t.published and out.rel and not feature and t.wants(x):
-        value, rel = t.value(node), t.dense(out.rel, node).node
-        shared = t.emit.call(torch.mul, value, t.emit.call(safe_divide, rel, value, t.rules))
-        out = out._replace(rel=Lane(shared))
+        out = out._replace(rel=Lane(t.published_share(t.value(node), t.dense(out.rel, node).node)))
     t.index_map(x, out, back)
 
 
