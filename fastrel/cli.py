@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastrel import __version__, methods
-from fastrel.commands import compare, demo, doctor, explain
+from fastrel import __version__, data, methods
+from fastrel.commands import compare, demo, doctor, evaluate, explain
 from fastrel.errors import FastrelError
+from fastrel.evaluation import scorers
 from fastrel.explainer import RULES
 
 EPILOG = """\
@@ -19,8 +20,20 @@ examples:
   fastrel explain cat.jpg --model vit_base_patch16_224 --out maps
   fastrel explain --text "a gripping, clever film" --model ./my-bert --out map.html
   fastrel compare cat-and-dog.jpg --model vit_base_patch16_224 --target 281 207 --out compare.png
+  fastrel evaluate --data mosaics --metric pointing segmentation --out results
   fastrel methods
   fastrel doctor
+"""
+
+EVALUATE_EPILOG = """\
+A run that was interrupted goes on where it was when the same command is given again. MODULE:FUNCTION is a function of yours
+that returns the model (for texts: the model and its tokenizer).
+
+examples:
+  fastrel evaluate --data mosaics --methods transformer_attribution rollout --metric pointing segmentation --out results
+  fastrel evaluate --data images:photos --model vit_base_patch16_224 --metric perturbation --limit 500 --out results
+  fastrel evaluate --data imagenet-seg:gtsegs_ijcv.mat --model vit_base_patch16_224 --metric segmentation --out results
+  fastrel evaluate --data eraser:movies/val.jsonl --model ./my-bert --metric rationale faithfulness --out results
 """
 
 EXPLAIN_EPILOG = """\
@@ -93,6 +106,41 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--rules", default="positive", choices=RULES, help="default: %(default)s")
     sub.add_argument("--out", required=True, metavar="FILE", help="the figure, for instance compare.png")
     sub.set_defaults(run=compare.run)
+
+    sub = commands.add_parser(
+        "evaluate",
+        parents=[common],
+        help="score methods over a data set: tables and plots",
+        epilog=EVALUATE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = "; ".join(f"{name}: {what}" for name, (_, what) in data.READERS.items())
+    sub.add_argument("--data", required=True, metavar="KIND:PATH", help=f"what to explain. {kinds}")
+    sub.add_argument(
+        "--model", metavar="NAME", help="timm or Hugging Face model, or MODULE:FUNCTION; default: the embedded one"
+    )
+    sub.add_argument("--weights", metavar="FILE", help="weights of the timm model")
+    sub.add_argument(
+        "--methods",
+        nargs="+",
+        default=["transformer_attribution"],
+        metavar="METHOD",
+        help="the first is compared with the others",
+    )
+    sub.add_argument("--rules", nargs="+", default=["positive"], choices=RULES, help="default: positive")
+    sub.add_argument(
+        "--metric",
+        nargs="+",
+        required=True,
+        choices=[*scorers.IMAGE_SCORERS, *scorers.TEXT_SCORERS],
+        help="pictures: the first four; texts: the last two",
+    )
+    sub.add_argument("--start-layer", type=int, metavar="N", help="of transformer attribution (default: 0)")
+    sub.add_argument("--normalize", action="store_true", default=None, help="of transformer attribution, as BERT code does")
+    sub.add_argument("--limit", type=int, metavar="N", help="a random N of the items")
+    sub.add_argument("--seed", type=int, default=0, help="which ones (default: %(default)s)")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder for scores, tables and plots")
+    sub.set_defaults(run=evaluate.run)
 
     sub = commands.add_parser("methods", parents=[common], help="the attribution methods, their sources and costs")
     sub.set_defaults(run=list_methods)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -93,6 +94,19 @@ class Explainer:
         captured, values, tensors = self._enter(args, kwargs)
         program = self._program(captured, (captured.logits_index,), trace=True)
         return self._run(captured, program, values, tensors)._trace(target)
+
+    def using(
+        self,
+        method: str = "transformer_attribution",
+        *,
+        rules: str = "positive",
+        start_layer: int | None = None,
+        normalize_rollout: bool | None = None,
+    ) -> Explainer:
+        """Another explainer of the same model that shares this one's captured graphs, which take seconds to make."""
+        other = Explainer(self.model, method, rules=rules, start_layer=start_layer, normalize_rollout=normalize_rollout)
+        other._captured, other._lock = self._captured, self._lock
+        return other
 
     def _run(self, captured: Captured, program: Program, values: list[Any], tensors: list[Tensor]) -> Prediction:
         with torch.no_grad():
@@ -204,7 +218,17 @@ class Prediction:
         patches = None if grid is None else grid.transpose(0, 1)
         if not seeds.several:
             relevance, patches = relevance[:, 0], None if patches is None else patches[:, 0]
-        return Explanation(self.logits, seeds.classes, relevance, patches, _image_size(self._inputs), self.output)
+        perturbed = functools.partial(
+            _explain_perturbed,
+            self._explainer,
+            self._captured,
+            self._values,
+            self._inputs,
+            target if callable(target) else seeds.classes,
+        )
+        return Explanation(
+            self.logits, seeds.classes, relevance, patches, _image_size(self._inputs), self.output, perturbed
+        )
 
     def _seed(self, target: Target) -> tuple[Seeds, Program, Sequence[Any]]:
         if not callable(target):
@@ -253,6 +277,27 @@ class Prediction:
 
     def _rebuild(self, outputs: list[Tensor]) -> Any:
         return pytree.tree_unflatten(outputs, self._captured.out_spec)
+
+
+def _explain_perturbed(
+    explainer: Explainer, captured: Captured, values: list[Any], inputs: list[Tensor], target: Target, seed: int
+) -> Explanation:
+    """The explanation with every floating-point input and parameter multiplied by 1 + u·eps, u uniform in [-1, 1)."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def shaken(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(seed))
+        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+        factor = torch.rand(value.shape, generator=generator, dtype=wide, device=value.device)
+        factor.mul_(2).sub_(1).mul_(torch.finfo(value.dtype).eps).add_(1)
+        return factor.mul_(value.detach()).to(value.dtype)
+
+    moved = [shaken(value) for value in values]
+    places = [next(i for i, value in enumerate(values) if value is x) for x in inputs]
+    program = explainer._program(captured, (captured.logits_index,))
+    return explainer._run(captured, program, moved, [moved[i] for i in places]).explain(target)
 
 
 def _check_inputs(tensors: list[Tensor]) -> None:

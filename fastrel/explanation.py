@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrel.errors import InputError
+
+#: Above this noise floor a map is said to be in the noise.
+NOISY = 0.01
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Explanation:
     grid: Tensor | None
     image_size: tuple[int, int] | None
     output: Any
+    _perturbed: Callable[[int], Explanation] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.relevance)
@@ -45,7 +51,43 @@ class Explanation:
         one = slice(index, index + 1 or None)
         target = None if self.target is None else self.target[one]
         grid = None if self.grid is None else self.grid[one]
-        return replace(self, logits=self.logits[one], target=target, relevance=self.relevance[one], grid=grid)
+        perturbed = None if self._perturbed is None else functools.partial(_sample, self._perturbed, index)
+        return replace(
+            self, logits=self.logits[one], target=target, relevance=self.relevance[one], grid=grid, _perturbed=perturbed
+        )
+
+    def noise_floor(self, draws: int = 2) -> Tensor:
+        """How far each map moves when every input and parameter changes by as little as its dtype can tell, [B] or [B, K].
+
+        The largest relative L2 distance, over `draws` random perturbations (factors 1 ± eps), between this map and the
+        perturbed one. Over the patches of an image; for text over all tokens but the highest, which in a rollout is
+        usually the one that the head reads, holding its own 1. Costs `draws` explanations and a copy of the parameters.
+
+        Warns where a map moves by more than 1 %: it then shows rounding as much as the model.
+
+        Raises:
+            InputError: the explanation was not made by an Explainer (it was loaded, say), or draws < 1.
+        """
+        if self._perturbed is None or draws < 1:
+            raise InputError(f"noise_floor needs an explanation as an Explainer made it, and draws >= 1 (got {draws})")
+        kept = self._without_highest(self.relevance, self.relevance) if self.grid is None else self.grid.flatten(-2)
+        floor = torch.zeros(kept.shape[:-1], dtype=kept.dtype, device=kept.device)
+        for seed in range(draws):
+            other = self._perturbed(seed)
+            moved = self._without_highest(other.relevance, self.relevance) if other.grid is None else other.grid.flatten(-2)
+            norm = kept.norm(dim=-1)
+            floor = torch.maximum(floor, (moved - kept).norm(dim=-1) / norm.where(norm > 0, 1))
+        if bool((floor > NOISY).any()):
+            warnings.warn(
+                f"this map moves by {float(floor.max()):.1%} under perturbations of rounding size, so its details "
+                'are noise; rules="positive" and float64 models move less',
+                stacklevel=2,
+            )
+        return floor
+
+    @staticmethod
+    def _without_highest(relevance: Tensor, by: Tensor) -> Tensor:
+        return relevance.scatter(-1, by.argmax(-1, keepdim=True), 0.0)
 
     @property
     def patches(self) -> Tensor:
@@ -136,6 +178,10 @@ class BlockTrace:
     relevance: Tensor | None
     value_relevance: Tensor | None
     input_relevance: Tensor | None
+
+
+def _sample(perturbed: Callable[[int], Explanation], index: int, seed: int) -> Explanation:
+    return perturbed(seed)[index]
 
 
 def check_finite(name: str, x: Tensor) -> None:

@@ -18,7 +18,8 @@ def run(options: argparse.Namespace) -> int:
     vision = load(options.model, options.weights)
     with Image.open(options.image) as file:
         x = vision.preprocess(file.convert("RGB"))
-    explainers = [Explainer(vision.model, name, rules=options.rules) for name in options.methods]
+    first = Explainer(vision.model, options.methods[0], rules=options.rules)
+    explainers = [first, *(first.using(name, rules=options.rules) for name in options.methods[1:])]
     predictions = [explainer.predict(x[None]) for explainer in explainers]
     logits = predictions[0].logits[0]
     if options.target is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ def build_explainer(model: nn.Module, options: argparse.Namespace) -> Explainer:
 def load(name: str | None, weights: str | None) -> Vision:
     """The model called `name` (default: the embedded one), with timm's own preprocessing for it.
 
+    MODULE:FUNCTION is a function that returns a model; timm's preprocessing follows its `pretrained_cfg` if it has one.
+
     Raises:
         InputError: there is no such model, or its weights cannot be had.
     """
@@ -76,9 +79,12 @@ def load(name: str | None, weights: str | None) -> Vision:
         return _embedded(weights)
     import timm
 
-    if not timm.is_model(name):
+    if ":" in name:
+        model = from_function(name, nn.Module).eval()
+    elif timm.is_model(name):
+        model = _with_weights(name, weights) if weights else _pretrained(name)
+    else:
         raise InputError(f"timm knows no model {name!r}; timm.list_models('*vit*') lists names")
-    model = _with_weights(name, weights) if weights else _pretrained(name)
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config, is_training=False)
     mean, std = (torch.tensor(config[key]).reshape(-1, 1, 1) for key in ("mean", "std"))
@@ -88,6 +94,22 @@ def load(name: str | None, weights: str | None) -> Vision:
         info = timm.data.ImageNetInfo()
         names = [info.index_to_description(i) for i in range(count)]
     return Vision(model.eval(), transform, mean, std, names)
+
+
+def from_function(name: str, kind: type[Any]) -> Any:
+    """What the function at MODULE:FUNCTION returns.
+
+    Raises:
+        InputError: there is no such function, it fails, or it returns something other than `kind`.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)()
+    except Exception as error:
+        raise InputError(f"cannot load {name!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(found, kind):
+        raise InputError(f"{name} returned {type(found).__name__}, not {kind.__name__}")
+    return found
 
 
 def _embedded(weights: str | None) -> Vision:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastrel.commands.images import build_explainer, class_index
+from fastrel.commands.images import build_explainer, class_index, from_function
 from fastrel.errors import InputError
 from fastrel.render.text import save_page, words
 
@@ -40,11 +40,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def load(name: str) -> tuple[Any, Any]:
-    """A sequence classifier and its tokenizer.
+    """A sequence classifier and its tokenizer; MODULE:FUNCTION is a function that returns both.
 
     Raises:
         InputError: transformers is not installed, or nothing can be loaded under this name.
     """
+    if ":" in name:
+        model, tokenizer = from_function(name, tuple)
+        return model.eval(), tokenizer
     try:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
     except ImportError as error:

@@ -1,0 +1,121 @@
+"""Pictures with labels or masks."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastrel.data.items import ImageItem
+from fastrel.errors import InputError
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as file:
+        return file.convert("RGB")
+
+
+def _picture(grey: np.ndarray) -> Image.Image:
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _same(mask: np.ndarray) -> np.ndarray:
+    return mask
+
+
+def mosaics() -> list[ImageItem]:
+    """Every object of the held-out scenes that ship with fastrel; its mask is the quarter of the scene that holds it."""
+    from fastrel.demo import CLASSES, held_out
+
+    scenes, cells = held_out()
+    half = scenes.shape[1] // 2
+    items = []
+    for i, (scene, classes) in enumerate(zip(scenes, cells, strict=True)):
+        for position in np.flatnonzero(classes >= 0):
+            row, column = divmod(int(position), 2)
+            mask = np.zeros(scene.shape, bool)
+            mask[row * half : (row + 1) * half, column * half : (column + 1) * half] = True
+            label = int(classes[position])
+            name = f"scene{i}"
+            items.append(
+                ImageItem(
+                    f"{name}/{position}-{CLASSES[label]}", name, partial(_picture, scene), (label,), partial(_same, mask)
+                )
+            )
+    return items
+
+
+def image_folder(folder: Path) -> list[ImageItem]:
+    """Pictures `<class number>_….jpg`, or one folder per class, the classes then being the sorted folders' positions."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    parents = sorted({p.parent for p in paths if p.parent != folder})
+    items = []
+    for path in paths:
+        number = re.match(r"\d+(?=[_.])", path.name) if path.parent == folder else None
+        if number is None and path.parent == folder:
+            raise InputError(f"{path.name}: pictures must be named <class number>_<anything>, or lie in a folder per class")
+        label = int(number[0]) if number else parents.index(path.parent)
+        name = str(path.relative_to(folder))
+        items.append(ImageItem(name, name, partial(_open, path), (label,)))
+    return items
+
+
+def coco_masks(folder: Path) -> list[ImageItem]:
+    """One item per picture and category of manifest.json: {picture: {classes: {name: {mask_value, imagenet: [ids]}}}}.
+
+    `<picture's stem>_mask.png` holds `mask_value` where the category is.
+    """
+
+    def mask(path: Path, value: int) -> np.ndarray:
+        with Image.open(path) as file:
+            return np.asarray(file) == value
+
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return [
+            ImageItem(
+                f"{picture}/{category}",
+                picture,
+                partial(_open, folder / picture),
+                tuple(found["imagenet"]),
+                partial(mask, folder / f"{Path(picture).stem}_mask.png", found["mask_value"]),
+            )
+            for picture, entry in sorted(manifest.items())
+            for category, found in sorted(entry["classes"].items())
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / 'manifest.json'} is not a manifest of masks: {error!r}") from error
+
+
+def imagenet_segmentation(path: Path) -> list[ImageItem]:
+    """ImageNet-Segmentation (Guillaumin et al., IJCV 2014), gtsegs_ijcv.mat: pictures with a mask and without a label.
+
+    Raises:
+        InputError: h5py is not installed, or the file is something else.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise InputError('reading .mat files needs h5py: pip install "fastrel[evaluate]"') from error
+
+    def picture(i: int) -> Image.Image:
+        with h5py.File(path) as file:
+            return Image.fromarray(np.array(file[file["value/img"][i, 0]]).T)
+
+    def mask(i: int) -> np.ndarray:
+        with h5py.File(path) as file:
+            cells = file[file["value/gt"][i, 0]]
+            return np.array(file[cells[0, 0]]).T != 0
+
+    try:
+        with h5py.File(path) as file:
+            count = len(file["value/img"])
+    except (OSError, KeyError) as error:
+        raise InputError(f"{path} is not gtsegs_ijcv.mat: {error}") from error
+    return [ImageItem(f"{i:04d}", f"{i:04d}", partial(picture, i), (), partial(mask, i)) for i in range(count)]

@@ -1,0 +1,142 @@
+"""From an item and its map to numbers: one function per `--metric`, each giving several metrics by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrel import metrics
+from fastrel.data import ImageItem, TextItem
+from fastrel.errors import InputError
+from fastrel.evaluation.subjects import ImageMap, ImageSubject, TextSubject
+from fastrel.explainer import Explainer
+from fastrel.metrics.perturbation import FRACTIONS
+
+Values = dict[str, float]
+
+#: Words chosen for token F1, as in Chefer et al., figure 6.
+TOP_WORDS = tuple(range(10, 90, 10))
+#: Shares of the words removed or kept for sufficiency and comprehensiveness, ERASER's bins.
+SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
+
+
+def _mask(subject: ImageSubject, item: ImageItem) -> Tensor:
+    mask = subject.mask(item)
+    if mask is None:
+        raise InputError(f"{item.name} has no mask, which this metric needs")
+    if not mask.any():
+        raise InputError(f"{item.name}: nothing of the object is left in what the model sees of the picture")
+    return mask
+
+
+def pointing(subject: ImageSubject, explainer: Explainer, item: ImageItem) -> Values:
+    """Pointing game, and the share of positive relevance inside the mask."""
+    mask = _mask(subject, item)[None]
+    heat = subject.explain(explainer, item).heat[None]
+    return {
+        "pointing": float(metrics.pointing_game(heat, mask)[0]),
+        "energy inside": float(metrics.energy_inside(heat, mask)[0]),
+    }
+
+
+def segmentation(subject: ImageSubject, explainer: Explainer, item: ImageItem) -> Values:
+    """Pixel accuracy, mean average precision and mean IoU of the map cut at its mean."""
+    mask = _mask(subject, item)[None]
+    scores = metrics.segmentation(subject.explain(explainer, item).heat[None], mask)
+    return {
+        "pixel accuracy": float(scores.pixel_accuracy[0]),
+        "mAP": float(scores.mean_ap[0]),
+        "mIoU": float(scores.mean_iou[0]),
+    }
+
+
+def perturbation(subject: ImageSubject, explainer: Explainer, item: ImageItem, baseline: str = "black") -> Values:
+    """AUC of positive and negative perturbation, of the predicted class and of the label, and the curves' points."""
+    filled = (torch.zeros(3, 1, 1) - subject.mean) / subject.std if baseline == "black" else torch.zeros(3, 1, 1)
+    found = subject.explain(explainer, item, "predicted")
+    values = _curves(subject, found, "predicted", baseline, filled)
+    if item.classes:
+        labelled = subject.explain(explainer, item) if found.predicted not in item.classes else None
+        if labelled is None:
+            values |= {name.replace(" predicted", " label", 1): value for name, value in values.items()}
+        else:
+            values |= _curves(subject, labelled, "label", baseline, filled)
+    return values
+
+
+def _curves(subject: ImageSubject, found: ImageMap, name: str, baseline: str, filled: Tensor) -> Values:
+    values = {}
+    for order in ("positive", "negative"):
+        target = torch.tensor([found.explained])
+        curve = metrics.perturb(
+            subject.model,
+            found.x[None],
+            found.heat[None],
+            target,
+            order=order,
+            baseline=filled,
+        )
+        values[f"{order} {name} ({baseline})"] = curve.auc
+        for fraction, correct in zip(FRACTIONS, curve.accuracy, strict=True):
+            values[f"{order} {name} ({baseline}) at {fraction:.1f}"] = float(correct)
+    return values
+
+
+def perturbation_mean(subject: ImageSubject, explainer: Explainer, item: ImageItem) -> Values:
+    """The same with the mean colour instead of black."""
+    return perturbation(subject, explainer, item, "mean")
+
+
+def rationale(subject: TextSubject, explainer: Explainer, item: TextItem) -> Values:
+    """Agreement with the words that people marked."""
+    words = subject.explain(explainer, item).words
+    chosen = metrics.top_tokens(words, int(item.rationale.sum()))
+    values = {
+        "average precision": metrics.average_precision(words, item.rationale),
+        "IoU F1": metrics.iou_f1(metrics.spans(chosen), metrics.spans(item.rationale)),
+    }
+    for k in TOP_WORDS:
+        if k < len(words):
+            values[f"token F1 at {k}"] = metrics.token_f1(words, item.rationale, k)
+    return values
+
+
+def faithfulness(subject: TextSubject, explainer: Explainer, item: TextItem) -> Values:
+    """Comprehensiveness and sufficiency, ERASER's AOPC over its bins."""
+    words = subject.explain(explainer, item).words
+    ks = sorted({max(1, int(np.ceil(share * len(words)))) for share in SHARES})
+    probability = subject.probability(item)
+    return {
+        "comprehensiveness": metrics.comprehensiveness(probability, words, ks),
+        "sufficiency": metrics.sufficiency(probability, words, ks),
+    }
+
+
+IMAGE_SCORERS: dict[str, Callable[..., Values]] = {
+    "pointing": pointing,
+    "segmentation": segmentation,
+    "perturbation": perturbation,
+    "perturbation-mean": perturbation_mean,
+}
+TEXT_SCORERS: dict[str, Callable[..., Values]] = {"rationale": rationale, "faithfulness": faithfulness}
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether small values of a metric are good."""
+    return metric.startswith(("positive ", "sufficiency"))
+
+
+def get(kind: Any, name: str) -> Callable[..., Values]:
+    """The scorer called `name` for items of a kind.
+
+    Raises:
+        InputError: there is none.
+    """
+    known = IMAGE_SCORERS if kind is ImageItem else TEXT_SCORERS
+    if name not in known:
+        raise InputError(f"no metric {name!r} for this data; choose from {', '.join(known)}")
+    return known[name]
