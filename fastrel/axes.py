@@ -147,6 +147,9 @@ def _label(node: fx.Node, axes: dict[fx.Node, Axes], sizes: Sizes) -> Axes | Non
         return (*(((size, role),) for size, role in zip(shape, roles, strict=False)), ((shape[-1], "feature"),))
     if target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
         return (((shape[0], "batch"),), ((shape[1], "feature"),), *(((size, "token"),) for size in shape[2:]))
+    if x is None and target in (aten.matmul.default, aten.bmm.default) and len(shape) > 2:
+        right = axes.get(args[1])  # learned queries times keys, say
+        return (*right[:-2], ((shape[-2], "token"),), right[-1]) if right and len(right) == len(shape) else None
     if x is None:
         return _broadcast(known, shape)
     if target is aten.linear.default:

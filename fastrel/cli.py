@@ -94,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (default: %(default)s)")
     sub.add_argument("--out", required=True, metavar="PATH", help="folder for overlays; with --text an .html file")
+    sub.add_argument("--style", default="blend", choices=["blend", "contours"], help="default: %(default)s")
     sub.add_argument("--npz", action="store_true", help="also write the raw maps, one .npz per image")
     sub.set_defaults(run=explain.run)
 

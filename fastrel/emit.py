@@ -12,6 +12,11 @@ from torch import fx
 aten = torch.ops.aten
 
 
+def lane_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of lanes for values of `dtype`: float32 for 16-bit values, so that small relevances add up."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 class Emitter:
     """Appends nodes to the reverse graph. Equal calls give the same node, so rules need not avoid repeating work."""
 
@@ -52,9 +57,12 @@ class Emitter:
         return fn(a, b) if isinstance(a, int) and isinstance(b, int) else self.call(fn, a, b)
 
     def saved(self, x: fx.Node) -> fx.Node:
-        """The value of a captured node, as an input of the reverse graph."""
+        """The value of a captured node, as an input of the reverse graph; 16-bit values as float32."""
         if x not in self._saved:
             self._saved[x] = self.placeholder(f"saved_{x.name}")
+        value = x.meta["val"]
+        if isinstance(value, torch.Tensor) and lane_dtype(value.dtype) != value.dtype:
+            return self.call(aten.to.dtype, self._saved[x], lane_dtype(value.dtype))
         return self._saved[x]
 
     def size(self, x: fx.Node, dim: int) -> Any:

@@ -21,7 +21,8 @@ NOISY = 0.01
 
 @dataclass(frozen=True)
 class Explanation:
-    """The explanation of a batch of predictions. Tensors live on the model's device, in its dtype.
+    """The explanation of a batch of predictions. Tensors live on the model's device, in its dtype (maps of 16-bit models in
+    float32).
 
     Attributes:
         logits: the model's prediction, [B, C] (or the shape of its first output).
@@ -123,13 +124,14 @@ class Explanation:
         image: Any = None,
         tokens: Sequence[str] | None = None,
         names: Sequence[str] | None = None,
+        style: str = "blend",
     ) -> None:
         """Write the explanation of one sample as a picture.
 
         `path` ending in .html writes coloured words and needs `tokens`, the T strings a tokenizer made. Any other suffix is
         that of a picture: an overlay, or for several targets the picture and one overlay each, side by side. It needs
         `image`: a PIL image, an array [H, W, 3] or [H, W] of uint8 or of floats in 0 … 1, or a tensor [3, H, W] in 0 … 1.
-        `names` are the titles of the K targets.
+        `names` are the titles of the K targets; `style` is "blend" or, for one target, "contours".
 
         Raises:
             InputError: the batch holds several samples (save `explanation[i]`), or what the format needs is missing.
@@ -146,11 +148,13 @@ class Explanation:
             return
         if image is None:
             raise InputError("saving an overlay needs image=, the picture that was explained")
-        from fastrel.render.overlay import as_picture, overlay, side_by_side
+        from fastrel.render.overlay import STYLES, as_picture, side_by_side
 
         picture = as_picture(image)
         maps = self.heatmap((picture.height, picture.width)).reshape(-1, picture.height, picture.width)
-        rendered = overlay(picture, maps[0]) if len(maps) == 1 else side_by_side(picture, list(maps), titles)
+        if style not in STYLES or (style != "blend" and len(maps) > 1):
+            raise InputError(f"style {style!r} for {len(maps)} targets; choose blend, or contours for one target")
+        rendered = STYLES[style](picture, maps[0]) if len(maps) == 1 else side_by_side(picture, list(maps), titles)
         rendered.save(path)
 
     def _titles(self, names: Sequence[str] | None) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrel.emit import lane_dtype
 from fastrel.errors import InputError
 
 #: None (predicted class) · int · [B] · [B, K] · callable(output) -> [B] or [B, K]
@@ -36,7 +37,7 @@ def class_seeds(logits: Tensor, target: Target) -> Seeds:
         InputError: the target's type, shape or range does not fit the logits.
     """
     classes = _classes(logits, target)
-    one_hot = F.one_hot(classes.reshape(len(logits), -1).T, logits.shape[1]).to(logits.dtype)  # [K, B, C]
+    one_hot = F.one_hot(classes.reshape(len(logits), -1).T, logits.shape[1]).to(lane_dtype(logits.dtype))  # [K, B, C]
     return Seeds([one_hot], [one_hot], classes, classes.dim() == 2)
 
 
@@ -89,6 +90,7 @@ def function_seeds(outputs: list[Tensor], rebuild: Callable[[list[Tensor]], Any]
     if not used:
         raise InputError("the target function does not depend on the model's output, so there is nothing to explain")
     gradient = [torch.stack([_or_zeros(grads[j], leaves[floats[j]]) for grads in per_target]) for j in used]
+    gradient = [g.to(lane_dtype(g.dtype)) for g in gradient]
     scale = sum(g.abs().flatten(2).sum(2) for g in gradient)  # [K, B]
     assert isinstance(scale, Tensor)
     if not bool((scale > 0).all()):

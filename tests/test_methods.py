@@ -1,5 +1,8 @@
 """Every method against the official code's baselines, and against the libraries that compute the same."""
 
+from functools import partial
+from typing import Any
+
 import networkx
 import pytest
 import torch
@@ -154,6 +157,79 @@ def halved_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
         return t / 2 + t.detach() / 2
 
     return half((half(q) @ half(k).mT * q.shape[-1] ** -0.5).softmax(-1)) @ half(v)
+
+
+def test_attnlrp_equals_lxt() -> None:
+    """The same model written with the functions of lxt, whose backward passes propagate relevance."""
+    lxt = pytest.importorskip("lxt.explicit.functional", reason="lxt is not installed")
+    identity = pytest.importorskip("lxt.explicit.rules").identity
+    model, x, target = models.build("timm_vit"), models.inputs("timm_vit", batch=2)["x"], torch.tensor([2, 4])
+    ours = fastrel.Explainer(model, "attnlrp")(x, target=target).relevance
+
+    def linear(layer: torch.nn.Module, x: Tensor) -> Tensor:
+        return lxt.linear_epsilon(x, layer.weight, layer.bias, 1e-12)
+
+    def norm(layer: torch.nn.Module, x: Tensor) -> Tensor:
+        return lxt.layer_norm_grad_fn.apply(x, layer.weight, layer.bias, layer.eps, 1e-12)
+
+    tokens = model._pos_embed(model.patch_embed(x)).detach().requires_grad_()  # type: ignore[operator]
+    h = tokens
+    for block in model.blocks:  # type: ignore[union-attr]
+        heads = block.attn.num_heads
+        q, k, v = linear(block.attn.qkv, norm(block.norm1, h)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = identity(partial(torch.mul, other=q.shape[-1] ** -0.5), lxt.matmul(q, k.mT, False, 1e-12))
+        attn = lxt.softmax(scores, -1)
+        mixed = lxt.matmul(attn, v, False, 1e-12).transpose(1, 2).flatten(2)
+        h = lxt.add2(h, linear(block.attn.proj, mixed), False, 1e-12)
+        hidden = identity(torch.nn.functional.gelu, linear(block.mlp.fc1, norm(block.norm2, h)))
+        h = lxt.add2(h, linear(block.mlp.fc2, hidden), False, 1e-12)
+    logits = linear(model.head, norm(model.norm, h)[:, 0])  # type: ignore[arg-type]
+    picked = logits.gather(1, target[:, None])
+    (theirs,) = torch.autograd.grad(picked, tokens, picked.detach())
+    assert golden.relative_error(ours, theirs.sum(-1)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["gradient_attention", "transformer_attribution"])
+def test_encoder_decoder_attention_of_detr(method: str) -> None:
+    """A query's map: cross-attention hands the row of a query to the picture's tokens, block by block."""
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+    torch.manual_seed(0)
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 2), ("attention_heads", 4))}
+    config = DetrConfig(
+        use_timm_backbone=False, backbone=None, backbone_config=backbone, d_model=32, num_queries=5, num_labels=6,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, attn_implementation="eager", **sizes,
+    )  # fmt: skip
+    model, x = DetrForObjectDetection(config).double().eval(), torch.randn(2, 3, 64, 96).double()
+    with torch.no_grad():
+        model.model.query_position_embeddings.weight.mul_(50)  # so that queries differ
+    query, label = 3, 2
+
+    def score(out: Any) -> Tensor:
+        return out.logits[:, query, label]
+
+    explainer = fastrel.Explainer(model, method)
+    explanation = explainer(pixel_values=x, target=score)
+    assert explanation.patches.shape == (2, 8, 12)
+    if method == "gradient_attention":
+        out = model(pixel_values=x, output_attentions=True)
+        groups = (out.encoder_attentions, out.decoder_attentions, out.cross_attentions)
+        maps = [m for group in groups for m in group]
+        gradients = iter(torch.autograd.grad(score(out).sum(), maps))
+        encoder, decoder, cross = ([(next(gradients) * m).clamp(min=0).mean(1) for m in group] for group in groups)
+        queries = torch.zeros(2, 1, 5).double()
+        queries[..., query] = 1
+        tokens = torch.zeros(2, 1, 96).double()
+        for own, between in zip(reversed(decoder), reversed(cross), strict=True):
+            tokens = tokens + queries @ between
+            queries = queries + queries @ own
+        for m in reversed(encoder):
+            tokens = tokens + tokens @ m
+        assert golden.relative_error(explanation.relevance, tokens[:, 0].detach()) < 1e-10
+    other = explainer(pixel_values=x, target=lambda out: out.logits[:, query - 1, label])
+    assert golden.relative_error(explanation.relevance, other.relevance) > 1e-3
+    assert explanation.relevance.abs().sum() > 0
 
 
 def test_attention_flow_equals_networkx() -> None:

@@ -106,3 +106,30 @@ def test_shapes_that_do_not_fit() -> None:
         metrics.pointing_game(torch.ones(2, 2), torch.ones(1, 2, 2))
     with pytest.raises(InputError, match=r"scores of shape \(3,\) for a rationale of shape \(2,\)"):
         metrics.token_f1(np.ones(3), np.ones(2, bool), 1)
+
+
+def test_metrics_agree_with_quantus() -> None:
+    """Pointing game, relevance mass, and pixel flipping, on maps at the pixels' resolution."""
+    quantus = pytest.importorskip("quantus", reason="quantus is not installed")
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    heat, masks = rng.random((6, 16, 16)), rng.random((6, 16, 16)) < 0.3
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * 16, 2)).eval()
+    images, labels = rng.random((6, 1, 16, 16), np.float32), np.zeros(6, int)
+    given = {"model": model, "x_batch": images, "y_batch": labels, "a_batch": heat[:, None], "s_batch": masks[:, None]}
+    options = {"normalise": False, "disable_warnings": True}
+    ours = metrics.pointing_game(torch.from_numpy(heat), torch.from_numpy(masks))
+    assert quantus.PointingGame(**options)(**given) == ours.tolist()
+    ours = metrics.energy_inside(torch.from_numpy(heat), torch.from_numpy(masks))
+    assert quantus.RelevanceMassAccuracy(**options)(**given) == pytest.approx(ours.tolist(), abs=1e-12)
+    flipping = quantus.PixelFlipping(features_in_step=32, perturb_baseline=0.0, **options)
+    theirs = np.array(flipping(**given))  # probability after 32, 64, ... of 256 pixels
+    curve = metrics.perturb(
+        model,
+        torch.from_numpy(images),
+        torch.from_numpy(heat),
+        torch.from_numpy(labels),
+        fractions=[step / 8 for step in range(1, 9)],
+    )
+    assert np.array_equal(curve.correct.T, theirs > 0.5)
+    assert 0 < curve.correct.mean() < 1

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fastrel.errors import InputError
-from fastrel.render import as_picture, overlay, page, side_by_side, words
+from fastrel.render import as_picture, contours, overlay, page, side_by_side, words
 
 
 def test_the_overlay_tints_where_the_map_is_high_and_nowhere_else() -> None:
@@ -17,6 +17,20 @@ def test_the_overlay_tints_where_the_map_is_high_and_nowhere_else() -> None:
     changed = (result != 100).any(2)
     assert changed[2, 3]
     assert changed.sum() == 1
+
+
+def test_contours_surround_the_peak() -> None:
+    picture = Image.fromarray(np.full((60, 80, 3), 100, np.uint8))
+    y, x = np.mgrid[:60, :80]
+    heat = np.exp(-((y - 20) ** 2 + (x - 50) ** 2) / 100)
+    result = np.asarray(contours(picture, heat)).astype(int)
+    assert result.shape == (60, 80, 3)
+    changed = (result != 100).any(2)
+    assert not changed[20, 50]
+    assert changed[20, 50:].any()
+    assert changed[:20, 50].any()
+    assert not changed[40:].any()
+    assert np.array_equal(np.asarray(contours(picture, np.ones((60, 80)))), np.asarray(picture))
 
 
 def test_a_constant_map_leaves_the_picture_alone() -> None:

@@ -29,9 +29,9 @@ def eraser(path: Path) -> list[TextItem]:
     """ERASER (DeYoung et al., ACL 2020): a JSON object per line.
 
     Its own format: annotation_id, classification and evidences, lists of {docid, start_token, end_token}; document
-    `docid` is the file docs/<docid> beside it. Also {id, label, text, spans: [[start, end]]} in one file. Words are split at
-    blanks and spans count them, the end not included. Classes are numbered as sorted (NEG 0, POS 1). Items without evidence
-    are left out.
+    `docid` is the file docs/<docid> beside it. Also {id, label, text, spans: [[start, end]]} in one file. Words are split
+    at blanks and spans count them, the end not included. Classes are numbered as sorted (NEG 0, POS 1). Items without
+    evidence are left out.
     """
     found = []
     for number, line in _lines(path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastrel import methods
 from fastrel.data import ImageItem, TextItem
@@ -74,11 +76,12 @@ def evaluate(
     failures: Failures = {}
     for item in items:
         for configuration in chosen:
+            explain: Any = functools.cache(functools.partial(subject.explain, explainers[configuration.name], item))  # type: ignore
             for name, function in functions.items():
                 if store.done(item.name, configuration.name, name):
                     continue
                 try:
-                    values = function(subject, explainers[configuration.name], item)
+                    values = function(subject, item, explain)
                 except (InputError, OSError, ValueError, SyntaxError) as error:
                     failures[item.name] = f"{configuration.name}: {' '.join(str(error).split())}"
                     continue

@@ -13,10 +13,12 @@ from fastrel import metrics
 from fastrel.data import ImageItem, TextItem
 from fastrel.errors import InputError
 from fastrel.evaluation.subjects import ImageMap, ImageSubject, TextSubject
-from fastrel.explainer import Explainer
 from fastrel.metrics.perturbation import FRACTIONS
 
 Values = dict[str, float]
+
+#: The item's map, computed once for all scorers; "predicted" as argument for the predicted class instead of the label.
+Explain = Callable[..., Any]
 
 #: Words chosen for token F1, as in Chefer et al., figure 6.
 TOP_WORDS = tuple(range(10, 90, 10))
@@ -33,20 +35,20 @@ def _mask(subject: ImageSubject, item: ImageItem) -> Tensor:
     return mask
 
 
-def pointing(subject: ImageSubject, explainer: Explainer, item: ImageItem) -> Values:
+def pointing(subject: ImageSubject, item: ImageItem, explain: Explain) -> Values:
     """Pointing game, and the share of positive relevance inside the mask."""
     mask = _mask(subject, item)[None]
-    heat = subject.explain(explainer, item).heat[None]
+    heat = explain().heat[None]
     return {
         "pointing": float(metrics.pointing_game(heat, mask)[0]),
         "energy inside": float(metrics.energy_inside(heat, mask)[0]),
     }
 
 
-def segmentation(subject: ImageSubject, explainer: Explainer, item: ImageItem) -> Values:
+def segmentation(subject: ImageSubject, item: ImageItem, explain: Explain) -> Values:
     """Pixel accuracy, mean average precision and mean IoU of the map cut at its mean."""
     mask = _mask(subject, item)[None]
-    scores = metrics.segmentation(subject.explain(explainer, item).heat[None], mask)
+    scores = metrics.segmentation(explain().heat[None], mask)
     return {
         "pixel accuracy": float(scores.pixel_accuracy[0]),
         "mAP": float(scores.mean_ap[0]),
@@ -54,13 +56,13 @@ def segmentation(subject: ImageSubject, explainer: Explainer, item: ImageItem) -
     }
 
 
-def perturbation(subject: ImageSubject, explainer: Explainer, item: ImageItem, baseline: str = "black") -> Values:
+def perturbation(subject: ImageSubject, item: ImageItem, explain: Explain, baseline: str = "black") -> Values:
     """AUC of positive and negative perturbation, of the predicted class and of the label, and the curves' points."""
     filled = (torch.zeros(3, 1, 1) - subject.mean) / subject.std if baseline == "black" else torch.zeros(3, 1, 1)
-    found = subject.explain(explainer, item, "predicted")
+    found = explain("predicted")
     values = _curves(subject, found, "predicted", baseline, filled)
     if item.classes:
-        labelled = subject.explain(explainer, item) if found.predicted not in item.classes else None
+        labelled = explain() if found.predicted not in item.classes else None
         if labelled is None:
             values |= {name.replace(" predicted", " label", 1): value for name, value in values.items()}
         else:
@@ -86,14 +88,14 @@ def _curves(subject: ImageSubject, found: ImageMap, name: str, baseline: str, fi
     return values
 
 
-def perturbation_mean(subject: ImageSubject, explainer: Explainer, item: ImageItem) -> Values:
+def perturbation_mean(subject: ImageSubject, item: ImageItem, explain: Explain) -> Values:
     """The same with the mean colour instead of black."""
-    return perturbation(subject, explainer, item, "mean")
+    return perturbation(subject, item, explain, "mean")
 
 
-def rationale(subject: TextSubject, explainer: Explainer, item: TextItem) -> Values:
+def rationale(subject: TextSubject, item: TextItem, explain: Explain) -> Values:
     """Agreement with the words that people marked."""
-    words = subject.explain(explainer, item).words
+    words = explain().words
     chosen = metrics.top_tokens(words, int(item.rationale.sum()))
     values = {
         "average precision": metrics.average_precision(words, item.rationale),
@@ -105,9 +107,9 @@ def rationale(subject: TextSubject, explainer: Explainer, item: TextItem) -> Val
     return values
 
 
-def faithfulness(subject: TextSubject, explainer: Explainer, item: TextItem) -> Values:
+def faithfulness(subject: TextSubject, item: TextItem, explain: Explain) -> Values:
     """Comprehensiveness and sufficiency, ERASER's AOPC over its bins."""
-    words = subject.explain(explainer, item).words
+    words = explain().words
     ks = sorted({max(1, int(np.ceil(share * len(words)))) for share in SHARES})
     probability = subject.probability(item)
     return {

@@ -43,7 +43,7 @@ class ImageSubject:
     kind = ImageItem
 
     def explain(self, explainer: Explainer, item: ImageItem, target: str = "label") -> ImageMap:
-        """The map of `label`, the best-scoring of the item's classes (the predicted one if it has none), or of `predicted`."""
+        """The map of `label`, the best-scoring of the item's classes (or predicted if none), or of `predicted`."""
         x = self.preprocess(item.picture())
         prediction = explainer.predict(x[None])
         logits = prediction.logits[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -46,16 +46,45 @@ def unit(heat: np.ndarray) -> np.ndarray:
     return np.zeros_like(heat) if high <= low else (heat - low) / (high - low)
 
 
-def overlay(picture: Image.Image, heat: Tensor | np.ndarray, opacity: float = 0.75) -> Image.Image:
-    """The picture, tinted where the map [H, W] (the picture's size) is high and left as it is where it is zero."""
+def _level(picture: Image.Image, heat: Tensor | np.ndarray) -> np.ndarray:
+    """A map [H, W] of the picture's size, scaled to 0 … 1."""
     heat = heat.detach().float().cpu().numpy() if isinstance(heat, Tensor) else np.asarray(heat, np.float32)
     if heat.shape != (picture.height, picture.width):
         raise InputError(f"a map of shape {heat.shape} does not fit a picture of {picture.height} x {picture.width}")
-    level = unit(heat)
+    return unit(heat)
+
+
+def overlay(picture: Image.Image, heat: Tensor | np.ndarray, opacity: float = 0.75) -> Image.Image:
+    """The picture, tinted where the map [H, W] (the picture's size) is high and left as it is where it is zero."""
+    level = _level(picture, heat)
     colour = matplotlib.colormaps[COLORMAP](level)[..., :3] * 255
     alpha = (opacity * np.sqrt(level))[..., None]
     blend = np.asarray(picture, np.float32) * (1 - alpha) + colour * alpha
     return Image.fromarray(blend.round().astype(np.uint8))
+
+
+def contours(picture: Image.Image, heat: Tensor | np.ndarray, levels: Sequence[float] = (0.25, 0.5, 0.75)) -> Image.Image:
+    """The picture with lines of equal relevance, at shares of the way from the map's lowest to its highest value.
+
+    heat: [H, W], the picture's size. A constant map has no lines.
+    """
+    level = _level(picture, heat)
+    figure = Figure(figsize=(picture.width / 100, picture.height / 100), dpi=100)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_axis_off()
+    axes.imshow(np.asarray(picture), interpolation="nearest")
+    shown = [x for x in levels if level.min() < x < level.max()]
+    if shown:
+        colours = matplotlib.colormaps[COLORMAP](np.array(shown))
+        axes.contour(level, levels=shown, colors="white", linewidths=2.6, alpha=0.7)
+        axes.contour(level, levels=shown, colors=colours, linewidths=1.4)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+#: How a map is drawn on a picture.
+STYLES: dict[str, Callable[..., Image.Image]] = {"blend": overlay, "contours": contours}
 
 
 def side_by_side(

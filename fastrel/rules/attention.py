@@ -135,11 +135,11 @@ def attention_maps(
 
 @rule(aten.matmul.default, aten.bmm.default)
 def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
-    """A product of two activations, each of which takes half of the relevance: A·V or Q·Kᵀ."""
+    """A·V or Q·Kᵀ: each operand takes half of the relevance, also where one of them does not depend on the input."""
     left, right = arguments(node, count=2)
     ndim = node.meta["val"].dim()
-    if not (t.is_active(left) and t.is_active(right) and left.meta["val"].dim() == right.meta["val"].dim() == ndim):
-        raise UnsupportedModelError(f"{describe(node)} is not a product of two activations of the same rank")
+    if not left.meta["val"].dim() == right.meta["val"].dim() == ndim:
+        raise UnsupportedModelError(f"{describe(node)} is not a product of two values of the same rank")
     rows = _common_rows(out, ndim - 2)
     grad, rel = (_restrict(t, lane, rows, node) for lane in (out.grad, out.rel))
     a, b = t.value(left, rows), t.value(right)

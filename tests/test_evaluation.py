@@ -1,0 +1,281 @@
+"""Data readers, and `fastrel evaluate`: nothing lost, nothing done twice, failures named."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import ttest_1samp
+
+from fastrel import data
+from fastrel.cli import main
+from fastrel.errors import InputError
+from fastrel.evaluation import Store, summarise
+from fastrel.evaluation.store import Score
+from fastrel.evaluation.summary import paired
+from tests import models
+
+EVALUATE = ["evaluate", "--data", "mosaics", "--metric", "pointing", "--seed", "3"]
+
+
+def scene(path: Path, size: tuple[int, int] = (64, 64)) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)).save(path)
+
+
+def coco_folder(folder: Path) -> Path:
+    folder.mkdir()
+    entry = {"classes": {"thing": {"mask_value": 7, "imagenet": [3, 5]}}}
+    (folder / "manifest.json").write_text(json.dumps({"a.png": entry, "b.png": entry}))
+    for name in "ab":
+        scene(folder / f"{name}.png", (80, 64))
+        mask = np.zeros((64, 80), np.uint8)
+        mask[10:40, 20:50] = 7
+        Image.fromarray(mask).save(folder / f"{name}_mask.png")
+    return folder
+
+
+def scores(folder: Path) -> list[dict[str, str]]:
+    with (folder / "scores.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+# Readers
+
+
+def test_mosaics_have_a_mask_per_object() -> None:
+    items = data.read("mosaics")
+    assert len(items) == 746
+    assert len({item.group for item in items}) == 200
+    mask = items[0].mask()
+    assert mask.mean() == 0.25
+    assert mask.shape == (64, 64)
+
+
+def test_images_take_their_class_from_the_name_or_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    scene(tmp_path / "flat" / "012_n01_tench.png")
+    items = data.read(f"images:{tmp_path / 'flat'}")
+    assert [(item.name, item.classes) for item in items] == [("012_n01_tench.png", (12,))]
+    assert items[0].picture().size == (64, 64)
+    for name in ("dog", "cat"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        scene(tmp_path / "tree" / name / "x.png")
+    assert [(i.name, i.classes) for i in data.read(f"images:{tmp_path / 'tree'}")] == [
+        ("cat/x.png", (0,)),
+        ("dog/x.png", (1,)),
+    ]
+    scene(tmp_path / "flat" / "tench.png")
+    with pytest.raises(InputError, match=r"tench.png: pictures must be named <class number>_"):
+        data.read(f"images:{tmp_path / 'flat'}")
+
+
+def test_coco_masks(tmp_path: Path) -> None:
+    first, _ = data.read(f"coco:{coco_folder(tmp_path / 'coco')}")
+    assert (first.name, first.group, first.classes) == ("a.png/thing", "a.png", (3, 5))
+    assert first.mask().sum() == 900
+    (tmp_path / "coco" / "manifest.json").write_text('{"a.png": {}}')
+    with pytest.raises(InputError, match="is not a manifest of masks: KeyError"):
+        data.read(f"coco:{tmp_path / 'coco'}")
+
+
+def test_imagenet_segmentation_is_read_as_matlab_wrote_it(tmp_path: Path) -> None:
+    picture = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    mask = np.zeros((5, 7), np.uint8)
+    mask[1:3, 2:6] = 1
+    path = tmp_path / "gtsegs_ijcv.mat"
+    with h5py.File(path, "w") as file:  # MATLAB writes arrays in column-major order, cells as references
+        image, gt = file.create_dataset("#refs#/i", data=picture.T), file.create_dataset("#refs#/g", data=mask.T)
+        cell = file.create_dataset("#refs#/c", (1, 1), h5py.ref_dtype)
+        cell[0, 0] = gt.ref
+        for name, target in (("img", image), ("gt", cell)):
+            file.create_dataset(f"value/{name}", (1, 1), h5py.ref_dtype)[0, 0] = target.ref
+    (item,) = data.read(f"imagenet-seg:{path}")
+    assert np.array_equal(np.asarray(item.picture()), picture)
+    assert np.array_equal(item.mask(), mask == 1)
+    path.write_bytes(b"no")
+    with pytest.raises(InputError, match=r"is not gtsegs_ijcv\.mat"):
+        data.read(f"imagenet-seg:{path}")
+
+
+def test_eraser_in_its_own_format_and_in_one_file(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "neg_1.txt").write_text("a dull\nfilm about nothing")
+    evidence = [[{"docid": "neg_1.txt", "start_token": 1, "end_token": 3, "text": "dull film"}]]
+    lines = [
+        {"annotation_id": "neg_1.txt", "classification": "NEG", "evidences": evidence},
+        {"annotation_id": "neg_1.txt", "classification": "POS", "evidences": []},  # no rationale: left out
+    ]
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (item,) = data.read(f"eraser:{tmp_path / 'val.jsonl'}")
+    assert (item.words, item.label) == (("a", "dull", "film", "about", "nothing"), 0)
+    assert item.rationale.tolist() == [False, True, True, False, False]
+    with gzip.open(tmp_path / "one.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"id": "x", "label": 1, "text": "so good", "spans": [[1, 2]]}))
+    (item,) = data.read(f"eraser:{tmp_path / 'one.jsonl.gz'}")
+    assert (item.words, item.label, item.rationale.tolist()) == (("so", "good"), 1, [False, True])
+    (tmp_path / "val.jsonl").write_text('{"id": 3')
+    with pytest.raises(InputError, match=r"val\.jsonl, line 1: not an ERASER item"):
+        data.read(f"eraser:{tmp_path / 'val.jsonl'}")
+    (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "one.jsonl.gz").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"cut\.jsonl\.gz cannot be read"):
+        data.read(f"eraser:{tmp_path / 'cut.jsonl.gz'}")
+
+
+def test_sst_keeps_the_words_of_the_sentence_s_polarity(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("(3 (2 a) (4 (1 (1 not) (1 dull)) (4 gem)))\n(2 (2 so) (2 so))\n(1 (2 a) (2 film))\n")
+    (item,) = data.read(f"sst:{tmp_path / 't.txt'}")
+    assert (item.words, item.label, item.rationale.tolist()) == (
+        ("a", "not", "dull", "gem"),
+        1,
+        [False, False, False, True],
+    )
+
+
+def test_data_that_is_not_there_or_empty(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown data 'voc:x'"):
+        data.read("voc:x")
+    with pytest.raises(InputError, match="there is no file or folder 'nowhere'"):
+        data.read("coco:nowhere")
+    with pytest.raises(InputError, match="holds no items"):
+        data.read(f"images:{tmp_path}")
+
+
+# The store and the statistics
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    store = Store(tmp_path, {"model": "m"})
+    first = [Score("a", "a", "rollout", "pointing", name, 1.0) for name in ("pointing", "energy")]
+    second = [Score("b", "b", "rollout", "pointing", name, 0.5) for name in ("pointing", "energy")]
+    store.add(first)
+    store.add(second)
+    text = store.path.read_text().splitlines(keepends=True)
+    store.path.write_text("".join(text[:-2]) + text[-2][:-3])  # the last score is torn and its end missing
+    again = Store(tmp_path, {"model": "m"})
+    assert again.scores == first
+    assert again.done("a", "rollout", "pointing")
+    assert not again.done("b", "rollout", "pointing")
+    again.add(second)
+    assert Store(tmp_path, {"model": "m"}).scores == first + second
+    with pytest.raises(InputError, match=r"holds scores made with \{'model': 'm'\}, not \{'model': 'n'\}"):
+        Store(tmp_path, {"model": "n"})
+
+
+def test_items_of_one_picture_are_one_observation() -> None:
+    values = {("x", "p"): 1.0, ("y", "p"): 0.0, ("z", "q"): 1.0}
+    made = [Score(item, group, "ours", "pointing", "pointing", v) for (item, group), v in values.items()]
+    (row,) = summarise(made, ["ours"])
+    assert (row.mean, row.groups, row.error) == (0.75, 2, pytest.approx(0.25))
+
+
+def test_a_single_item_has_no_error_and_no_test() -> None:
+    made = [Score("x", "x", name, "pointing", "pointing", v) for name, v in (("ours", 1.0), ("theirs", 0.0))]
+    first, second = summarise(made, ["ours", "theirs"])
+    assert np.isnan([first.error, first.p, second.error, second.p]).all()
+
+
+def test_the_permutation_test_agrees_with_the_t_test_on_normal_differences() -> None:
+    rng = np.random.default_rng(1)
+    for shift in (0.0, 0.15, 0.3):
+        differences = rng.normal(shift, 1, 200)
+        mean, p = paired(differences)
+        assert mean == differences.mean()
+        assert abs(p - ttest_1samp(differences, 0).pvalue) < 0.02
+    assert paired(np.ones(10))[1] == pytest.approx(2 / 2**10)
+
+
+# The command
+
+
+def test_evaluate_writes_tables_and_plots_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = [*EVALUATE, "--limit", "3", "--out", str(out), "--methods", "transformer_attribution", "rollout"]
+    assert main(command) == 0
+    assert "| rollout |" in capsys.readouterr().out
+    before = scores(out)
+    assert len([s for s in before if s["metric"] == "pointing"]) == 6
+    for name in ("results.md", "results.csv", "scores.png"):
+        assert (out / name).stat().st_size > 100
+    assert not (out / "curves.png").exists()
+    assert main([*command, "partial_lrp", "--rules", "positive", "official"]) == 0
+    after = scores(out)
+    assert [s for s in after if s["configuration"] == "rollout"] == [s for s in before if s["configuration"] == "rollout"]
+    names = {s["configuration"] for s in after}
+    assert {"partial_lrp, positive", "partial_lrp, official", "transformer_attribution, official"} <= names
+
+
+def test_the_perturbation_curve_is_that_of_the_metric(tmp_path: Path) -> None:
+    import fastrel
+    from fastrel import demo, metrics
+
+    out = tmp_path / "out"
+    assert main(["evaluate", "--data", "mosaics", "--metric", "perturbation", "--limit", "1", "--out", str(out)]) == 0
+    found = {s["metric"]: float(s["value"]) for s in scores(out)}
+    item = next(i for i in data.read("mosaics") if i.name == scores(out)[0]["item"])
+    model, x = demo.load_model(), demo.to_input(np.asarray(item.picture())[None])
+    explanation = fastrel.Explainer(model)(x)
+    black = torch.full((3, 1, 1), -demo.MEAN / demo.STD)
+    for order in ("positive", "negative"):
+        curve = metrics.perturb(model, x, explanation.patches, explanation.target, order=order, baseline=black)  # type: ignore
+        assert found[f"{order} predicted (black)"] == pytest.approx(curve.auc)
+        assert found[f"{order} predicted (black) at 0.3"] == curve.accuracy[3]
+    assert (out / "curves.png").exists()
+
+
+def test_bad_items_are_named_and_the_others_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = coco_folder(tmp_path / "coco")
+    Image.fromarray(np.full((10, 10), 7, np.uint8)).save(folder / "b_mask.png")
+    command = ["evaluate", "--data", f"coco:{folder}", "--metric", "segmentation", "--out", str(tmp_path / "out")]
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert "b.png/thing" in captured.err
+    assert "a mask of (10, 10) for a picture of (64, 80)" in captured.err
+    assert {s["item"] for s in scores(tmp_path / "out")} == {"a.png/thing"}
+    (folder / "b.png").write_bytes(b"not a picture")
+    (folder / "a.png").unlink()
+    assert main([*command[:-1], str(tmp_path / "none")]) == 2
+    assert "none of 2 items could be scored" in capsys.readouterr().err
+
+
+def test_evaluate_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["evaluate", "--data", "mosaics", "--metric", "rationale", *out]) == 2
+    assert "no metric 'rationale' for this data; choose from pointing" in capsys.readouterr().err
+    assert main(["evaluate", "--data", "mosaics", "--metric", "pointing", "--limit", "0", *out]) == 2
+    assert main(["evaluate", "--data", "mosaics", "--metric", "pointing", "--model", "no.module:f", *out]) == 2
+    assert "cannot load 'no.module:f': ModuleNotFoundError" in capsys.readouterr().err
+    (tmp_path / "t.txt").write_text("(3 (2 a) (4 gem))")
+    assert main(["evaluate", "--data", f"sst:{tmp_path / 't.txt'}", "--metric", "rationale", *out]) == 2
+    assert "evaluating on texts needs --model" in capsys.readouterr().err
+
+
+def text_model() -> tuple[torch.nn.Module, object]:
+    """What --model tests.test_evaluation:text_model gives: a tiny random BERT and a word-piece tokenizer."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers import models as pieces
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "film", "du", "##ll", "gem"]
+    core = Tokenizer(pieces.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]", model_max_length=16)
+    return models.build("hf_bert").float(), tokenizer
+
+
+def test_texts_are_scored_by_word(tmp_path: Path) -> None:
+    words = ["a", "dull", "film", *["a"] * 30]  # longer than the model reads
+    lines = [{"id": str(i), "label": i, "text": " ".join(words), "spans": [[1, 2]]} for i in range(2)]
+    (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out"
+    command = ["evaluate", "--data", f"eraser:{tmp_path / 'v.jsonl'}", "--model", "tests.test_evaluation:text_model"]
+    assert main([*command, "--metric", "rationale", "faithfulness", "--out", str(out)]) == 0
+    found = {s["metric"] for s in scores(out)}
+    assert {"average precision", "IoU F1", "token F1 at 30", "comprehensiveness", "sufficiency"} <= found

