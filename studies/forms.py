@@ -121,45 +121,43 @@ def no_query_key(q: Tensor, k: Tensor, rel: Tensor) -> Pair:
     return torch.zeros_like(q), torch.zeros_like(k)
 
 
-def values_only(rule: Callable[[Tensor, Tensor, Tensor], Pair]) -> Callable[[Tensor, Tensor, Tensor], Pair]:
-    """All relevance goes on to V instead of half; A's is read but not carried on (use with `no_query_key`)."""
-
-    def attention_value(attn: Tensor, v: Tensor, rel: Tensor) -> Pair:
-        rel_attn, rel_v = rule(attn, v, rel)
-        return rel_attn, 2 * rel_v
-
-    return attention_value
+def both_halved(attn: Tensor, v: Tensor, rel: Tensor) -> Pair:
+    """The default's A·V, but V is given half: the other half is A's, to be carried on to Q and K."""
+    rel_attn, rel_v = R.attention_value(attn, v, rel)
+    return rel_attn, rel_v / 2
 
 
-def _published(name: R.Rules) -> Form:
-    return Form(
-        lambda u, v, rel: R.add(u, v, rel, name),
-        lambda a, v, rel: R.attention_value(a, v, rel, name),
-        lambda q, k, rel: R.query_key(q, k, rel, name),
-    )
+def signed_values_only(attn: Tensor, v: Tensor, rel: Tensor) -> Pair:
+    rel_attn, rel_v = signed_value(attn, v, rel)
+    return rel_attn, 2 * rel_v
 
 
-_OFFICIAL, _POSITIVE = _published("official"), _published("positive")
-_MAGNITUDE = Form(magnitude_add, magnitude_value, magnitude_query_key)
+_OFFICIAL = Form(
+    lambda u, v, rel: R.add(u, v, rel, "official"),
+    lambda a, v, rel: R.attention_value(a, v, rel, "official"),
+    lambda q, k, rel: R.query_key(q, k, rel, "official"),
+)
+_DEFAULT = Form(R.add, R.attention_value, no_query_key)
+_WITH_SCORES = Form(R.add, both_halved, R.query_key)
 _SMOOTH = smoothed(0.2)
 
 FORMS: dict[str, Form] = {
+    "default": _DEFAULT,
     "official": _OFFICIAL,
-    "positive": _POSITIVE,
-    "magnitude": _MAGNITUDE,
-    "positive, add by magnitude": _POSITIVE._replace(add=magnitude_add),
-    "positive, add by square": _POSITIVE._replace(add=square_add),
-    "sign-aware": Form(_POSITIVE.add, signed_value, signed_query_key),
+    "with Q·K": _WITH_SCORES,
+    "without Q·K, its half dropped": _WITH_SCORES._replace(query_key=no_query_key),
+    "with Q·K, add by magnitude": _WITH_SCORES._replace(add=magnitude_add),
+    "with Q·K, add by square": _WITH_SCORES._replace(add=square_add),
+    "with Q·K, add smoothed 0.2": _WITH_SCORES._replace(add=_SMOOTH.add),
+    "magnitude": Form(magnitude_add, magnitude_value, magnitude_query_key),
+    "sign-aware": Form(R.add, signed_value, signed_query_key),
     "sign-aware, add by magnitude": Form(magnitude_add, signed_value, signed_query_key),
-    "positive, no Q·K": _POSITIVE._replace(query_key=no_query_key),
-    "positive, values only": Form(_POSITIVE.add, values_only(_POSITIVE.attention_value), no_query_key),
-    "sign-aware, values only": Form(_POSITIVE.add, values_only(signed_value), no_query_key),
+    "sign-aware without Q·K": Form(R.add, signed_values_only, no_query_key),
     "smoothed 0.01": smoothed(0.01),
     "smoothed 0.2": _SMOOTH,
     "smoothed 1": smoothed(1.0),
     "smoothed 0.2 per head": smoothed(0.2, HEAD),
-    "smoothed 0.2, add positive": _SMOOTH._replace(add=_POSITIVE.add),
-    "positive, add smoothed 0.2": _POSITIVE._replace(add=_SMOOTH.add),
+    "smoothed 0.2, add as default": _SMOOTH._replace(add=R.add),
     "ε 0.2": sign_epsilon(0.2),
 }
 
@@ -169,7 +167,7 @@ class FormTape(Tape):
 
     def __init__(self) -> None:
         super().__init__("positive")
-        self.form = _POSITIVE
+        self.form = _DEFAULT
 
     def add(self, u: Tensor, v: Tensor) -> Tensor:
         y = u + v
@@ -185,3 +183,7 @@ class FormTape(Tape):
         y = attn @ v
         self._record([y], [attn, v], lambda rel: self.form.attention_value(attn, v, rel))
         return y
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """A form that ends relevance at A says so in its `query_key`."""
+        return self.identity(lambda t: t.softmax(-1), scores)

@@ -1,9 +1,9 @@
 """Which form of the relevance rules finds what people mark, and does it survive rounding?
 
-    python -m studies.rules collect SUBJECT [--limit N]     SUBJECT: shipped | clip | sst | movies
-    python -m studies.rules report                          tables of docs/numerics.md from what was collected
+    python -m studies.rules SUBJECT [--limit N]     SUBJECT: shipped | clip | sst | movies
+    python -m studies.report                        the tables of docs/numerics.md from what was collected
 
-`collect` explains every item with every form of studies/forms.py (one forward pass and one gradient, then one relevance
+It explains every item with every form of studies/forms.py (one forward pass and one gradient, then one relevance
 pass per form) and appends a line per item, form and start layer to studies/results/SUBJECT.csv. It goes on where it was
 interrupted.
 """

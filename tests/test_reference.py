@@ -114,3 +114,17 @@ def test_positive_relevance_is_non_negative_and_never_grows(name: str, target: i
         total = float(block.input_relevance.sum())
         assert 0 < total <= below + 1e-12
         below = total
+
+
+def test_the_study_s_default_form_is_the_reference() -> None:
+    """docs/numerics.md compares what fastrel computes."""
+    from studies.forms import FormTape
+
+    params, image = golden.parameters("vit_a"), golden.tensor(golden.load("vit_a")["input"])
+    found = []
+    for tape in (reference.Tape("positive"), FormTape()):
+        run = reference.vit(tape, params, image, heads=golden.config("vit_a")["num_heads"])
+        rel = tape.relprop(run.logits, F.one_hot(torch.tensor([1]), run.logits.shape[1]).double())
+        found.append([rel[id(attn)] for _, attn, _ in run.blocks])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)

@@ -24,6 +24,11 @@ def attention_probabilities(
     return scores.softmax(-1).nan_to_num(0.0)
 
 
+def carries_scores(rules: str) -> bool:
+    """Whether relevance goes on from A to the scores, and so to Q and K: not under `positive` (reference `softmax`)."""
+    return rules != "positive"
+
+
 def _through_mask(q: Tensor, k: Tensor, mask: Tensor | None, rel: Tensor, scale: float, rules: R.Rules) -> Tensor:
     """The published code adds the mask to the scores by a residual add, and drops the mask's share."""
     if mask is None:
@@ -89,18 +94,17 @@ def _attention_relevance(
     """All lanes through one attention, A recomputed from q and k.
 
     q [*B, h, Tq, d], k, v [*B, h, Tk, d], rel and grad [K, *B, h, Tq, d], row [K, *B, Tq] -> rel_q, rel_k, rel_v, grad_q,
-    grad_k, grad_v (where `inputs`), kept, through (where there is a row).
+    grad_k, grad_v (where `inputs`; rel_q and rel_k not under `positive`), kept, through (where there is a row).
     """
     rel_q = rel_k = rel_v = grad_q = grad_k = grad_v = kept = through = None
     attn = attention_probabilities(q, k, mask, scale, is_causal, query_start)
     rel_attn = grad_attn = None
     if rel is not None:
         rel_attn, rel_v = R.attention_value(attn, v, rel, rules)
-        if inputs:
-            rel_scores = rel_attn if rules == "positive" else _through_mask(q, k, mask, rel_attn, scale, rules)
-            rel_q, rel_k = R.query_key(q, k, rel_scores, rules)
-        else:
+        if not inputs:
             rel_v = None
+        elif carries_scores(rules):
+            rel_q, rel_k = R.query_key(q, k, _through_mask(q, k, mask, rel_attn, scale, rules), rules)
     if grad is not None:
         grad_attn = grad @ v.mT
         if inputs:
@@ -133,7 +137,9 @@ def _attention_relevance_fake(
     def like(lane: Tensor | None, value: Tensor) -> Tensor:
         return q.new_empty(0) if lane is None or not inputs else lane.new_empty((lane.shape[0], *value.shape))
 
-    rel_qkv, grad_qkv = (tuple(like(lane, value) for value in (q, k, v)) for lane in (rel, grad))
+    scores = rel if carries_scores(rules) else None
+    rel_qkv = (like(scores, q), like(scores, k), like(rel, v))
+    grad_qkv = tuple(like(grad, value) for value in (q, k, v))
     kept = row.new_empty(row.shape) if row is not None and normalize else q.new_empty(0)
     through = q.new_empty(0) if row is None else row.new_empty((*row.shape[:-1], k.shape[-2]))
     return (*rel_qkv, *grad_qkv, kept, through)

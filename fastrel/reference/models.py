@@ -69,7 +69,7 @@ def _attend(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
     if mask is not None:
         # The published BERT code treats the mask as the other operand of a residual add.
         scores = tape.add(scores, mask) if tape.rules == "official" else tape.identity(lambda t: t + mask, scores)
-    attn = tape.identity(lambda t: t.softmax(-1), scores)
+    attn = tape.softmax(scores)
     return tape.attention_value(attn, v), attn
 
 

@@ -6,8 +6,9 @@ leading dimensions (several targets of one input).
 
 Three rule sets. `official` reproduces the method's published code, including its `safe_divide`. `positive` applies eq. (5),
 which keeps only contributions with x·w >= 0, to residual adds and attention products too, so that every denominator is
-a sum of non-negative terms; 0/0 is 0. `original_lrp` is the published code of the baseline "LRP": like `official`, but a
-linear layer divides by its two sums separately, which doubles relevance, and residual adds are not normalised.
+a sum of non-negative terms; 0/0 is 0. All relevance of A·V then goes on through V; that of A is read and ends there
+(docs/numerics.md compares the alternatives). `original_lrp` is the published code of the baseline "LRP": like `official`,
+but a linear layer divides by its two sums separately, which doubles relevance, and residual adds are not normalised.
 """
 
 from collections.abc import Callable
@@ -69,17 +70,26 @@ def add(u: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[T
 
 
 def attention_value(attn: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[Tensor, Tensor]:
-    """A·V, half of the relevance to each operand. attn [..., Tq, Tk] >= 0, v [..., Tk, d], rel [..., Tq, d].
+    """A·V. attn [..., Tq, Tk] >= 0, v [..., Tk, d], rel [..., Tq, d] -> R_A [..., Tq, Tk], R_V [..., Tk, d].
 
-    positive: Z = A V⁺,  S = R ⊘ Z,  R_A = ½ A ⊙ (S V⁺ᵀ),  R_V = ½ V⁺ ⊙ (Aᵀ S).  official: the same with V for V⁺.
+    official: S = R ⊘ (A V),  R_A = ½ A ⊙ (S Vᵀ),  R_V = ½ V ⊙ (Aᵀ S): half to each operand.
+    positive: S = R ⊘ (A V⁺),  R_A = ½ A ⊙ (S V⁺ᵀ),  R_V = V⁺ ⊙ (Aᵀ S): all goes on through V (see `softmax`).
     """
     v = v.clamp(min=0) if rules == "positive" else v
     s = safe_divide(rel, attn @ v, rules)
-    return attn * (s @ v.mT) / 2, v * (attn.mT @ s) / 2
+    rel_v = v * (attn.mT @ s)
+    return attn * (s @ v.mT) / 2, rel_v if rules == "positive" else rel_v / 2
+
+
+def softmax(rel: Tensor, rules: Rules = "positive") -> Tensor:
+    """The softmax that makes A: relevance passes unchanged; under `positive` it ends here, V has carried all of it on."""
+    return torch.zeros_like(rel) if rules == "positive" else rel
 
 
 def query_key(q: Tensor, k: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[Tensor, Tensor]:
     """Q·Kᵀ (its scale takes no part), half of the relevance to each. q [..., Tq, d], k [..., Tk, d], rel [..., Tq, Tk].
+
+    Under `positive` this is the rule of products of two activations that no attention softmax follows.
 
     positive: Z = Q⁺K⁺ᵀ + Q⁻K⁻ᵀ,  S = R ⊘ Z,  R_Q = ½ (Q⁺ ⊙ (S K⁺) + Q⁻ ⊙ (S K⁻)), R_K alike.
     """

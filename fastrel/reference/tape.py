@@ -48,6 +48,12 @@ class Tape:
         self._record([y], [attn, v], lambda rel: R.attention_value(attn, v, rel, self.rules))
         return y
 
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Attention maps from scores."""
+        y = scores.softmax(-1)
+        self._record([y], [scores], lambda rel: [R.softmax(rel, self.rules)])
+        return y
+
     def clone(self, x: Tensor, count: int) -> list[Tensor]:
         """A value that is used `count` times."""
         copies = [x.view_as(x) for _ in range(count)]
@@ -55,7 +61,7 @@ class Tape:
         return copies
 
     def identity(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """LayerNorm, activation functions, softmax, scaling: relevance passes unchanged."""
+        """LayerNorm, activation functions, scaling: relevance passes unchanged."""
         y = f(x)
         self._record([y], [x], lambda rel: [rel])
         return y

@@ -9,7 +9,7 @@ from fastrel import ops
 from fastrel.analysis import is_attention_value
 from fastrel.errors import UnsupportedModelError
 from fastrel.lanes import Lane, Lanes, RowLane, Rows, arguments
-from fastrel.ops.attention import attention_probabilities
+from fastrel.ops.attention import attention_probabilities, carries_scores
 from fastrel.reference import rules as reference
 from fastrel.rules import rule
 from fastrel.transform import Transform, describe
@@ -66,12 +66,13 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
         t.record(block, "value_relevance", lanes[2])
     for i, x in enumerate((q, k, v)):
         own_rows = rows if i == 0 else None
+        has_rel = rel and inputs and (i == 2 or carries_scores(t.rules))
         if t.method.attnlrp:
             lanes[3 + i] = t.emit.call(torch.mul, lanes[3 + i], 0.5 if i == 2 else 0.25)
         t.give(
             x,
             grad=Lane(lanes[3 + i], own_rows) if grad and inputs else None,
-            rel=Lane(lanes[i], own_rows) if rel and inputs else None,
+            rel=Lane(lanes[i], own_rows) if has_rel else None,
         )
     if entering:
         _give_row(t, v, query_dim, rows, entering, kept, through)
@@ -135,7 +136,7 @@ def attention_maps(
 
 @rule(aten.matmul.default, aten.bmm.default)
 def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
-    """A·V or Q·Kᵀ: each operand takes half of the relevance, also where one of them does not depend on the input."""
+    """A·V, or Q·Kᵀ, of which each operand takes half of the relevance, also one that does not depend on the input."""
     left, right = arguments(node, count=2)
     ndim = node.meta["val"].dim()
     if not left.meta["val"].dim() == right.meta["val"].dim() == ndim:
@@ -166,7 +167,8 @@ def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
         t.attention_maps.append(a)
         if out.row:
             _roll(t, node, right, rows, out.row, t.emit.call(ops.attention_update, a, grad_a, rel_a, t.method.update))
-    t.give(left, Lane(grad_a, rows) if grad_a else None, Lane(rel_a, rows) if rel_a else None)
+    ends = is_attention and not carries_scores(t.rules)
+    t.give(left, Lane(grad_a, rows) if grad_a else None, Lane(rel_a, rows) if rel_a and not ends else None)
     t.give(right, Lane(grad_b) if grad_b else None, Lane(rel_b) if rel_b else None)
 
 
