@@ -30,7 +30,14 @@ def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, o
     feature = node.meta["val"].dim() - 1
     rel, grad = out.rel, out.grad
     if rel and rel.rows and rel.rows.dim == feature:
-        rel = t.dense(rel, node)
+        # Relevance of some output features only (v of a fused qkv): a linear layer of those.
+        own = rel.rows
+        part = [
+            t.emit.call(aten.narrow.default, value, 0, own.start, own.length) if value else None for value in (weight, bias)
+        ]
+        y = t.emit.call(aten.narrow.default, t.value(node), feature, own.start, own.length)
+        rel_in = t.emit.parts(t.emit.call(ops.zplus_linear, t.value(x), part[0], y, part[1], rel.node, None, t.rules), 2)[0]
+        return _back(t, node, x, weight, bias, out._replace(rel=None))[0], Lane(rel_in)
     if grad and grad.rows and (grad.rows.dim == feature or (rel and grad.rows != rel.rows)):
         grad = t.dense(grad, node)
     if rel and grad and rel.rows != grad.rows:

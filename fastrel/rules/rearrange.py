@@ -1,5 +1,6 @@
 """Index maps: views, permutations, picks and joins. Lanes go back to where their entries came from."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,8 @@ def reshape(t: Transform, node: fx.Node, out: Lanes) -> None:
         rows = None
         if lane.rows:
             rows = _regroup_rows(lane.rows, groups, source, result)
+            if rows is None and not is_row:
+                rows = _merge_rows(t, x, node, lane.rows, groups)
             if rows is None:
                 lane = t.dense(lane, node, is_row)
         if is_row:
@@ -57,6 +60,17 @@ def _regroup_rows(rows: Rows, groups: Any, source: Sequence[int], result: Sequen
         real_right = [dim for dim in right if result[dim] != 1]
         if len(real_left) == 1 and real_right == [rows.dim]:
             return Rows(real_left[0], rows.start, rows.length)
+    return None
+
+
+def _merge_rows(t: Transform, x: fx.Node, node: fx.Node, rows: Rows, groups: Any) -> Rows | None:
+    """Rows of the first of several dimensions that are one feature dimension of x: v of a fused qkv, say."""
+    for left, right in groups:
+        if rows.dim != right[0] or len(left) != 1 or not axes_.is_feature(t.axes(x)[left[0]]):
+            continue
+        inner = [node.meta["val"].shape[dim] for dim in right[1:]]
+        if all(isinstance(size, int) for size in inner):
+            return Rows(left[0], rows.start * math.prod(inner), rows.length * math.prod(inner))
     return None
 
 
