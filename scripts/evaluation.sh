@@ -16,14 +16,14 @@ rules=(--rules positive official)
 fastrel evaluate --data "coco:$shared/data/coco_masks" --model real_models:clip_imagenet \
   --methods "${images[@]}" "${rules[@]}" --metric pointing segmentation --limit 24 --out "$out/coco"
 fastrel evaluate --data "sst:$shared/data/sst/trees_dev.txt.gz" --model real_models:minilm_sst2 \
-  --methods "${texts[@]}" "${rules[@]}" --normalize --metric rationale --limit 150 --out "$out/sst"
+  --methods "${texts[@]}" "${rules[@]}" --normalize --metric rationale --limit 80 --out "$out/sst"
 fastrel evaluate --data mosaics --methods "${images[@]}" "${rules[@]}" \
-  --metric pointing segmentation perturbation perturbation-mean --limit 40 --out "$out/mosaics"
+  --metric pointing segmentation perturbation perturbation-mean --limit 30 --out "$out/mosaics"
 fastrel evaluate --data "images:$shared/data/imagenet_1_per_class" --model real_models:clip_imagenet \
-  --methods "${images[@]}" --metric perturbation --limit 8 --out "$out/imagenet"
+  --methods "${images[@]}" --metric perturbation --limit 4 --out "$out/imagenet"
 fastrel evaluate --data "eraser:$shared/data/eraser_movies/val.jsonl.gz" --model real_models:minilm_sst2 \
-  --methods "${texts[@]}" "${rules[@]}" --normalize --metric rationale faithfulness --limit 12 --out "$out/movies"
+  --methods "${texts[@]}" "${rules[@]}" --normalize --metric rationale faithfulness --limit 8 --out "$out/movies"
 fastrel evaluate --data mosaics --methods transformer_attribution attention_flow integrated_gradients \
-  --metric pointing segmentation perturbation --limit 8 --out "$out/mosaics-slow"
+  --metric pointing segmentation perturbation --limit 5 --out "$out/mosaics-slow"
 fastrel evaluate --data "coco:$shared/data/coco_masks" --model real_models:clip_imagenet \
-  --methods transformer_attribution integrated_gradients --metric pointing segmentation --limit 4 --out "$out/coco-slow"
+  --methods transformer_attribution integrated_gradients --metric pointing segmentation --limit 2 --out "$out/coco-slow"

@@ -81,16 +81,17 @@ def markdown(rows: Sequence[Row]) -> str:
     metrics = list(dict.fromkeys(row.metric for row in shown))
     names = list(dict.fromkeys(row.configuration for row in shown))
     cells = {(row.configuration, row.metric): row for row in shown}
-    best = {}
+    best, digits = {}, {}
     for metric in metrics:
         means = {name: cells[name, metric].mean for name in names if (name, metric) in cells}
+        digits[metric] = 1 if max(map(abs, means.values())) >= 10 else 3
         best[metric] = min(means.values()) if lower_is_better(metric) else max(means.values())
     lines = [
         "| | " + " | ".join(f"{metric} {'↓' if lower_is_better(metric) else '↑'}" for metric in metrics) + " |",
         "|---" * (len(metrics) + 1) + "|",
     ]
     for name in names:
-        texts = [_cell(cells.get((name, metric)), best[metric]) for metric in metrics]
+        texts = [_cell(cells.get((name, metric)), best[metric], digits[metric]) for metric in metrics]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     counts = sorted({row.groups for row in shown})
     count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -101,10 +102,9 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", note])
 
 
-def _cell(row: Row | None, best: float) -> str:
+def _cell(row: Row | None, best: float, digits: int) -> str:
     if row is None:
         return "–"
-    digits = 1 if abs(row.mean) >= 10 or row.error >= 1 else 3
     mean = f"{row.mean:.{digits}f}"
     stars = "" if np.isnan(row.p) or row.p >= 0.05 else " ∗∗" if row.p < 0.01 else " ∗"
     error = "" if np.isnan(row.error) else f" ± {row.error:.{digits}f}"
