@@ -41,7 +41,7 @@ class Explainer:
         normalize_rollout: scale the rows of I + M to sum 1, as the published code does for BERT. Default: the method's own,
             False for transformer attribution.
         precision: "float32": everything in the model's own dtype.
-        backend: "auto" or "torch".
+        backend: "auto": compiled kernels where they can run, else torch. "torch": the plain reference. "cpp": C++ kernels on a CPU.
 
     Raises:
         InputError: an option that does not exist; `backend` that cannot run, with the reason.
@@ -67,7 +67,7 @@ class Explainer:
         backends.require(backend)
         self.model = model
         self.method = methods.get(method, start_layer=start_layer, normalize=normalize_rollout)
-        self.rules = rules
+        self.rules, self.backend = rules, backend
         self._lock = threading.Lock()
         self._captured: dict[Signature, list[Captured]] = {}
         self._programs: dict[tuple[int, tuple[int, ...], bool], Program] = {}
@@ -104,7 +104,14 @@ class Explainer:
         normalize_rollout: bool | None = None,
     ) -> Explainer:
         """Another explainer of the same model that shares this one's captured graphs, which take seconds to make."""
-        other = Explainer(self.model, method, rules=rules, start_layer=start_layer, normalize_rollout=normalize_rollout)
+        other = Explainer(
+            self.model,
+            method,
+            rules=rules,
+            start_layer=start_layer,
+            normalize_rollout=normalize_rollout,
+            backend=self.backend,
+        )
         other._captured, other._lock = self._captured, self._lock
         return other
 
@@ -161,7 +168,9 @@ class Explainer:
         if key not in self._programs:
             with self._lock:
                 if key not in self._programs:
-                    self._programs[key] = transform(captured, self.method, rules=self.rules, leaves=outputs, trace=trace)
+                    program = transform(captured, self.method, rules=self.rules, leaves=outputs, trace=trace)
+                    backends.lower(program.reverse, self.backend, captured.outputs[outputs[0]].meta["val"].device)
+                    self._programs[key] = program
         return self._programs[key]
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastrel import __version__, backends
+from fastrel import __version__, backends, native
 
 PACKAGES = ("torch", "triton", "timm", "torchvision", "transformers", "numpy", "pillow", "matplotlib")
 
@@ -26,9 +26,14 @@ def run(options: argparse.Namespace) -> int:
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         print(f"  {'cuda':<14}none (torch was built {built})")
     print("\nbackends")
-    for name, reason in backends.status().items():
-        print(f"  {name:<14}{'available' if reason is None else 'not available: ' + reason}")
+    for name in backends.BACKENDS:
+        reason = backends.unavailable(name)
+        print(f"  {name:<14}{_about(name) if reason is None else 'not available: ' + reason}")
     return 0
+
+
+def _about(backend: str) -> str:
+    return f"available: {native.instruction_set()}, {native.origin()}" if backend == "cpp" else "available"
 
 
 def _version(name: str) -> str:

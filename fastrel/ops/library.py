@@ -11,6 +11,14 @@ import torch
 
 _LIBRARY = torch.library.Library("fastrel", "DEF")
 
+#: The implementation in plain PyTorch of every operator.
+REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+
+
+def declare(schema: str) -> None:
+    """An operator that only a compiled backend implements."""
+    _LIBRARY.define(schema)
+
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
     """Register `fastrel::<name>` from its schema, its implementation in plain PyTorch and its shape function."""
@@ -18,4 +26,6 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastrel::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.fastrel, name).default
+    op = getattr(torch.ops.fastrel, name).default
+    REFERENCES[op] = reference
+    return op

@@ -1,0 +1,68 @@
+// The kernels that every instruction set provides, and the one to use on this machine.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastrel {
+
+enum class Update { kGradientRelevance, kGradientAttention, kRelevance, kAttention };
+
+// One head of attention: [queries, d] and [keys, d] operands with any strides; lanes have `targets` of them, `*_target` apart.
+// What is null is absent, or not wanted. Outputs have contiguous rows, `out_row` apart.
+template <class T>
+struct AttentionHead {
+  int64_t queries, keys, d, targets;
+  const T *q, *k, *v;
+  int64_t q_row, q_col, k_row, k_col, v_row, v_col;
+  const T* mask_bias;     // added to the scores
+  const bool* mask_keep;  // false: not attended to
+  int64_t mask_row, mask_col;
+  T scale;
+  bool causal, official;
+  int64_t query_start;  // position of the first query, for the causal mask
+  Update update;
+  T head_share;  // 1 / heads
+  const T *rel, *grad;
+  int64_t rel_target, rel_row, rel_col, grad_target, grad_row, grad_col;
+  const T* row;  // [queries]
+  int64_t row_target;
+  T *rel_q, *rel_k, *rel_v, *grad_q, *grad_k, *grad_v;
+  int64_t q_target, k_target, out_row;
+  T* through;  // [keys], this head's part
+  int64_t through_target;
+  T* row_sum;  // [queries], this head's part of Σ_k M
+  int64_t row_sum_target;
+};
+
+template <class T>
+struct Kernels {
+  // |x| of n numbers.
+  void (*absolute)(int64_t n, const T* x, T* out);
+  // S = R ⊘ ½(signed − bias + magnitude), rows of `width`; signed and magnitude repeat every `value_rows` rows.
+  void (*ratio)(
+      int64_t begin, int64_t end, int64_t width, int64_t value_rows, const T* signed_sum, int64_t signed_row, const T* bias,
+      const T* magnitude, int64_t magnitude_row, const T* rel, int64_t rel_row, T* out, int64_t out_row, bool official);
+  // ½(x ⊙ c + |x| ⊙ c_abs) for numbers begin … end; x repeats every `period` numbers.
+  void (*combine)(int64_t begin, int64_t end, int64_t period, const T* x, const T* c, const T* c_abs, T* out);
+  // Residual add, positive rules; u and v repeat every `period` numbers.
+  void (*share)(int64_t begin, int64_t end, int64_t period, const T* u, const T* v, const T* rel, T* rel_u, T* rel_v);
+  // Residual add, official rules: a = u R ⊘ (u+v), b = v R ⊘ (u+v), and [Σa, Σb, ΣR] in double.
+  void (*signed_share)(int64_t n, const T* u, const T* v, const T* rel, T* a, T* b, double* sums);
+  void (*scale)(int64_t n, T factor, T* x);
+  // g through y = normalised(x) ⊙ weight, rows begin … end of `width`; x repeats every `value_rows` rows.
+  void (*layer_norm_backward)(
+      int64_t begin, int64_t end, int64_t width, int64_t value_rows, const T* grad, const T* x, const T* weight, T eps, T* out);
+  // mean over heads of the clamped product that `update` names, numbers begin … end of a map.
+  void (*attention_update)(
+      int64_t begin, int64_t end, int64_t heads, int64_t size, Update update, const T* attn, const T* grad, const T* rel,
+      T* out);
+  void (*attention_head)(const AttentionHead<T>& head, std::vector<T>& scratch);
+};
+
+// The table of the best instruction set that this processor has.
+template <class T>
+const Kernels<T>& kernels();
+const char* instruction_set();
+
+}  // namespace fastrel
