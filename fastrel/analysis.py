@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -95,6 +95,21 @@ class Analysis:
         self.blocks = {node: i for i, node in enumerate(found) if i >= start}
         self.needed = _downstream(nodes, set(self.blocks), self.active)
 
+    def recomputed(self, memory: str) -> Callable[[fx.Node], bool]:
+        """Which values the reverse pass computes again instead of keeping them.
+
+        "normal": activation functions and layer norms, which are quick. "low": all but those through which everything flows.
+        """
+        quick = {*ACTIVATIONS, *IDENTITIES, aten.layer_norm.default}
+        kept = _bottlenecks(self.active) if memory == "low" else self.active
+
+        def again(x: fx.Node) -> bool:
+            if x not in self.active or x.op != "call_function" or x.target is aten.embedding.default or _mutates(x):
+                return False
+            return x.target in quick or x not in kept
+
+        return again
+
     def _attention_blocks(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
         """Nodes that mix values by an attention map: fused attention, or a matrix product with a softmax on its left."""
         relevant = _upstream(self.leaves)
@@ -176,6 +191,26 @@ def _upstream(leaves: Sequence[fx.Node]) -> set[fx.Node]:
         if node not in found:
             found.add(node)
             todo += node.all_input_nodes
+    return found
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _bottlenecks(active: set[fx.Node]) -> set[fx.Node]:
+    """Activations from which alone everything after them is computed: the residual stream between blocks, mostly."""
+    found: set[fx.Node] = set()
+    order = [node for node in next(iter(active)).graph.nodes if node in active]
+    position = {node: i for i, node in enumerate(order)}
+    position |= {node: len(order) for node in order[0].graph.nodes if node.op == "output"}
+    ends = {node: max((position.get(user, i) for user in node.users), default=i) for node, i in position.items()}
+    alive: set[fx.Node] = set()
+    for i, node in enumerate(order):
+        alive = {x for x in alive if ends[x] > i} | {node}
+        if len(alive) == 1:
+            found.add(node)
     return found
 
 

@@ -20,11 +20,12 @@ def lane_dtype(dtype: torch.dtype) -> torch.dtype:
 class Emitter:
     """Appends nodes to the reverse graph. Equal calls give the same node, so rules need not avoid repeating work."""
 
-    def __init__(self, captured: fx.Graph) -> None:
-        self._forward = captured
+    def __init__(self, captured: fx.Graph, recomputed: Callable[[fx.Node], bool]) -> None:
+        self._forward, self._recomputed = captured, recomputed
         self._reverse = fx.Graph()
         self._calls: dict[Any, fx.Node] = {}
         self._saved: dict[fx.Node, fx.Node] = {}
+        self._again: dict[fx.Node, fx.Node] = {}
         self._sizes: dict[str, fx.Node] = {}
         self._inserted: dict[fx.Node, tuple[fx.Node, int]] = {}
         self._last_placeholder: fx.Node | None = None
@@ -57,12 +58,21 @@ class Emitter:
         return fn(a, b) if isinstance(a, int) and isinstance(b, int) else self.call(fn, a, b)
 
     def saved(self, x: fx.Node) -> fx.Node:
-        """The value of a captured node, as an input of the reverse graph; 16-bit values as float32."""
-        if x not in self._saved:
-            self._saved[x] = self.placeholder(f"saved_{x.name}")
+        """The value of a captured node in the reverse graph, saved or computed again; 16-bit values as float32."""
         value = x.meta["val"]
         if isinstance(value, torch.Tensor) and lane_dtype(value.dtype) != value.dtype:
-            return self.call(aten.to.dtype, self._saved[x], lane_dtype(value.dtype))
+            return self.call(aten.to.dtype, self._own_value(x), lane_dtype(value.dtype))
+        return self._own_value(x)
+
+    def _own_value(self, x: fx.Node) -> fx.Node:
+        """The value of a captured node as the model computes it."""
+        if self._recomputed(x):
+            if x not in self._again:
+                args, kwargs = fx.map_arg((x.args, x.kwargs), self._own_value)
+                self._again[x] = self._reverse.call_function(x.target, args, kwargs)  # type: ignore[arg-type]
+            return self._again[x]
+        if x not in self._saved:
+            self._saved[x] = self.placeholder(f"saved_{x.name}")
         return self._saved[x]
 
     def size(self, x: fx.Node, dim: int) -> Any:

@@ -41,6 +41,8 @@ class Explainer:
         normalize_rollout: scale the rows of I + M to sum 1, as the published code does for BERT. Default: the method's own,
             False for transformer attribution.
         precision: "float32": everything in the model's own dtype.
+        memory: "normal", or "low": between prediction and explanation only what the blocks pass on is kept, and each block is
+            computed again when its turn comes, for the time of one more forward pass.
         backend: "auto": compiled kernels where they can run, else torch. "torch": the plain reference. "cpp": C++ kernels on a CPU.
 
     Raises:
@@ -57,6 +59,7 @@ class Explainer:
         normalize_rollout: bool | None = None,
         precision: str = "float32",
         backend: str = "auto",
+        memory: str = "normal",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -64,10 +67,12 @@ class Explainer:
             raise InputError(f"unknown rules {rules!r}; choose one of {', '.join(RULES)}")
         if precision != "float32":
             raise InputError(f"precision {precision!r} needs a compiled backend, and none is part of this version")
+        if memory not in ("normal", "low"):
+            raise InputError(f"unknown memory {memory!r}; choose normal or low")
         backends.require(backend)
         self.model = model
         self.method = methods.get(method, start_layer=start_layer, normalize=normalize_rollout)
-        self.rules, self.backend = rules, backend
+        self.rules, self.backend, self.memory = rules, backend, memory
         self._lock = threading.Lock()
         self._captured: dict[Signature, list[Captured]] = {}
         self._programs: dict[tuple[int, tuple[int, ...], bool], Program] = {}
@@ -111,6 +116,7 @@ class Explainer:
             start_layer=start_layer,
             normalize_rollout=normalize_rollout,
             backend=self.backend,
+            memory=self.memory,
         )
         other._captured, other._lock = self._captured, self._lock
         return other
@@ -168,7 +174,9 @@ class Explainer:
         if key not in self._programs:
             with self._lock:
                 if key not in self._programs:
-                    program = transform(captured, self.method, rules=self.rules, leaves=outputs, trace=trace)
+                    program = transform(
+                        captured, self.method, rules=self.rules, leaves=outputs, trace=trace, memory=self.memory
+                    )
                     backends.lower(program.reverse, self.backend, captured.outputs[outputs[0]].meta["val"].device)
                     self._programs[key] = program
         return self._programs[key]

@@ -52,12 +52,14 @@ class _Pending:
 class Transform:
     """The reverse walk. Rules call its methods; nobody else needs it."""
 
-    def __init__(self, captured: Captured, method: Method, rules: str, leaves: Sequence[int], trace: bool) -> None:
+    def __init__(
+        self, captured: Captured, method: Method, rules: str, leaves: Sequence[int], trace: bool, memory: str
+    ) -> None:
         self.captured, self.method, self.trace = captured, method, trace
         self.rules = rules
         self.published = rules != "positive"
         self.analysis = Analysis(captured, [captured.outputs[i] for i in leaves], method.start_layer)
-        self.emit = Emitter(captured.graph)
+        self.emit = Emitter(captured.graph, self.analysis.recomputed(memory))
         self.records: list[tuple[tuple[int, str], fx.Node]] = []
         self._pending: dict[fx.Node, _Pending] = {}
         self._origins = 0
@@ -380,8 +382,18 @@ def describe(node: fx.Node) -> str:
     return f"{node.target}{shape}" + (f" in {where}" if where else "")
 
 
-def transform(captured: Captured, method: Method, *, rules: str, leaves: Sequence[int], trace: bool = False) -> Program:
+def transform(
+    captured: Captured,
+    method: Method,
+    *,
+    rules: str,
+    leaves: Sequence[int],
+    trace: bool = False,
+    memory: str = "normal",
+) -> Program:
     """Build the forward and reverse graphs for explaining the outputs `leaves` of a captured model.
+
+    With memory="low", the forward graph saves only what the blocks pass on, and the reverse graph computes the rest again.
 
     Raises:
         InputError: `start_layer` leaves no block.
@@ -389,4 +401,4 @@ def transform(captured: Captured, method: Method, *, rules: str, leaves: Sequenc
     """
     if not leaves:
         raise InputError("the model returns no floating-point tensor to explain")
-    return Transform(captured, method, rules, leaves, trace).run()
+    return Transform(captured, method, rules, leaves, trace, memory).run()

@@ -1,7 +1,8 @@
-// fastrel::zplus_linear: the passes around torch's matrix products, a chunk of output features at a time.
+// fastrel::zplus_linear: the passes around torch's matrix products, a tile of rows and a chunk of output features at a time.
 //
-// |W| is formed a chunk at a time, and read again from the cache by both products that need it: nothing of the weight's size
-// is allocated. S and the gradient share the product with W.
+// Z = ½(x Wᵀ + |x||W|ᵀ), S = R ⊘ Z, R' = ½(x ⊙ (S W) + |x| ⊙ (S |W|)); S and the gradient share the product with W.
+// |W| is formed a chunk at a time and read from the cache by both products that need it: nothing of the weight's size is
+// allocated.
 #include "binding.h"
 
 namespace fastrel {
@@ -9,6 +10,8 @@ namespace {
 
 // Bytes of |W| to have at a time: small enough for the caches, large enough for the products to run at full speed.
 constexpr int64_t kChunkBytes = 4 << 20;
+// Rows of lanes at a time, so that what lies between the products stays in the caches too.
+constexpr int64_t kTileRows = 512;
 
 Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
 
@@ -35,61 +38,77 @@ void absolute(const Tensor& x, const Tensor& result) {
   });
 }
 
+// The first numbers of a buffer as a matrix.
+Tensor matrix(const Tensor& buffer, int64_t height, int64_t width) {
+  return torch::stable::view(rows(buffer, 0, height * width), {height, width});
+}
+
 template <class T>
 std::tuple<Tensor, Tensor> run(
     const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& y_any, const OptionalTensor& bias_any,
     const Tensor& rel_any, const OptionalTensor& grad_any, bool official) {
   const Tensor weight = dense(weight_any), rel = dense(rel_any);
-  const int64_t outs = weight.size(0), ins = weight.size(1), lanes = rel.numel() / std::max<int64_t>(outs, 1);
-  const Tensor x = torch::stable::view(dense(x_any), {x_any.numel() / std::max<int64_t>(ins, 1), ins});
-  const int64_t n = x.size(0), doubled = grad_any ? 2 * lanes : lanes;
-  std::vector<int64_t> shape = shape_of(rel_any);
-  shape.back() = ins;
-
-  Tensor both = empty_like_shape(rel, {doubled, ins}), magnitude_out = empty_like_shape(rel, {lanes, ins});
-  Tensor rel_in = empty_like_shape(rel, shape);
-  const Tensor x_abs = empty_like_shape(rel, {n, ins});
-  absolute<T>(x, x_abs);
-  const OptionalTensor y = y_any ? OptionalTensor(dense(*y_any)) : std::nullopt;
+  const int64_t outs = weight.size(0), ins = weight.size(1), targets = rel.size(0);
+  const int64_t n = x_any.numel() / std::max<int64_t>(ins, 1);
+  const Tensor x_dense = dense(x_any);
+  const Tensor x = torch::stable::view(x_dense, {n, ins});
+  const OptionalTensor y = y_any ? OptionalTensor(torch::stable::view(dense(*y_any), {n, outs})) : std::nullopt;
   const OptionalTensor bias = bias_any && y ? OptionalTensor(dense(*bias_any)) : std::nullopt;
   const OptionalTensor grad = grad_any ? OptionalTensor(dense(*grad_any)) : std::nullopt;
 
+  std::vector<int64_t> shape = shape_of(rel_any);
+  shape.back() = ins;
+  const Tensor rel_in = empty_like_shape(rel, shape), grad_in = empty_like_shape(rel, grad ? shape : std::vector<int64_t>{0});
+
+  // Rows of S for all targets, then as many of the gradient.
+  const int64_t tile = std::min(n, std::max<int64_t>(kTileRows / targets, 16)), lanes = targets * tile;
+  const int64_t doubled = grad ? 2 * lanes : lanes;
   const int64_t fitting = std::max<int64_t>(kChunkBytes / (std::max<int64_t>(ins, 1) * int64_t(sizeof(T))), 64);
   const int64_t chunks = std::max<int64_t>((outs + fitting - 1) / fitting, 1), width = (outs + chunks - 1) / chunks;
-  const Tensor w_abs_all = empty_like_shape(rel, {width, ins});
-  const Tensor z_all = empty_like_shape(rel, {n, width}), lanes_all = empty_like_shape(rel, {doubled, width});
-  for (int64_t start = 0; start < outs; start += width) {
-    const int64_t count = std::min(width, outs - start);
-    const bool whole = count == width;
-    const Tensor w = rows(weight, start, count), w_abs = whole ? w_abs_all : rows(w_abs_all, 0, count);
-    const Tensor magnitude = whole ? z_all : torch::stable::view(rows(torch::stable::view(z_all, {n * width}), 0, n * count), {n, count});
-    const Tensor shares = whole ? lanes_all : torch::stable::view(
-        rows(torch::stable::view(lanes_all, {doubled * width}), 0, doubled * count), {doubled, count});
-    absolute<T>(w, w_abs);
-    multiply(magnitude, x_abs, transposed(w_abs), false);
-    Tensor signed_sum = y ? *y : empty_like_shape(rel, {n, count});
-    if (!y) multiply(signed_sum, x, transposed(w), false);
+  const auto buffer = [&](int64_t size) { return empty_like_shape(rel, {size}); };
+  const Tensor x_abs_memory = buffer(tile * ins), w_abs_memory = buffer(width * ins), y_memory = buffer(y ? 0 : tile * width);
+  const Tensor magnitude_memory = buffer(tile * width), shares_memory = buffer(doubled * width);
+  const Tensor both_memory = buffer(doubled * ins), magnitude_in_memory = buffer(lanes * ins);
 
-    const T* p_y = data<T>(signed_sum) + (y ? start : 0);
-    const int64_t y_row = y ? outs : count;
-    T* p_shares = out<T>(shares);
-    const int64_t grain = std::max<int64_t>(kGrain / std::max<int64_t>(count, 1), 1);
-    torch::stable::parallel_for(0, lanes, grain, [&](int64_t begin, int64_t end) {
-      kernels<T>().ratio(
-          begin, end, count, n, p_y, y_row, bias ? data<T>(bias) + start : nullptr, data<T>(magnitude), count,
-          data<T>(rel) + start, outs, p_shares, count, official);
-      if (grad)
-        for (int64_t i = begin; i < end; ++i)
-          std::copy_n(data<T>(grad) + i * outs + start, count, p_shares + (lanes + i) * count);
+  for (int64_t first = 0; first < n; first += tile) {
+    const int64_t height = std::min(tile, n - first), stacked = targets * height;
+    const Tensor x_tile = rows(x, first, height), x_abs = matrix(x_abs_memory, height, ins);
+    const Tensor both = matrix(both_memory, grad ? 2 * stacked : stacked, ins), magnitude_in = matrix(magnitude_in_memory, stacked, ins);
+    absolute<T>(x_tile, x_abs);
+    for (int64_t start = 0; start < outs; start += width) {
+      const int64_t count = std::min(width, outs - start);
+      const Tensor w = rows(weight, start, count), w_abs = matrix(w_abs_memory, count, ins);
+      const Tensor magnitude = matrix(magnitude_memory, height, count);
+      const Tensor shares = matrix(shares_memory, grad ? 2 * stacked : stacked, count);
+      // A weight that is one chunk need not be formed again for the next rows.
+      if (first == 0 || chunks > 1) absolute<T>(w, w_abs);
+      multiply(magnitude, x_abs, transposed(w_abs), false);
+      if (!y) multiply(matrix(y_memory, height, count), x_tile, transposed(w), false);
+      const T* signed_sum = y ? data<T>(y) + first * outs + start : data<T>(y_memory);
+
+      T* p_shares = out<T>(shares);
+      torch::stable::parallel_for(0, stacked, std::max<int64_t>(kGrain / count, 1), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t row = i % height, lane = ((i / height) * n + first + row) * outs + start;
+          kernels<T>().ratio(
+              count, signed_sum + row * (y ? outs : count), bias ? data<T>(bias) + start : nullptr,
+              data<T>(magnitude) + row * count, data<T>(rel) + lane, p_shares + i * count, official);
+          if (grad) std::copy_n(data<T>(grad) + lane, count, p_shares + (stacked + i) * count);
+        }
+      });
+      multiply(both, shares, w, start > 0);
+      multiply(magnitude_in, grad ? rows(shares, 0, stacked) : shares, w_abs, start > 0);
+    }
+    const T *p_x = data<T>(x_tile), *p_both = data<T>(both), *p_magnitude = data<T>(magnitude_in);
+    torch::stable::parallel_for(0, stacked, std::max<int64_t>(kGrain / ins, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i % height, lane = ((i / height) * n + first + row) * ins;
+        kernels<T>().combine(ins, p_x + row * ins, p_both + i * ins, p_magnitude + i * ins, out<T>(rel_in) + lane);
+        if (grad) std::copy_n(p_both + (stacked + i) * ins, ins, out<T>(grad_in) + lane);
+      }
     });
-    multiply(both, shares, w, start > 0);
-    multiply(magnitude_out, grad ? rows(shares, 0, lanes) : shares, w_abs, start > 0);
   }
-  torch::stable::parallel_for(0, lanes * ins, kGrain, [&](int64_t begin, int64_t end) {
-    kernels<T>().combine(begin, end, n * ins, data<T>(x), data<T>(both), data<T>(magnitude_out), out<T>(rel_in));
-  });
-  if (!grad) return {rel_in, empty_like_shape(rel, {0})};
-  return {rel_in, torch::stable::view(rows(both, lanes, lanes), shape)};
+  return {rel_in, grad_in};
 }
 
 std::tuple<Tensor, Tensor> zplus_linear(

@@ -39,12 +39,11 @@ template <class T>
 struct Kernels {
   // |x| of n numbers.
   void (*absolute)(int64_t n, const T* x, T* out);
-  // S = R ⊘ ½(signed − bias + magnitude), rows of `width`; signed and magnitude repeat every `value_rows` rows.
+  // S = R ⊘ ½(signed_sum − bias + magnitude) for n numbers.
   void (*ratio)(
-      int64_t begin, int64_t end, int64_t width, int64_t value_rows, const T* signed_sum, int64_t signed_row, const T* bias,
-      const T* magnitude, int64_t magnitude_row, const T* rel, int64_t rel_row, T* out, int64_t out_row, bool official);
-  // ½(x ⊙ c + |x| ⊙ c_abs) for numbers begin … end; x repeats every `period` numbers.
-  void (*combine)(int64_t begin, int64_t end, int64_t period, const T* x, const T* c, const T* c_abs, T* out);
+      int64_t n, const T* signed_sum, const T* bias, const T* magnitude, const T* rel, T* out, bool official);
+  // ½(x ⊙ c + |x| ⊙ c_abs) for n numbers.
+  void (*combine)(int64_t n, const T* x, const T* c, const T* c_abs, T* out);
   // Residual add, positive rules; u and v repeat every `period` numbers.
   void (*share)(int64_t begin, int64_t end, int64_t period, const T* u, const T* v, const T* rel, T* rel_u, T* rel_v);
   // Residual add, official rules: a = u R ⊘ (u+v), b = v R ⊘ (u+v), and [Σa, Σb, ΣR] in double.

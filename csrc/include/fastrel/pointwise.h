@@ -15,25 +15,23 @@ void absolute(int64_t n, const T* __restrict x, T* __restrict out) {
 }
 
 template <class T, bool OFFICIAL>
-void ratio_row(
-    int64_t width, const T* __restrict y, const T* __restrict bias, const T* __restrict magnitude, const T* __restrict rel,
+void ratio_of(
+    int64_t n, const T* __restrict y, const T* __restrict bias, const T* __restrict magnitude, const T* __restrict rel,
     T* __restrict out) {
   if (bias)
-    for (int64_t j = 0; j < width; ++j)
-      out[j] = safe_divide<T, OFFICIAL>(rel[j], ((y[j] - bias[j]) + magnitude[j]) * T(0.5));
+    for (int64_t j = 0; j < n; ++j) out[j] = safe_divide<T, OFFICIAL>(rel[j], ((y[j] - bias[j]) + magnitude[j]) * T(0.5));
   else
-    for (int64_t j = 0; j < width; ++j) out[j] = safe_divide<T, OFFICIAL>(rel[j], (y[j] + magnitude[j]) * T(0.5));
+    for (int64_t j = 0; j < n; ++j) out[j] = safe_divide<T, OFFICIAL>(rel[j], (y[j] + magnitude[j]) * T(0.5));
 }
 
 template <class T>
-void ratio(
-    int64_t begin, int64_t end, int64_t width, int64_t value_rows, const T* y, int64_t y_row, const T* bias,
-    const T* magnitude, int64_t magnitude_row, const T* rel, int64_t rel_row, T* out, int64_t out_row, bool official) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t v = i % value_rows;
-    const auto row = official ? ratio_row<T, true> : ratio_row<T, false>;
-    row(width, y + v * y_row, bias, magnitude + v * magnitude_row, rel + i * rel_row, out + i * out_row);
-  }
+void ratio(int64_t n, const T* y, const T* bias, const T* magnitude, const T* rel, T* out, bool official) {
+  (official ? ratio_of<T, true> : ratio_of<T, false>)(n, y, bias, magnitude, rel, out);
+}
+
+template <class T>
+void combine(int64_t n, const T* __restrict x, const T* __restrict c, const T* __restrict c_abs, T* __restrict out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = (x[i] * c[i] + std::fabs(x[i]) * c_abs[i]) * T(0.5);
 }
 
 // f(first, count, value_first) for the runs of numbers begin … end that share a stretch of `period` values.
@@ -45,15 +43,6 @@ FASTREL_INLINE void runs(int64_t begin, int64_t end, int64_t period, F f) {
     f(begin, count, at);
     begin += count;
   }
-}
-
-template <class T>
-void combine(int64_t begin, int64_t end, int64_t period, const T* x, const T* c, const T* c_abs, T* out) {
-  runs(begin, end, period, [&](int64_t first, int64_t count, int64_t at) {
-    const T *__restrict p_x = x + at, *__restrict p_c = c + first, *__restrict p_abs = c_abs + first;
-    T* __restrict p_out = out + first;
-    for (int64_t i = 0; i < count; ++i) p_out[i] = (p_x[i] * p_c[i] + std::fabs(p_x[i]) * p_abs[i]) * T(0.5);
-  });
 }
 
 template <class T>
