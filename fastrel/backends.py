@@ -21,6 +21,7 @@ _NOT_YET = {
 #: Operators with a C++ kernel; the others are a few lines of torch whatever the backend.
 _CPP = {
     ops.zplus_linear,
+    ops.zplus_linear_reduced,
     ops.residual_add,
     ops.attention_relevance,
     ops.attention_update,

@@ -21,6 +21,7 @@ from fastrel.emit import Emitter
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.lanes import Lane, Lanes, RowLane, Rows
 from fastrel.methods import Method
+from fastrel.precision import Products
 from fastrel.reference.rules import safe_divide
 
 aten = torch.ops.aten
@@ -53,10 +54,17 @@ class Transform:
     """The reverse walk. Rules call its methods; nobody else needs it."""
 
     def __init__(
-        self, captured: Captured, method: Method, rules: str, leaves: Sequence[int], trace: bool, memory: str
+        self,
+        captured: Captured,
+        method: Method,
+        rules: str,
+        leaves: Sequence[int],
+        trace: bool,
+        memory: str,
+        products: Products,
     ) -> None:
         self.captured, self.method, self.trace = captured, method, trace
-        self.rules = rules
+        self.rules, self.products = rules, products
         self.published = rules != "positive"
         self.analysis = Analysis(captured, [captured.outputs[i] for i in leaves], method.start_layer)
         self.emit = Emitter(captured.graph, self.analysis.recomputed(memory))
@@ -390,6 +398,7 @@ def transform(
     leaves: Sequence[int],
     trace: bool = False,
     memory: str = "normal",
+    products: Products = Products(),  # noqa: B008
 ) -> Program:
     """Build the forward and reverse graphs for explaining the outputs `leaves` of a captured model.
 
@@ -401,4 +410,4 @@ def transform(
     """
     if not leaves:
         raise InputError("the model returns no floating-point tensor to explain")
-    return Transform(captured, method, rules, leaves, trace, memory).run()
+    return Transform(captured, method, rules, leaves, trace, memory, products).run()

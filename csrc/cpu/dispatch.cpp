@@ -16,6 +16,7 @@ namespace fastrel {
   const Kernels<T>& table();          \
   extern template const Kernels<float>& table<float>();   \
   extern template const Kernels<double>& table<double>(); \
+  const ReducedKernels& reduced();                        \
   }
 FASTREL_DECLARE(generic)
 #ifdef FASTREL_X86
@@ -62,6 +63,14 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
   return choose<double>();
+}
+
+const ReducedKernels& reduced_kernels() {
+#ifdef FASTREL_X86
+  if (level() == 2) return avx512::reduced();
+  if (level() == 1) return avx2::reduced();
+#endif
+  return generic::reduced();
 }
 
 const char* instruction_set() {

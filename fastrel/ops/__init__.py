@@ -8,6 +8,7 @@ from fastrel.ops.attention import UPDATES, attention_relevance, attention_update
 from fastrel.ops.layer_norm import layer_norm_backward
 from fastrel.ops.residual_add import residual_add
 from fastrel.ops.zplus_linear import zplus_linear
+from fastrel.ops.zplus_linear_reduced import zplus_linear_reduced
 
 __all__ = [
     "UPDATES",
@@ -17,4 +18,5 @@ __all__ = [
     "residual_add",
     "rollout_row",
     "zplus_linear",
+    "zplus_linear_reduced",
 ]

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fastrel import ops
 from fastrel.errors import UnsupportedModelError
@@ -12,6 +12,12 @@ from fastrel.rules import rule
 from fastrel.transform import Transform, describe
 
 aten = torch.ops.aten
+
+#: Up to so many tokens of a sample, products stay in float32: rounding the weight would cost more than it saves.
+FEW_TOKENS = 8
+
+#: Layers with fewer inputs or outputs stay in float32: their sums are too short for rounding to average out.
+FEW_FEATURES = 256
 
 
 @rule(aten.linear.default)
@@ -29,6 +35,7 @@ def linear(t: Transform, node: fx.Node, out: Lanes) -> None:
 def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, out: Lanes) -> tuple[Any, Any]:
     feature = node.meta["val"].dim() - 1
     rel, grad = out.rel, out.grad
+    features = min(x.meta["val"].shape[-1], node.meta["val"].shape[-1])
     if rel and rel.rows and rel.rows.dim == feature:
         # Relevance of some output features only (v of a fused qkv): a linear layer of those.
         own = rel.rows
@@ -36,15 +43,33 @@ def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, o
             t.emit.call(aten.narrow.default, value, 0, own.start, own.length) if value else None for value in (weight, bias)
         ]
         y = t.emit.call(aten.narrow.default, t.value(node), feature, own.start, own.length)
-        rel_in = t.emit.parts(t.emit.call(ops.zplus_linear, t.value(x), part[0], y, part[1], rel.node, None, t.rules), 2)[0]
+        rel_in = _both(t, (t.value(x), part[0], y, part[1]), rel.node, None, None, features)[0]
         return _back(t, node, x, weight, bias, out._replace(rel=None))[0], Lane(rel_in)
     if grad and grad.rows and (grad.rows.dim == feature or (rel and grad.rows != rel.rows)):
         grad = t.dense(grad, node)
     if rel and grad and rel.rows != grad.rows:
         rel = t.dense(rel, node)
     if rel is None:
-        return (Lane(t.emit.call(torch.matmul, grad.node, weight), grad.rows) if grad else None), None
+        wide = grad and grad.rows is None and features >= FEW_FEATURES
+        multiply = bf16_matmul if t.products.bf16_gradient and wide else torch.matmul
+        return (Lane(t.emit.call(multiply, grad.node, weight), grad.rows) if grad else None), None
     values = (t.value(x, rel.rows), weight, t.value(node, rel.rows), bias)
-    call = t.emit.call(ops.zplus_linear, *values, rel.node, grad.node if grad else None, t.rules)
-    rel_in, grad_in = t.emit.parts(call, 2)
+    tokens = rel.rows.length if rel.rows else 1 if feature == 1 else None
+    rel_in, grad_in = _both(t, values, rel.node, grad.node if grad else None, tokens, features)
     return (Lane(grad_in, rel.rows) if grad else None), Lane(rel_in, rel.rows)
+
+
+def _both(
+    t: Transform, values: tuple[Any, ...], rel: fx.Node, grad: fx.Node | None, tokens: int | None, features: int
+) -> list[fx.Node]:
+    """Both lanes through the layer, in the products that its size deserves."""
+    few = tokens is not None and tokens <= FEW_TOKENS
+    if t.products.relevance and not few and features >= FEW_FEATURES:
+        int8 = t.products.relevance == "int8"
+        return t.emit.parts(t.emit.call(ops.zplus_linear_reduced, *values, rel, grad, int8, t.products.bf16_gradient), 2)
+    return t.emit.parts(t.emit.call(ops.zplus_linear, *values, rel, grad, t.rules), 2)
+
+
+def bf16_matmul(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad @ weight with operands rounded to bfloat16."""
+    return (grad.bfloat16() @ weight.bfloat16()).to(grad.dtype)

@@ -59,9 +59,24 @@ struct Kernels {
   void (*attention_head)(const AttentionHead<T>& head, std::vector<T>& scratch);
 };
 
-// The table of the best instruction set that this processor has.
+// Rows of n numbers; bfloat16 as its bits. See reduced.h.
+struct ReducedKernels {
+  void (*bf16_of)(int64_t n, const float* x, uint16_t* out, uint16_t* magnitude);
+  void (*bf16_ratio)(
+      int64_t n, const float* signed_sum, const float* bias, const uint16_t* magnitude, const float* rel, uint16_t* out);
+  void (*bf16_combine)(int64_t n, const float* x, const uint16_t* c, const uint16_t* c_abs, float* out);
+  void (*bf16_widen)(int64_t n, const uint16_t* x, float* out);
+  float (*int8_of)(int64_t n, const float* x, int8_t* out, int8_t* magnitude);
+  float (*int8_ratio)(
+      int64_t n, const float* signed_sum, const float* bias, const int32_t* magnitude, float x_scale, const float* w_scales,
+      const float* rel, float* scratch, int8_t* out);
+  void (*int8_combine)(int64_t n, const float* x, const int32_t* c, const int32_t* c_abs, float scale, float* out);
+};
+
+// The tables of the best instruction set that this processor has.
 template <class T>
 const Kernels<T>& kernels();
+const ReducedKernels& reduced_kernels();
 const char* instruction_set();
 
 }  // namespace fastrel

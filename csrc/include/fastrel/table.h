@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "pointwise.h"
+#include "reduced.h"
 
 namespace fastrel {
 namespace FASTREL_ISA {
@@ -14,6 +15,8 @@ const Kernels<T>& table() {
       attention_head<T>};
   return kernels;
 }
+
+const ReducedKernels& reduced() { return reduced_table(); }
 
 template const Kernels<float>& table<float>();
 template const Kernels<double>& table<double>();

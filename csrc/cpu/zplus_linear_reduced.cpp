@@ -1,0 +1,135 @@
+// fastrel::zplus_linear_reduced: relevance by the z+ rule with products in bfloat16 or int8, positive rules only.
+//
+// As zplus_linear, but the whole weight at once. int8 has one scale per row of x, W and S; the scales of W's rows are folded into S,
+// so that the same quantised W serves both products. The gradient's product is in bfloat16 where that is asked for, else float32.
+#include "binding.h"
+
+namespace fastrel {
+namespace {
+
+constexpr int64_t kTileRows = 512;
+
+Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+
+Tensor rows(const Tensor& x, int64_t start, int64_t count) {
+  Tensor view = x;
+  return torch::stable::narrow(view, 0, start, count);
+}
+
+Tensor allocate(const Tensor& like, int64_t height, int64_t width, ScalarType dtype) {
+  return torch::stable::new_empty(like, {height, width}, dtype);
+}
+
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+void multiply_int8(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__int_mm_out(out.get(), a.get(), b.get()));
+}
+
+// f(i) for every row, on all threads.
+template <class F>
+void each_row(int64_t height, int64_t width, F f) {
+  torch::stable::parallel_for(0, height, std::max<int64_t>(kGrain / std::max<int64_t>(width, 1), 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+std::tuple<Tensor, Tensor> zplus_linear_reduced(
+    Tensor x_any, Tensor weight_any, Tensor y_any, OptionalTensor bias_any, Tensor rel_any, OptionalTensor grad_any, bool int8,
+    bool bf16_gradient) {
+  const OptionalTensor operands[] = {weight_any, y_any, rel_any};
+  STD_TORCH_CHECK(x_any.scalar_type() == ScalarType::Float, "fastrel::zplus_linear_reduced starts from float32");
+  by_dtype("zplus_linear_reduced", x_any, {&operands[0], &operands[1], &operands[2], &bias_any, &grad_any}, [](auto) { return 0; });
+  const Tensor weight = dense(weight_any), rel = dense(rel_any);
+  const int64_t outs = weight.size(0), ins = weight.size(1), targets = rel.size(0), n = x_any.numel() / ins;
+  const Tensor x = torch::stable::view(dense(x_any), {n, ins}), y = torch::stable::view(dense(y_any), {n, outs});
+  const OptionalTensor bias = bias_any ? OptionalTensor(dense(*bias_any)) : std::nullopt;
+  const OptionalTensor grad = grad_any ? OptionalTensor(dense(*grad_any)) : std::nullopt;
+  std::vector<int64_t> shape = shape_of(rel_any);
+  shape.back() = ins;
+  const Tensor rel_in = empty_like_shape(rel, shape);
+  const ReducedKernels& k = reduced_kernels();
+  const auto element = int8 ? ScalarType::Char : ScalarType::BFloat16, product = int8 ? ScalarType::Int : ScalarType::BFloat16;
+  const float* p_bias = data<float>(bias);
+
+  // The weight, its magnitude, and bfloat16 for the gradient.
+  const bool widened = grad && bf16_gradient;
+  const Tensor w = allocate(weight, outs, ins, element), w_abs = allocate(weight, outs, ins, element);
+  const Tensor w_grad = int8 && widened ? allocate(weight, outs, ins, ScalarType::BFloat16) : w;
+  std::vector<float> w_scales(int8 ? outs : 0);
+  each_row(outs, ins, [&](int64_t i) {
+    const float* row = data<float>(weight) + i * ins;
+    if (int8) {
+      w_scales[i] = k.int8_of(ins, row, out<int8_t>(w) + i * ins, out<int8_t>(w_abs) + i * ins);
+      if (widened) k.bf16_of(ins, row, out<uint16_t>(w_grad) + i * ins, nullptr);
+    } else {
+      k.bf16_of(ins, row, out<uint16_t>(w) + i * ins, out<uint16_t>(w_abs) + i * ins);
+    }
+  });
+
+  const int64_t tile = std::min(n, std::max<int64_t>(kTileRows / targets, 16)), lanes = targets * tile;
+  const Tensor x_abs_all = allocate(weight, tile, ins, element), magnitude_all = allocate(weight, tile, outs, product);
+  const Tensor shares_all = allocate(weight, lanes, outs, element);
+  const Tensor c_all = allocate(weight, lanes, ins, product), c_abs_all = allocate(weight, lanes, ins, product);
+  std::vector<float> x_scales(int8 ? tile : 0), share_scales(int8 ? lanes : 0);
+  for (int64_t first = 0; first < n; first += tile) {
+    const int64_t height = std::min(tile, n - first), stacked = targets * height;
+    const Tensor x_abs = rows(x_abs_all, 0, height), magnitude = rows(magnitude_all, 0, height);
+    const Tensor shares = rows(shares_all, 0, stacked), c = rows(c_all, 0, stacked), c_abs = rows(c_abs_all, 0, stacked);
+    each_row(height, ins, [&](int64_t i) {
+      const float* row = data<float>(x) + (first + i) * ins;
+      if (int8)
+        x_scales[i] = k.int8_of(ins, row, nullptr, out<int8_t>(x_abs) + i * ins);
+      else
+        k.bf16_of(ins, row, nullptr, out<uint16_t>(x_abs) + i * ins);
+    });
+    (int8 ? multiply_int8 : multiply)(magnitude, x_abs, transposed(w_abs));
+    each_row(stacked, outs, [&](int64_t i) {
+      const int64_t row = i % height, value = (first + row) * outs, lane = (i / height) * n * outs + value;
+      const float *p_y = data<float>(y) + value, *p_rel = data<float>(rel) + lane;
+      if (int8) {
+        thread_local std::vector<float> scratch;
+        scratch.resize(outs);
+        share_scales[i] = k.int8_ratio(
+            outs, p_y, p_bias, data<int32_t>(magnitude) + row * outs, x_scales[row], w_scales.data(), p_rel, scratch.data(),
+            out<int8_t>(shares) + i * outs);
+      } else {
+        k.bf16_ratio(outs, p_y, p_bias, data<uint16_t>(magnitude) + row * outs, p_rel, out<uint16_t>(shares) + i * outs);
+      }
+    });
+    (int8 ? multiply_int8 : multiply)(c, shares, w);
+    (int8 ? multiply_int8 : multiply)(c_abs, shares, w_abs);
+    each_row(stacked, ins, [&](int64_t i) {
+      const int64_t row = i % height, value = (first + row) * ins, lane = (i / height) * n * ins + value;
+      if (int8)
+        k.int8_combine(
+            ins, data<float>(x) + value, data<int32_t>(c) + i * ins, data<int32_t>(c_abs) + i * ins, share_scales[i],
+            out<float>(rel_in) + lane);
+      else
+        k.bf16_combine(
+            ins, data<float>(x) + value, data<uint16_t>(c) + i * ins, data<uint16_t>(c_abs) + i * ins, out<float>(rel_in) + lane);
+    });
+  }
+
+  if (!grad) return {rel_in, empty_like_shape(rel, {0})};
+  const Tensor grad_in = empty_like_shape(rel, shape);
+  const Tensor flat = torch::stable::view(*grad, {targets * n, outs}), flat_in = torch::stable::view(grad_in, {targets * n, ins});
+  if (!widened) {
+    multiply(flat_in, flat, weight);
+    return {rel_in, grad_in};
+  }
+  const Tensor narrow = allocate(weight, targets * n, outs, ScalarType::BFloat16);
+  const Tensor result = allocate(weight, targets * n, ins, ScalarType::BFloat16);
+  each_row(targets * n, outs, [&](int64_t i) { k.bf16_of(outs, data<float>(flat) + i * outs, out<uint16_t>(narrow) + i * outs, nullptr); });
+  multiply(result, narrow, w_grad);
+  each_row(targets * n, ins, [&](int64_t i) { k.bf16_widen(ins, data<uint16_t>(result) + i * ins, out<float>(flat_in) + i * ins); });
+  return {rel_in, grad_in};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastrel, CPU, m) { m.impl("zplus_linear_reduced", TORCH_BOX(&zplus_linear_reduced)); }
+
+}  // namespace fastrel
