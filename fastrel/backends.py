@@ -62,7 +62,9 @@ def lower(reverse: fx.GraphModule, backend: str, device: torch.device) -> None:
             continue
         reason = _unsupported(node.target, node.args) if chosen == "cpp" else None
         if reason and backend == "cpp":
-            raise UnsupportedModelError(f"backend 'cpp' cannot run: {node.target} {reason}; backend='auto' uses torch for it")
+            raise UnsupportedModelError(
+                f"backend 'cpp' cannot run: {node.target} {reason}; backend='auto' uses torch for it"
+            )
         if chosen == "torch" or reason:
             node.target = REFERENCES[node.target]
     reverse.recompile()

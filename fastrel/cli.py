@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fastrel import __version__, data, methods
-from fastrel.commands import compare, demo, doctor, evaluate, explain
+from fastrel.commands import build, compare, demo, doctor, evaluate, explain
 from fastrel.errors import FastrelError
 from fastrel.evaluation import scorers
 from fastrel.explainer import RULES
@@ -145,6 +145,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("methods", parents=[common], help="the attribution methods, their sources and costs")
     sub.set_defaults(run=list_methods)
+
+    sub = commands.add_parser("build", parents=[common], help="compile the CPU kernels now instead of at first use")
+    sub.set_defaults(run=build.run)
 
     sub = commands.add_parser("doctor", parents=[common], help="versions, devices and backends, with reasons")
     sub.set_defaults(run=doctor.run)

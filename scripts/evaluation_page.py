@@ -21,9 +21,21 @@ this many are to be expected.
 
 #: Folder of results, title, what it is, plot shown.
 SECTIONS = [
-    ("coco", "Finding objects: CLIP on COCO masks", "Segmentation thresholds the map at its mean. 24 objects in 21 pictures."),
-    ("imagenet", "Perturbation: CLIP on ImageNet pictures", "Four pictures: far too few to tell methods apart; it shows the protocol."),
-    ("mosaics", "The shipped model on its mosaics", "Pointing, segmentation and perturbation (black and mean fill) on 30 objects."),
+    (
+        "coco",
+        "Finding objects: CLIP on COCO masks",
+        "Segmentation thresholds the map at its mean. 24 objects in 21 pictures.",
+    ),
+    (
+        "imagenet",
+        "Perturbation: CLIP on ImageNet pictures",
+        "Four pictures: far too few to tell methods apart; it shows the protocol.",
+    ),
+    (
+        "mosaics",
+        "The shipped model on its mosaics",
+        "Pointing, segmentation and perturbation (black and mean fill) on 30 objects.",
+    ),
     ("sst", "Words: MiniLM on SST", "Human word labels of 80 dev sentences; row-normalised rollout, max over sub-words."),
     ("movies", "Rationales: MiniLM on ERASER movie reviews", "Eight reviews, up to 512 tokens."),
     ("mosaics-slow", "The slow methods on mosaics", "Attention flow and integrated gradients, five objects."),

@@ -1,5 +1,6 @@
 """Linear layer: relevance by eq. (5) and gradient, from three and one matrix products."""
 
+import torch
 from torch import Tensor
 
 from fastrel.ops.library import define
@@ -25,9 +26,12 @@ def _reference(
         return linear(x, weight, rel, rules), grad_in
     x_abs, w_abs = x.abs(), weight.abs()
     signed = x @ weight.mT if y is None else y if bias is None else y - bias
-    z = (signed + x_abs @ w_abs.mT) / 2
+    magnitude = x_abs @ w_abs.mT
+    twice = signed + magnitude
+    # No more than the rounding of its terms: 0.
+    z = torch.where(twice < magnitude * (8 * torch.finfo(x.dtype).eps), 0.0, twice / 2)
     s = safe_divide(rel, z, rules)
-    rel_in = (x * (s @ weight) + x_abs * (s @ w_abs)) / 2
+    rel_in = x_abs * (s @ w_abs + torch.where(x < 0, -1.0, 1.0).to(x.dtype) * (s @ weight)) / 2
     return rel_in, grad_in
 
 

@@ -19,6 +19,9 @@ FEW_TOKENS = 8
 #: Layers with fewer inputs or outputs stay in float32: their sums are too short for rounding to average out.
 FEW_FEATURES = 256
 
+#: Layers with more stay in float32: their int8 sums could exceed 32 bits.
+MANY_FEATURES = 65536
+
 
 @rule(aten.linear.default)
 def linear(t: Transform, node: fx.Node, out: Lanes) -> None:
@@ -35,7 +38,8 @@ def linear(t: Transform, node: fx.Node, out: Lanes) -> None:
 def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, out: Lanes) -> tuple[Any, Any]:
     feature = node.meta["val"].dim() - 1
     rel, grad = out.rel, out.grad
-    features = min(x.meta["val"].shape[-1], node.meta["val"].shape[-1])
+    sizes = x.meta["val"].shape[-1], node.meta["val"].shape[-1]
+    fits = min(sizes) >= FEW_FEATURES and max(sizes) <= MANY_FEATURES
     if rel and rel.rows and rel.rows.dim == feature:
         # Relevance of some output features only (v of a fused qkv): a linear layer of those.
         own = rel.rows
@@ -43,28 +47,25 @@ def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, o
             t.emit.call(aten.narrow.default, value, 0, own.start, own.length) if value else None for value in (weight, bias)
         ]
         y = t.emit.call(aten.narrow.default, t.value(node), feature, own.start, own.length)
-        rel_in = _both(t, (t.value(x), part[0], y, part[1]), rel.node, None, None, features)[0]
+        rel_in = _both(t, (t.value(x), part[0], y, part[1]), rel.node, None, fits)[0]
         return _back(t, node, x, weight, bias, out._replace(rel=None))[0], Lane(rel_in)
     if grad and grad.rows and (grad.rows.dim == feature or (rel and grad.rows != rel.rows)):
         grad = t.dense(grad, node)
     if rel and grad and rel.rows != grad.rows:
         rel = t.dense(rel, node)
     if rel is None:
-        wide = grad and grad.rows is None and features >= FEW_FEATURES
+        wide = grad and grad.rows is None and fits
         multiply = bf16_matmul if t.products.bf16_gradient and wide else torch.matmul
         return (Lane(t.emit.call(multiply, grad.node, weight), grad.rows) if grad else None), None
     values = (t.value(x, rel.rows), weight, t.value(node, rel.rows), bias)
-    tokens = rel.rows.length if rel.rows else 1 if feature == 1 else None
-    rel_in, grad_in = _both(t, values, rel.node, grad.node if grad else None, tokens, features)
+    few = rel.rows.length <= FEW_TOKENS if rel.rows else feature == 1
+    rel_in, grad_in = _both(t, values, rel.node, grad.node if grad else None, fits and not few)
     return (Lane(grad_in, rel.rows) if grad else None), Lane(rel_in, rel.rows)
 
 
-def _both(
-    t: Transform, values: tuple[Any, ...], rel: fx.Node, grad: fx.Node | None, tokens: int | None, features: int
-) -> list[fx.Node]:
-    """Both lanes through the layer, in the products that its size deserves."""
-    few = tokens is not None and tokens <= FEW_TOKENS
-    if t.products.relevance and not few and features >= FEW_FEATURES:
+def _both(t: Transform, values: tuple[Any, ...], rel: fx.Node, grad: fx.Node | None, fits: bool) -> list[fx.Node]:
+    """Both lanes through the layer, in reduced products where they are asked for and the layer's size suits them."""
+    if t.products.relevance and fits:
         int8 = t.products.relevance == "int8"
         return t.emit.parts(t.emit.call(ops.zplus_linear_reduced, *values, rel, grad, int8, t.products.bf16_gradient), 2)
     return t.emit.parts(t.emit.call(ops.zplus_linear, *values, rel, grad, t.rules), 2)

@@ -14,14 +14,21 @@ void absolute(int64_t n, const T* __restrict x, T* __restrict out) {
   for (int64_t i = 0; i < n; ++i) out[i] = std::fabs(x[i]);
 }
 
+// Z = ½(signed + magnitude), 0 where that is no more than the rounding of its terms.
+template <class T>
+FASTREL_INLINE T denominator(T signed_sum, T magnitude) {
+  const T twice = signed_sum + magnitude;
+  return twice < magnitude * (8 * std::numeric_limits<T>::epsilon()) ? T(0) : twice * T(0.5);
+}
+
 template <class T, bool OFFICIAL>
 void ratio_of(
     int64_t n, const T* __restrict y, const T* __restrict bias, const T* __restrict magnitude, const T* __restrict rel,
     T* __restrict out) {
   if (bias)
-    for (int64_t j = 0; j < n; ++j) out[j] = safe_divide<T, OFFICIAL>(rel[j], ((y[j] - bias[j]) + magnitude[j]) * T(0.5));
+    for (int64_t j = 0; j < n; ++j) out[j] = safe_divide<T, OFFICIAL>(rel[j], denominator(y[j] - bias[j], magnitude[j]));
   else
-    for (int64_t j = 0; j < n; ++j) out[j] = safe_divide<T, OFFICIAL>(rel[j], (y[j] + magnitude[j]) * T(0.5));
+    for (int64_t j = 0; j < n; ++j) out[j] = safe_divide<T, OFFICIAL>(rel[j], denominator(y[j], magnitude[j]));
 }
 
 template <class T>
@@ -31,7 +38,11 @@ void ratio(int64_t n, const T* y, const T* bias, const T* magnitude, const T* re
 
 template <class T>
 void combine(int64_t n, const T* __restrict x, const T* __restrict c, const T* __restrict c_abs, T* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = (x[i] * c[i] + std::fabs(x[i]) * c_abs[i]) * T(0.5);
+  // The sum first: what cancels must cancel exactly.
+  for (int64_t i = 0; i < n; ++i) {
+    const T total = x[i] < T(0) ? c_abs[i] - c[i] : c_abs[i] + c[i];
+    out[i] = std::fabs(x[i]) * total * T(0.5);
+  }
 }
 
 // f(first, count, value_first) for the runs of numbers begin … end that share a stretch of `period` values.

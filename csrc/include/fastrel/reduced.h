@@ -48,7 +48,10 @@ inline void bf16_ratio(
 
 inline void bf16_combine(
     int64_t n, const float* __restrict x, const uint16_t* __restrict c, const uint16_t* __restrict c_abs, float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = (x[i] * from_bf16(c[i]) + std::fabs(x[i]) * from_bf16(c_abs[i])) * 0.5f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float signed_part = x[i] < 0 ? -from_bf16(c[i]) : from_bf16(c[i]);
+    out[i] = std::fabs(x[i]) * (from_bf16(c_abs[i]) + signed_part) * 0.5f;
+  }
 }
 
 inline void bf16_widen(int64_t n, const uint16_t* __restrict x, float* __restrict out) {
@@ -94,7 +97,7 @@ inline void int8_combine(
     float* __restrict out) {
   const float half = scale * 0.5f;
   for (int64_t i = 0; i < n; ++i)
-    out[i] = (x[i] * static_cast<float>(c[i]) + std::fabs(x[i]) * static_cast<float>(c_abs[i])) * half;
+    out[i] = std::fabs(x[i]) * static_cast<float>(x[i] < 0 ? c_abs[i] - c[i] : c_abs[i] + c[i]) * half;
 }
 
 inline const ReducedKernels& reduced_table() {

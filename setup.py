@@ -1,0 +1,54 @@
+"""Builds the CPU kernels ahead of time where torch is there to build against (`--no-build-isolation`).
+
+Without torch, or where compiling fails, the package is installed all the same, and the kernels are compiled at first use.
+FASTREL_BUILD=strict makes a failure an error; FASTREL_BUILD=skip builds nothing.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+def build_module() -> ModuleType:
+    """fastrel/build.py, which needs nothing of fastrel."""
+    spec = importlib.util.spec_from_file_location("fastrel_build", Path(__file__).parent / "fastrel" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class BuildKernels(build_ext):
+    """Compiles with the same function as `fastrel build`."""
+
+    def build_extension(self, ext: Extension) -> None:
+        build = build_module()
+        try:
+            build.compile_library(Path(self.get_ext_fullpath(ext.name)).absolute())
+        except build.BuildError as error:
+            if os.environ.get("FASTREL_BUILD") == "strict":
+                raise
+            print(f"fastrel: its kernels will be compiled at first use: {error}", file=sys.stderr)
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+def ahead_of_time() -> bool:
+    """Whether to compile now."""
+    return os.environ.get("FASTREL_BUILD") != "skip" and importlib.util.find_spec("torch") is not None
+
+
+if ahead_of_time():
+    setup(
+        ext_modules=[Extension("fastrel._C", sources=[], py_limited_api=True)],
+        cmdclass={"build_ext": BuildKernels},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
+else:
+    setup()

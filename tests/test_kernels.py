@@ -1,0 +1,178 @@
+"""C++ kernels against the plain PyTorch of the same operators: every tail, stride, mask and rule."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrel import native, ops
+from fastrel.ops.library import REFERENCES
+from tests import golden_files as golden
+
+pytestmark = pytest.mark.skipif(native.load() is not None, reason=f"no compiled kernels: {native.load()}")
+
+DTYPES = [torch.float64, torch.float32]
+RULES = ["positive", "official"]
+
+
+def double(values: Any) -> list[Any]:
+    return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in values]
+
+
+def compare(op: torch._ops.OpOverload, *args: Any) -> None:
+    """float64 within 1e-10 of the reference; float32 within twice the reference's own float32 error (at least 5e-6: sums run in order)."""
+    ours, plain, exact = op(*args), REFERENCES[op](*args), REFERENCES[op](*double(args))
+    ours, plain, exact = ((x,) if isinstance(x, Tensor) else x for x in (ours, plain, exact))
+    for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert a.shape == c.shape
+        assert a.isfinite().all(), f"output {i} of {op}"
+        if not a.numel():
+            continue
+        limit = 1e-10 if a.dtype == torch.float64 else max(2 * golden.relative_error(b.double(), c), 5e-6)
+        assert golden.relative_error(a.double(), c) <= limit, f"output {i} of {op}"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(
+    ("tokens", "features", "outs"), [(1, 16, 24), (5, 7, 13), (63, 100, 33), (197, 65, 2100), (577, 3, 1)]
+)
+@pytest.mark.parametrize("targets", [1, 3])
+def test_zplus_linear(dtype: torch.dtype, rules: str, tokens: int, features: int, outs: int, targets: int) -> None:
+    x, weight, bias = (torch.randn(*s, dtype=dtype) for s in ((2, tokens, features), (outs, features), (outs,)))
+    y = x @ weight.mT + bias
+    rel, grad = torch.rand(targets, 2, tokens, outs, dtype=dtype), torch.randn(targets, 2, tokens, outs, dtype=dtype)
+    for given in ((y, bias), (y - bias, None), (None, None)):
+        compare(ops.zplus_linear, x, weight, *given, rel, grad, rules)
+    compare(ops.zplus_linear, x, weight, y, bias, rel, None, rules)
+
+
+def test_zplus_linear_over_several_chunks_of_the_weight_and_tiles_of_rows() -> None:
+    x, weight = torch.randn(1, 600, 768), torch.randn(1500, 768)
+    lanes = torch.rand(2, 1, 600, 1500)
+    compare(ops.zplus_linear, x, weight, x @ weight.mT, None, lanes, lanes - 0.5, "positive")
+
+
+def test_zplus_linear_takes_any_strides() -> None:
+    x, weight = torch.randn(7, 3, 10).transpose(0, 1), torch.randn(10, 9).T
+    y = (x @ weight.mT)[:, ::2]
+    rel = torch.rand(3, 4, 9, 2).permute(3, 0, 1, 2)
+    compare(ops.zplus_linear, x[:, ::2], weight, y, None, rel, rel.flip(2), "positive")
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_zplus_linear_at_the_edges(rules: str) -> None:
+    """All-zero and all-negative inputs, relevance that is zero or denormal: the reference's answer, never NaN."""
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    for x in (torch.zeros(1, 2, 6), -torch.rand(1, 2, 6), torch.full((1, 2, 6), 1e-310)):
+        for rel in (torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), torch.full((1, 1, 2, 4), 1e-320)):
+            x64, rel64 = x.double(), rel.double()
+            compare(ops.zplus_linear, x64, weight, x64 @ weight.mT, None, rel64, rel64, rules)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_residual_add(dtype: torch.dtype, rules: str, batch_dim: int) -> None:
+    u, v, rel = torch.randn(4, 3, 50, dtype=dtype), torch.randn(4, 3, 50, dtype=dtype), torch.rand(2, 4, 3, 50, dtype=dtype)
+    compare(ops.residual_add, u, v, rel, batch_dim, rules)
+    compare(ops.residual_add, u, v[:1].expand(4, 3, 50), rel.transpose(1, 2).contiguous().transpose(1, 2), batch_dim, rules)
+    if rules == "positive":
+        compare(ops.residual_add, u, -u, rel, batch_dim, rules)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(
+    ("queries", "keys", "d"), [(1, 1, 16), (1, 50, 128), (5, 7, 24), (63, 100, 80), (197, 197, 64), (130, 61, 128)]
+)
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
+def test_attention_relevance(dtype: torch.dtype, rules: str, queries: int, keys: int, d: int, mask: str) -> None:
+    if rules == "official" and mask in ("bool", "float"):
+        pytest.skip("no kernel: shared with the mask over the whole sample")
+    # Under official, denominators are signed sums: positive operands keep them from zero, where all digits are rounding.
+    draw = torch.rand if rules == "official" else torch.randn
+    q, k, v = (draw(2, t, 3, d, dtype=dtype).transpose(1, 2) for t in (queries, keys, keys))
+    given = {
+        "none": None,
+        "causal": None,
+        "bool": torch.rand(2, 1, queries, keys) > 0.3,
+        "float": torch.randn(2, 1, 1, keys, dtype=dtype),
+    }[mask]
+    if mask == "bool":
+        given[0, 0, 0] = False  # type: ignore[index]  # a row that attends to nothing
+    rel, grad = (f(2, 2, queries, 3, d, dtype=dtype).transpose(2, 3) for f in (torch.rand, torch.randn))
+    row = torch.rand(2, 2, queries, dtype=dtype)
+    for inputs, normalize in itertools.product((True, False), repeat=2):
+        options = (d**-0.5, mask == "causal", 0, rules, "gradient_relevance", normalize, inputs)
+        compare(ops.attention_relevance, q, k, v, given, rel, grad, row, *options)
+
+
+@pytest.mark.parametrize("update", ["gradient_attention", "relevance", "attention"])
+def test_attention_relevance_of_other_methods(update: str) -> None:
+    q, k, v, lane = (
+        torch.randn(*s, dtype=torch.float64) for s in ((2, 3, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8), (4, 2, 3, 9, 8))
+    )
+    row = torch.rand(4, 2, 9, dtype=torch.float64)
+    rel = None if update == "gradient_attention" else lane.abs()
+    grad = None if update == "relevance" else lane
+    compare(ops.attention_relevance, q, k, v, None, rel, grad, row, 0.3, False, 0, "positive", update, True, True)
+
+
+def test_attention_over_some_queries_is_that_part_of_all() -> None:
+    """With a causal mask, which must know where the queries are."""
+    q, k, v = (torch.randn(1, 2, 70, 16, dtype=torch.float64) for _ in range(3))
+    lane = torch.rand(1, 1, 2, 9, 16, dtype=torch.float64)
+    row = torch.rand(1, 1, 9, dtype=torch.float64)
+    options = (0.25, True, 40, "positive", "gradient_relevance", False, True)
+    compare(ops.attention_relevance, q[:, :, 40:49], k, v, None, lane, lane - 0.5, row, *options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [3, 5, 63, 768])
+def test_layer_norm_backward(dtype: torch.dtype, width: int) -> None:
+    x, weight, grad = (torch.randn(*s, dtype=dtype) for s in ((2, 9, width), (width,), (3, 2, 9, width)))
+    compare(ops.layer_norm_backward, grad, x, weight, 1, 1e-5)
+    compare(ops.layer_norm_backward, grad, x, None, 1, 1e-5)
+
+
+@pytest.mark.parametrize("update", ["gradient_relevance", "gradient_attention", "relevance", "attention"])
+def test_attention_update(update: str) -> None:
+    attn, grad, rel = torch.rand(2, 3, 5, 7), torch.randn(4, 2, 3, 5, 7), torch.rand(4, 2, 3, 5, 7)
+    compare(ops.attention_update, attn, grad, rel, update)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("tokens", "features", "outs"), [(5, 40, 24), (197, 384, 96), (600, 64, 48)])
+def test_reduced_products_err_as_their_rounding_does(int8: bool, tokens: int, features: int, outs: int) -> None:
+    """Within twice the error of the same rounding in plain PyTorch, plus bfloat16's rounding of results."""
+    x, weight, bias = torch.randn(2, tokens, features), torch.randn(outs, features), torch.randn(outs)
+    y, rel, grad = x @ weight.mT + bias, torch.rand(2, 2, tokens, outs), torch.randn(2, 2, tokens, outs)
+    exact = REFERENCES[ops.zplus_linear](*double((x, weight, y, bias, rel, grad)), "positive")
+    for bf16_gradient in (False, True):
+        args = (x, weight, y, bias, rel, grad, int8, bf16_gradient)
+        plain = REFERENCES[ops.zplus_linear_reduced](*double(args))
+        for ours, rounded, wanted in zip(ops.zplus_linear_reduced(*args), plain, exact, strict=True):
+            limit = 2 * golden.relative_error(rounded, wanted) + (4e-3 if not int8 or bf16_gradient else 1e-5)
+            assert golden.relative_error(ours.double(), wanted) < limit
+
+
+def test_what_a_kernel_does_not_take_is_said() -> None:
+    q, lane, row = torch.randn(1, 1, 3, 4), torch.rand(1, 1, 1, 3, 4), torch.rand(1, 1, 3)
+    with pytest.raises(RuntimeError, match="no kernel for a mask under the official rules"):
+        mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+        options = (0.5, False, 0, "official", "gradient_relevance", False, True)
+        ops.attention_relevance(q, q, q, mask, lane, lane, row, *options)
+    with pytest.raises(RuntimeError, match="float32 or float64"):
+        ops.residual_add(q.half(), q.half(), lane.half(), 0, "positive")
+    with pytest.raises(RuntimeError, match="different dtypes"):
+        ops.residual_add(q, q.double(), lane, 0, "positive")
