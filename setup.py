@@ -27,6 +27,7 @@ class BuildKernels(build_ext):
     """Compiles with the same function as `fastrel build`."""
 
     def build_extension(self, ext: Extension) -> None:
+        """One extension: the one there is."""
         build = build_module()
         try:
             build.compile_library(Path(self.get_ext_fullpath(ext.name)).absolute())
@@ -36,6 +37,7 @@ class BuildKernels(build_ext):
             print(f"fastrel: its kernels will be compiled at first use: {error}", file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
+        """What was built."""
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
 

@@ -98,7 +98,7 @@ class Analysis:
     def recomputed(self, memory: str) -> Callable[[fx.Node], bool]:
         """Which values the reverse pass computes again instead of keeping them.
 
-        "normal": activation functions and layer norms, which are quick. "low": all but those through which everything flows.
+        "normal": activation functions and layer norms, which are quick. "low": all but those through which all flows.
         """
         quick = {*ACTIVATIONS, *IDENTITIES, aten.layer_norm.default}
         kept = _bottlenecks(self.active) if memory == "low" else self.active

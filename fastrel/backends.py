@@ -9,23 +9,13 @@ from torch import fx
 
 from fastrel import native, ops
 from fastrel.errors import InputError, UnsupportedModelError
-from fastrel.ops.library import REFERENCES
+from fastrel.ops.library import CPU_KERNELS, REFERENCES
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
 
 _NOT_YET = {
     "triton": "no Triton kernels are part of this version",
     "cuda": "no CUDA kernels are part of this version",
-}
-
-#: Operators with a C++ kernel; the others are a few lines of torch whatever the backend.
-_CPP = {
-    ops.zplus_linear,
-    ops.zplus_linear_reduced,
-    ops.residual_add,
-    ops.attention_relevance,
-    ops.attention_update,
-    ops.layer_norm_backward,
 }
 
 
@@ -60,20 +50,18 @@ def lower(reverse: fx.GraphModule, backend: str, device: torch.device) -> None:
     for node in reverse.graph.nodes:
         if node.target not in REFERENCES:
             continue
-        reason = _unsupported(node.target, node.args) if chosen == "cpp" else None
-        if reason and backend == "cpp":
-            raise UnsupportedModelError(
-                f"backend 'cpp' cannot run: {node.target} {reason}; backend='auto' uses torch for it"
-            )
-        if chosen == "torch" or reason:
+        reason = _unsupported(node.target, node.args)
+        if chosen == "cpp" and node.target in CPU_KERNELS and reason is None:
+            node.target = CPU_KERNELS[node.target]
+        elif backend == "cpp" and reason:
+            raise UnsupportedModelError(f"backend 'cpp' cannot run: {node.target} {reason}; with 'auto', torch does it")
+        else:
             node.target = REFERENCES[node.target]
     reverse.recompile()
 
 
 def _unsupported(op: Any, args: Any) -> str | None:
     """Why the C++ kernel of `op` does not take these arguments."""
-    if op not in _CPP:
-        return None
     options = [x for x in args if isinstance(x, str)]
     if "original_lrp" in options:
         return "has no kernel for rules 'original_lrp'"

@@ -42,12 +42,12 @@ class Explainer:
             method's own, 0 for transformer attribution.
         normalize_rollout: scale the rows of I + M to sum 1, as the published code does for BERT. Default: the method's own,
             False for transformer attribution.
-        precision: "float32": everything in the model's own dtype (16-bit models: lanes in float32). "mixed": matrix products of
-            relevance and gradient in bfloat16, where the processor does that faster than float32. "low": those of relevance
-            in int8. Both need rules="positive"; the forward pass is the model's own.
-        memory: "normal", or "low": between prediction and explanation only what the blocks pass on is kept, and each block is
-            computed again when its turn comes, for the time of one more forward pass.
-        backend: "auto": compiled kernels where they can run, else torch. "torch": the plain reference. "cpp": C++ kernels on a CPU.
+        precision: "float32": the model's own dtype throughout (16-bit models: lanes in float32). "mixed": matrix products
+            of relevance and gradient in bfloat16, where the processor does that faster than float32. "low": those of
+            relevance in int8. Both need rules="positive"; the forward pass is the model's own.
+        memory: "normal", or "low": between prediction and explanation only what the blocks pass on is kept, and each block
+            is computed again when its turn comes, for the time of one more forward pass.
+        backend: "auto": compiled kernels where they can run, else torch. "torch": plain PyTorch. "cpp": C++, on a CPU.
 
     Raises:
         InputError: an option that does not exist; `backend` that cannot run, with the reason.

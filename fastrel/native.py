@@ -23,7 +23,7 @@ library.declare("instruction_set() -> str")
 
 @functools.cache
 def load() -> str | None:
-    """Load the kernels into `torch.ops.fastrel`, compiling them first if need be. None, or the reason why it failed."""
+    """Load the kernels of `torch.ops.fastrel_cpu`, compiling them first if need be. None, or the reason why it failed."""
     try:
         torch.ops.load_library(str(_find() or _compile()))
     except (build.BuildError, OSError) as error:
@@ -34,7 +34,7 @@ def load() -> str | None:
 
 def instruction_set() -> str:
     """The instruction set that the loaded kernels use: avx512, avx2 or generic."""
-    return torch.ops.fastrel.instruction_set()
+    return torch.ops.fastrel_cpu.instruction_set()
 
 
 def origin() -> str:

@@ -1,4 +1,4 @@
-"""docs/evaluation.md and its figures from the results of scripts/evaluation.sh: python scripts/evaluation_page.py [results]."""
+"""docs/evaluation.md from the results of scripts/evaluation.sh: python scripts/evaluation_page.py [results]."""
 
 import shutil
 import sys

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrel import native, ops
-from fastrel.ops.library import REFERENCES
+from fastrel.ops.library import CPU_KERNELS, REFERENCES
 from tests import golden_files as golden
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason=f"no compiled kernels: {native.load()}")
@@ -24,8 +24,8 @@ def double(values: Any) -> list[Any]:
 
 
 def compare(op: torch._ops.OpOverload, *args: Any) -> None:
-    """float64 within 1e-10 of the reference; float32 within twice the reference's own float32 error (at least 5e-6: sums run in order)."""
-    ours, plain, exact = op(*args), REFERENCES[op](*args), REFERENCES[op](*double(args))
+    """float64 within 1e-10 of the reference; float32 within twice its own float32 error, or 5e-6 (sums run in order)."""
+    ours, plain, exact = CPU_KERNELS[op](*args), REFERENCES[op](*args), REFERENCES[op](*double(args))
     ours, plain, exact = ((x,) if isinstance(x, Tensor) else x for x in (ours, plain, exact))
     for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
         assert a.shape == c.shape
@@ -161,18 +161,39 @@ def test_reduced_products_err_as_their_rounding_does(int8: bool, tokens: int, fe
     for bf16_gradient in (False, True):
         args = (x, weight, y, bias, rel, grad, int8, bf16_gradient)
         plain = REFERENCES[ops.zplus_linear_reduced](*double(args))
-        for ours, rounded, wanted in zip(ops.zplus_linear_reduced(*args), plain, exact, strict=True):
+        for ours, rounded, wanted in zip(CPU_KERNELS[ops.zplus_linear_reduced](*args), plain, exact, strict=True):
             limit = 2 * golden.relative_error(rounded, wanted) + (4e-3 if not int8 or bf16_gradient else 1e-5)
             assert golden.relative_error(ours.double(), wanted) < limit
 
 
 def test_what_a_kernel_does_not_take_is_said() -> None:
     q, lane, row = torch.randn(1, 1, 3, 4), torch.rand(1, 1, 1, 3, 4), torch.rand(1, 1, 3)
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    options = (0.5, False, 0, "official", "gradient_relevance", False, True)
     with pytest.raises(RuntimeError, match="no kernel for a mask under the official rules"):
-        mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
-        options = (0.5, False, 0, "official", "gradient_relevance", False, True)
-        ops.attention_relevance(q, q, q, mask, lane, lane, row, *options)
+        CPU_KERNELS[ops.attention_relevance](q, q, q, mask, lane, lane, row, *options)
     with pytest.raises(RuntimeError, match="float32 or float64"):
-        ops.residual_add(q.half(), q.half(), lane.half(), 0, "positive")
+        CPU_KERNELS[ops.residual_add](q.half(), q.half(), lane.half(), 0, "positive")
     with pytest.raises(RuntimeError, match="different dtypes"):
-        ops.residual_add(q, q.double(), lane, 0, "positive")
+        CPU_KERNELS[ops.residual_add](q, q.double(), lane, 0, "positive")
+
+
+def test_torch_accepts_the_kernels_registrations() -> None:
+    """opcheck: schemas tell the truth, shape functions give the shapes."""
+    x, weight = torch.randn(2, 5, 8), torch.randn(6, 8)
+    lane, value = torch.rand(3, 2, 5, 6), torch.randn(2, 5, 6)
+    q, heads, row = torch.randn(2, 3, 5, 4), torch.rand(2, 2, 3, 5, 4), torch.rand(2, 2, 5)
+    maps = torch.rand(2, 3, 5, 5)
+    calls: dict[torch._ops.OpOverload, tuple[Any, ...]] = {
+        ops.zplus_linear: (x, weight, None, None, lane, lane, "positive"),
+        ops.zplus_linear_reduced: (x, weight, value, None, lane, lane, True, True),
+        ops.residual_add: (value, value, lane, 0, "official"),
+        ops.layer_norm_backward: (lane, value, None, 1, 1e-5),
+        ops.attention_relevance: (
+            q, q, q, None, heads, heads, row, 0.5, False, 0, "official", "gradient_relevance", True, True
+        ),
+        ops.attention_update: (maps, maps, maps, "gradient_relevance"),
+    }  # fmt: skip
+    assert set(calls) == set(CPU_KERNELS)
+    for op, args in calls.items():
+        torch.library.opcheck(CPU_KERNELS[op], args, test_utils=("test_schema", "test_faketensor"))

@@ -178,7 +178,7 @@ Tensor attention_update(OptionalTensor attn, OptionalTensor grad, OptionalTensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastrel, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastrel_cpu, CPU, m) {
   m.impl("attention_relevance", TORCH_BOX(&attention_relevance));
   m.impl("attention_update", TORCH_BOX(&attention_update));
 }

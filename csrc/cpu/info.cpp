@@ -8,6 +8,6 @@ std::string report() { return instruction_set(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastrel, CompositeExplicitAutograd, m) { m.impl("instruction_set", TORCH_BOX(&report)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrel_cpu, CompositeExplicitAutograd, m) { m.impl("instruction_set", TORCH_BOX(&report)); }
 
 }  // namespace fastrel

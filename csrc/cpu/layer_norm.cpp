@@ -24,6 +24,6 @@ Tensor layer_norm_backward(Tensor grad, Tensor x, OptionalTensor weight, int64_t
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastrel, CPU, m) { m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrel_cpu, CPU, m) { m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward)); }
 
 }  // namespace fastrel

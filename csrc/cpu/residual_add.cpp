@@ -60,6 +60,6 @@ std::tuple<Tensor, Tensor> residual_add(Tensor u, Tensor v, Tensor rel, int64_t 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastrel, CPU, m) { m.impl("residual_add", TORCH_BOX(&residual_add)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrel_cpu, CPU, m) { m.impl("residual_add", TORCH_BOX(&residual_add)); }
 
 }  // namespace fastrel

@@ -122,6 +122,6 @@ std::tuple<Tensor, Tensor> zplus_linear(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastrel, CPU, m) { m.impl("zplus_linear", TORCH_BOX(&zplus_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrel_cpu, CPU, m) { m.impl("zplus_linear", TORCH_BOX(&zplus_linear)); }
 
 }  // namespace fastrel

@@ -130,6 +130,6 @@ std::tuple<Tensor, Tensor> zplus_linear_reduced(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastrel, CPU, m) { m.impl("zplus_linear_reduced", TORCH_BOX(&zplus_linear_reduced)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrel_cpu, CPU, m) { m.impl("zplus_linear_reduced", TORCH_BOX(&zplus_linear_reduced)); }
 
 }  // namespace fastrel

@@ -1,5 +1,7 @@
 """Softmax attention: both lanes through it, and the step it makes in the rollout."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -145,12 +147,20 @@ def _attention_relevance_fake(
     return (*rel_qkv, *grad_qkv, kept, through)
 
 
+def _attention_relevance_cpu_fake(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """The C++ kernel leaves the heads of a token side by side, ready to be merged."""
+    *lanes, kept, through = _attention_relevance_fake(q, *args)
+    merged = [x.transpose(2, 3).contiguous().transpose(2, 3) if x.dim() == 5 else x for x in lanes]
+    return (*merged, kept, through)
+
+
 attention_relevance = define(
     "attention_relevance(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? rel, Tensor? grad, Tensor? row, float scale,"
     " bool is_causal, int query_start, str rules, str update, bool normalize, bool inputs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_relevance,
     _attention_relevance_fake,
+    cpu_fake=_attention_relevance_cpu_fake,
 )
 
 
@@ -173,5 +183,8 @@ def _rollout_row_fake(row: Tensor, m: Tensor, normalize: bool) -> tuple[Tensor, 
 
 #: One step of eq. (14) on the row that the head reads.
 rollout_row = define(
-    "rollout_row(Tensor row, Tensor m, bool normalize) -> (Tensor, Tensor)", _rollout_row, _rollout_row_fake
+    "rollout_row(Tensor row, Tensor m, bool normalize) -> (Tensor, Tensor)",
+    _rollout_row,
+    _rollout_row_fake,
+    cpu_kernel=False,
 )

@@ -1,7 +1,7 @@
-"""The `fastrel::` operator namespace.
+"""The operators' namespaces: `fastrel::` in plain PyTorch, `fastrel_cpu::` the same operators as C++ kernels.
 
-Schemas are defined here in Python, once. The reference implementation is registered for every device; a compiled backend
-registers a kernel for its own dispatch key and takes precedence there, so rules never know which one runs.
+Schemas and shape functions are defined here in Python, once for both. Rules emit `fastrel::` operators, which run
+everywhere; `fastrel.backends` replaces those for which a compiled backend has a kernel.
 """
 
 from collections.abc import Callable
@@ -10,22 +10,39 @@ from typing import Any
 import torch
 
 _LIBRARY = torch.library.Library("fastrel", "DEF")
+_CPU_LIBRARY = torch.library.Library("fastrel_cpu", "DEF")
 
 #: The implementation in plain PyTorch of every operator.
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
-
-def declare(schema: str) -> None:
-    """An operator that only a compiled backend implements."""
-    _LIBRARY.define(schema)
+#: The operator of `fastrel_cpu::` that does the same; it runs once its library is loaded (fastrel.native).
+CPU_KERNELS: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Register `fastrel::<name>` from its schema, its implementation in plain PyTorch and its shape function."""
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cpu_kernel: bool = True,
+    cpu_fake: Callable[..., Any] | None = None,
+) -> torch._ops.OpOverload:
+    """Register `fastrel::<name>` from its schema, its implementation in plain PyTorch and its shape function.
+
+    `cpu_fake`: the C++ kernel's own shape function, where its results are laid out differently.
+    """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastrel::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastrel, name).default
     REFERENCES[op] = reference
+    if cpu_kernel:
+        declare(schema)
+        torch.library.register_fake(f"fastrel_cpu::{name}", cpu_fake or fake, lib=_CPU_LIBRARY)
+        CPU_KERNELS[op] = getattr(torch.ops.fastrel_cpu, name).default
     return op
+
+
+def declare(schema: str) -> None:
+    """An operator that only the C++ library implements."""
+    _CPU_LIBRARY.define(schema)

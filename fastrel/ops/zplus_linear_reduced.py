@@ -30,8 +30,8 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:
     """`zplus_linear` under the positive rules, operands of its relevance products rounded, sums exact.
 
-    In int8 the row scales of W are folded into S before it is rounded. x [*, in], weight [out, in], y [*, out], rel and grad
-    [K, *, out] -> rel_in, grad_in [K, *, in].
+    In int8 the row scales of W are folded into S before it is rounded.
+    x [*, in], weight [out, in], y [*, out], rel and grad [K, *, out] -> rel_in, grad_in [K, *, in].
     """
     w = _rounded(weight, int8)
     magnitude = _rounded(x.abs(), int8) @ w.abs().mT
