@@ -1,4 +1,10 @@
-"""Explanations next to the model's own forward pass, forward plus backward, and the plain reference."""
+"""Explanations end to end, next to the model's own forward pass, forward plus backward, the plain reference and captum.
+
+`pytest benchmarks/test_explanations.py --benchmark-json=out.json`, then `python -m benchmarks.table out.json`. What is
+timed has just been checked against the plain PyTorch backend. Compare within a case only.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -8,52 +14,118 @@ import torch
 from torch import Tensor, nn
 
 import fastrel
-from fastrel import reference
-from fastrel.reference.rollout import gradient_relevance, rollout
+
+#: Name: model, size of an image or length of a text, batch.
+CASES: dict[str, tuple[str, int, int]] = {
+    "ViT-Ti/16 224": ("vit_tiny_patch16_224", 224, 1),
+    "ViT-S/16 224": ("vit_small_patch16_224", 224, 1),
+    "ViT-B/16 224": ("vit_base_patch16_224", 224, 1),
+    "ViT-B/16 224, batch 8": ("vit_base_patch16_224", 224, 8),
+    "ViT-L/16 224": ("vit_large_patch16_224", 224, 1),
+    "ViT-B/16 384": ("vit_base_patch16_384", 384, 1),
+    "DINOv2-B/14 392 (T = 785)": ("vit_base_patch14_dinov2", 392, 1),
+    "DINOv2-B/14 518 (T = 1370)": ("vit_base_patch14_dinov2", 518, 1),
+    "BERT-base, 128 tokens": ("bert", 128, 1),
+    "BERT-base, 128 tokens, batch 8": ("bert", 128, 8),
+    "BERT-base, 512 tokens": ("bert", 512, 1),
+    "MiniLM size, 32 tokens": ("minilm", 32, 1),
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fastrel": {},
+    "fastrel, official": {"rules": "official"},
+    "fastrel, mixed": {"precision": "mixed"},
+    "fastrel, low": {"precision": "low"},
+    "fastrel, last block": {"start_layer": -1},
+    "fastrel, torch backend": {"backend": "torch"},
+    "fastrel, memory low": {"memory": "low"},
+}
+
+PROVIDERS = ["forward", "forward + backward", *OPTIONS, "fastrel, 10 targets", "captum, input x gradient"]
+
+_models: dict[tuple[str, int], nn.Module] = {}
 
 
-def vit(name: str) -> nn.Module:
+def build(name: str, size: int) -> nn.Module:
+    """A model with random weights: times do not depend on them."""
+    torch.manual_seed(0)
+    if name in ("bert", "minilm"):
+        import transformers
+
+        small = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536} if name == "minilm" else {}
+        return transformers.BertForSequenceClassification(transformers.BertConfig(**small)).eval()
     import timm
 
-    torch.manual_seed(0)
-    return timm.create_model(name).eval()
+    kwargs = {"img_size": size} if "dinov2" in name else {}
+    return timm.create_model(name, num_classes=1000, **kwargs).eval()
 
 
-def reference_map(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    params, heads = dict(model.state_dict()), model.blocks[0].attn.num_heads  # type: ignore[index, union-attr]
-    image = x.clone().requires_grad_()
-    result = reference.trace(lambda tape: reference.vit(tape, params, image, heads=heads), target)
-    return rollout([gradient_relevance(b.gradient, b.relevance) for b in result.blocks])[:, 0]
+def case(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model and inputs of a case; models are kept, because building them takes longer than running them."""
+    kind, size, batch = CASES[name]
+    if (kind, size) not in _models:
+        _models.clear()
+        _models[kind, size] = build(kind, size)
+    if kind in ("bert", "minilm"):
+        return _models[kind, size], {"input_ids": torch.randint(1000, 20000, (batch, size))}
+    return _models[kind, size], {"x": torch.randn(batch, 3, size, size)}
 
 
-def backward(model: nn.Module, x: Tensor) -> Tensor:
-    leaf = x.clone().requires_grad_()
-    return torch.autograd.grad(model(leaf).amax(1).sum(), leaf)[0]
+def logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
 
 
-@pytest.mark.parametrize("what", ["forward", "backward", "explain", "explain_last", "reference"])
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"])
-def test_vit(benchmark: Any, name: str, batch: int, what: str) -> None:
-    benchmark.group = f"{name}-B{batch}"
-    model, x = vit(name), torch.randn(batch, 3, 224, 224)
-    run: Callable[[], Any]
-    if what == "forward":
+def runner(provider: str, model: nn.Module, given: dict[str, Tensor]) -> Callable[[], Any]:
+    """What to time; whatever of fastrel's it is, checked first."""
+    if provider == "forward":
 
-        def run() -> Tensor:
+        def forward() -> Tensor:
             with torch.inference_mode():
-                return model(x)
+                return logits(model(**given))
 
-    elif what == "backward":
-        run = lambda: backward(model, x)  # noqa: E731
-    elif what == "reference":
-        run = lambda: reference_map(model, x, torch.zeros(batch, dtype=torch.long))  # noqa: E731
-    else:
-        explainer = fastrel.Explainer(model, start_layer=-1 if what == "explain_last" else 0)
-        if what == "explain":
-            expected = reference_map(model, x, torch.zeros(batch, dtype=torch.long))
-            ours = explainer(x, target=0).relevance
-            assert float((ours - expected).norm() / expected.norm()) < 1e-4
-        run = lambda: explainer(x, target=0)  # noqa: E731
+        return forward
+    embedded = "input_ids" in given
+    if provider == "forward + backward":
+
+        def backward() -> Tensor:
+            if embedded:
+                leaf = model.bert.embeddings.word_embeddings(given["input_ids"]).detach().requires_grad_()  # type: ignore
+                out = logits(model(inputs_embeds=leaf))
+            else:
+                leaf = given["x"].clone().requires_grad_()
+                out = model(leaf)
+            return torch.autograd.grad(out[:, 0].sum(), leaf)[0]
+
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        return backward
+    if provider.startswith("captum"):
+        if embedded:
+            pytest.skip("captum needs a wrapper for token ids")
+        from captum.attr import InputXGradient
+
+        attribute = InputXGradient(model)
+        return lambda: attribute.attribute(given["x"], target=0)
+    batch = len(next(iter(given.values())))
+    target: Any = [list(range(10))] * batch if "10 targets" in provider else 0
+    options = OPTIONS.get(provider, {})
+    if "10 targets" in provider and embedded:
+        pytest.skip("the text models have two classes")
+    explainer = fastrel.Explainer(model, **options)
+    ours = explainer(**given, target=target).relevance
+    if "torch" not in provider and options.get("rules") != "official":
+        plain = {key: value for key, value in options.items() if key == "start_layer"}
+        expected = fastrel.Explainer(model, backend="torch", **plain)(**given, target=target).relevance
+        bound = 5e-2 if "precision" in options else 1e-4
+        assert float((ours - expected).norm() / expected.norm()) < bound, "not what the plain backend gives"
+    return lambda: explainer(**given, target=target)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("name", CASES)
+def test_explanation(benchmark: Any, name: str, provider: str) -> None:
+    benchmark.group = name
+    run = runner(provider, *case(name))
     run()
-    benchmark.pedantic(run, rounds=5 if batch == 1 else 3)
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    benchmark.pedantic(run, rounds=5, warmup_rounds=0)

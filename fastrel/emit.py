@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.graph import CodeGen
 
 aten = torch.ops.aten
 
@@ -115,7 +116,18 @@ class Emitter:
         forward.output((tuple(copies[node] for node in outputs), tuple(saved)))
         # Inputs and parameters stay inputs even where nothing uses them.
         forward.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self._reverse.set_codegen(OneList())
         return tuple(fx.GraphModule(torch.nn.Module(), graph) for graph in (forward, self._reverse))  # type: ignore
+
+
+class OneList(CodeGen):
+    """Code of a function that takes its arguments as one list and empties it, so that each is freed after its last use."""
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **kwargs: Any) -> str:
+        """The head of the function."""
+        names = ", ".join(var.split(":")[0].strip() for var in free_vars if var != "self")
+        head = f"def {self._func_name}(self, arguments){maybe_return_annotation}:"
+        return f"{head}\n    {names}, = arguments\n    arguments.clear()"
 
 
 def _freeze(value: Any) -> Any:

@@ -81,8 +81,8 @@ class Explainer:
         self._programs: dict[tuple[int, tuple[int, ...], bool], Program] = {}
 
     def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Explanation:
-        """Explain `model(*args, **kwargs)`: `predict(...)` and `explain(target)` in one."""
-        return self.predict(*args, **kwargs).explain(target)
+        """Explain `model(*args, **kwargs)`: `predict(...)` and `explain(target)` in one, in less memory."""
+        return self.predict(*args, **kwargs)._explain(target, once=True)
 
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
         """The model's prediction, kept so that it can be explained for any target without another forward pass.
@@ -212,7 +212,8 @@ class Prediction:
         inputs: list[Tensor],
     ) -> None:
         self._explainer, self._captured, self._program = explainer, captured, program
-        self._outputs, self._saved, self._values, self._inputs = outputs, saved, values, inputs
+        self._outputs, self._values, self._inputs = outputs, values, inputs
+        self._saved: Sequence[Any] = saved
 
     @property
     def logits(self) -> Tensor:
@@ -235,12 +236,21 @@ class Prediction:
         Raises:
             InputError: the target does not fit the output.
         """
+        return self._explain(target, once=False)
+
+    def _explain(self, target: Target, once: bool) -> Explanation:
+        """`explain`; if it happens only once, what was saved for it is freed as the reverse pass goes."""
         check_finite("the model's output", self.logits)
         seeds, program, saved = self._seed(target)
         if self._explainer.method.reading == "steps":
             row = grid = self._along_path(seeds)
         else:
-            row, grid, _ = self._reverse(program, seeds, saved)
+            arguments = _arguments(program, seeds, saved)
+            del saved
+            if once:
+                self._saved = ()
+            with torch.no_grad():
+                row, grid, _ = program.reverse(arguments)
         relevance = row.flatten(2).transpose(0, 1)
         check_finite("the explanation", relevance)
         patches = None if grid is None else grid.transpose(0, 1)
@@ -269,14 +279,6 @@ class Prediction:
             _, saved = program.forward(*self._values)
         return seeds, program, saved
 
-    def _reverse(self, program: Program, seeds: Seeds, saved: Sequence[Any]) -> Any:
-        starts: list[Tensor] = []
-        for features, gradient, relevance in zip(program.leaf_features, seeds.gradient, seeds.relevance, strict=True):
-            row = relevance.abs().sum([dim + 1 for dim in features], keepdim=True)
-            starts += [gradient, relevance, row]
-        with torch.no_grad():
-            return program.reverse(*starts, *saved)
-
     def _along_path(self, seeds: Seeds) -> Tensor:
         """Integrated gradients of the seeded outputs [K, B, H, W]."""
         position = [i for i, x in enumerate(self._values) if x is self._inputs[0]]
@@ -296,7 +298,8 @@ class Prediction:
 
     def _trace(self, target: Target) -> list[BlockTrace]:
         seeds = class_seeds(self.logits, target)
-        _, _, records = self._reverse(self._program, seeds, self._saved)
+        with torch.no_grad():
+            _, _, records = self._program.reverse(_arguments(self._program, seeds, self._saved))
         found: dict[int, dict[str, Tensor]] = {}
         for (block, name), value in zip(self._program.record_names, records, strict=True):
             found.setdefault(block, {})[name] = value
@@ -305,6 +308,15 @@ class Prediction:
 
     def _rebuild(self, outputs: list[Tensor]) -> Any:
         return pytree.tree_unflatten(outputs, self._captured.out_spec)
+
+
+def _arguments(program: Program, seeds: Seeds, saved: Sequence[Any]) -> list[Any]:
+    """What a reverse graph takes: the seeds of all lanes, and what the forward graph saved."""
+    starts: list[Tensor] = []
+    for features, gradient, relevance in zip(program.leaf_features, seeds.gradient, seeds.relevance, strict=True):
+        row = relevance.abs().sum([dim + 1 for dim in features], keepdim=True)
+        starts += [gradient, relevance, row]
+    return [*starts, *saved]
 
 
 def _explain_perturbed(

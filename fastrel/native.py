@@ -18,6 +18,9 @@ log = logging.getLogger("fastrel")
 #: Set to 0 to forbid compiling at first use.
 JIT_VARIABLE = "FASTREL_JIT"
 
+#: A library to load instead of any other.
+LIBRARY_VARIABLE = "FASTREL_LIBRARY"
+
 library.declare("instruction_set() -> str")
 
 
@@ -39,6 +42,8 @@ def instruction_set() -> str:
 
 def origin() -> str:
     """How the kernels got here: built at install time, in the cache, or not yet compiled."""
+    if os.environ.get(LIBRARY_VARIABLE):
+        return f"{LIBRARY_VARIABLE}={os.environ[LIBRARY_VARIABLE]}"
     if _packaged():
         return f"built at install time, {_packaged()}"
     try:
@@ -53,7 +58,9 @@ def _packaged() -> Path | None:
 
 
 def _find() -> Path | None:
-    """A library built with the package, or one compiled before."""
+    """The library asked for, one built with the package, or one compiled before."""
+    if os.environ.get(LIBRARY_VARIABLE):
+        return Path(os.environ[LIBRARY_VARIABLE])
     packaged = _packaged()
     if packaged:
         return packaged

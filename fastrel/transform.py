@@ -31,9 +31,10 @@ aten = torch.ops.aten
 class Program:
     """A model's prediction and its explanation as two plain fx modules.
 
-    `forward(*parameters_and_inputs)` returns (outputs, saved). `reverse(*seeds, *saved)`, with three seeds per explained
-    output (gradient, relevance, row), returns (row, grid, records): the map over all tokens [K, B, T…]; the part of it on
-    the patch grid [K, B, gh, gw], None where there is none; and, when traced, the tensors named by `record_names`.
+    `forward(*parameters_and_inputs)` returns (outputs, saved). `reverse([*seeds, *saved])`, which empties that list, with
+    three seeds per explained output (gradient, relevance, row), returns (row, grid, records): the map over all tokens
+    [K, B, T…]; the part of it on the patch grid [K, B, gh, gw], None where there is none; and, when traced, the tensors that
+    `record_names` names.
     """
 
     forward: fx.GraphModule

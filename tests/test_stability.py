@@ -14,9 +14,9 @@ from tests import golden_files as golden
 from tests import real_models
 from tests.test_real_models import photograph
 
-#: Spearman correlation that maps must reach; in bfloat16 against float64 with the same, rounded weights. CLIP's own forward
-#: pass in bfloat16 moves its maps by more than the bar of the others (the reverse pass is float32 in any case).
-RANKS = {"shipped": 0.999, "minilm": 0.999, "clip": 0.998}
+#: Spearman correlation that maps of bfloat16 models must reach against float64 with the same, rounded weights. CLIP's own
+#: forward pass in bfloat16 moves its maps by more than the bar of the others, on some processors by 0.0025.
+RANKS = {"shipped": 0.999, "minilm": 0.999, "clip": 0.996}
 
 
 def spearman(ours: Tensor, theirs: Tensor) -> float:
@@ -78,6 +78,39 @@ def test_maps_of_bfloat16_models_are_those_of_float64(subject: Subject) -> None:
     assert ours.relevance.dtype == torch.float32
     for a, b in zip(rows(ours, given), rows(exact, given), strict=True):
         assert spearman(a, b) > RANKS[name]
+
+
+def test_the_reverse_pass_of_bfloat16_models_is_exact(subject: Subject) -> None:
+    """Against a reverse pass in float64 over the very values that the model computed in bfloat16."""
+    _, model, given = subject
+    rounded, given = copy.deepcopy(model).bfloat16(), cast(given, torch.bfloat16)
+    prediction = fastrel.Explainer(rounded).predict(**given)
+    ours = prediction.explain()
+    exact = fastrel.Explainer(rounded.double(), backend="torch").predict(**cast(given, torch.float64))
+    exact._saved = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in prediction._saved]
+    wanted = exact.explain(ours.target)
+    for a, b in zip(rows(ours, given), rows(wanted, given), strict=True):
+        assert spearman(a, b) > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("precision", "bfloat16", "rank"), [("mixed", "1", 0.9999), ("low", "0", 0.999), ("low", "1", 0.999)]
+)
+def test_reduced_precision_gives_the_same_map(
+    subject: Subject, precision: str, bfloat16: str, rank: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64, and at least 97 % of the highest fifth of all tokens are the same, over the inputs together."""
+    _, model, given = subject
+    exact = fastrel.Explainer(model.double())(**cast(given, torch.float64))
+    monkeypatch.setenv("FASTREL_BF16", bfloat16)  # also where the processor would rather not
+    ours = fastrel.Explainer(model.float(), precision=precision)(**given, target=exact.target)
+    same = total = 0
+    for a, b in zip(rows(ours, given), rows(exact, given), strict=True):
+        assert spearman(a, b) >= rank
+        top = max(1, len(a) // 5)
+        same += len(set(a.topk(top).indices.tolist()) & set(b.topk(top).indices.tolist()))
+        total += top
+    assert same / total >= 0.97
 
 
 def test_the_map_does_not_depend_on_batch_padding_or_threads(subject: Subject) -> None:
