@@ -70,6 +70,16 @@ ARITHMETIC = {
 }
 
 
+_ALONG_HEADS = {
+    *IDENTITIES,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.linear.default,
+    aten.conv2d.default,
+    aten.batch_norm.default,
+}
+
+
 class Analysis:
     """What depends on the input, where the attention maps are, and what lies between them and the prediction."""
 
@@ -95,6 +105,13 @@ class Analysis:
         self.blocks = {node: i for i, node in enumerate(found) if i >= start}
         self.needed = _downstream(nodes, set(self.blocks), self.active)
 
+    def _mixes_tokens(self, node: fx.Node) -> bool:
+        """Whether a product is A·V with A a map over tokens: maps over channels are no attention blocks of the method."""
+        if not is_attention_value(node) and not is_talking_heads_value(node):
+            return False
+        maps = self.axes.get(node.args[0])  # type: ignore[arg-type]
+        return maps is None or not axes_.is_feature(maps[-1])
+
     def recomputed(self, memory: str) -> Callable[[fx.Node], bool]:
         """Which values the reverse pass computes again instead of keeping them.
 
@@ -118,7 +135,7 @@ class Analysis:
             for node in nodes
             if node in relevant
             and node in self.active
-            and (node.target is aten.scaled_dot_product_attention.default or is_attention_value(node))
+            and (node.target is aten.scaled_dot_product_attention.default or self._mixes_tokens(node))
         ]
         if not found:
             raise UnsupportedModelError(
@@ -181,6 +198,17 @@ def is_attention_value(node: fx.Node) -> bool:
     if not isinstance(attn, fx.Node) or attn.target not in (aten.softmax.int, aten._softmax.default):
         return False
     return attn.args[1] in (-1, attn.meta["val"].dim() - 1)
+
+
+def is_talking_heads_value(node: fx.Node) -> bool:
+    """Whether a matrix product is A'·V with A' a mixture of several heads' softmax maps."""
+    if node.target not in (aten.matmul.default, aten.bmm.default):
+        return False
+    attn, mixed = node.args[0], False
+    while isinstance(attn, fx.Node) and attn.target in _ALONG_HEADS:
+        mixed = mixed or attn.target in (aten.linear.default, aten.conv2d.default)
+        attn = attn.args[0]
+    return mixed and isinstance(attn, fx.Node) and attn.target in (aten.softmax.int, aten._softmax.default)
 
 
 def _upstream(leaves: Sequence[fx.Node]) -> set[fx.Node]:

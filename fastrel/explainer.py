@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.utils._pytree as pytree
@@ -21,6 +21,9 @@ from fastrel.methods.integrated_gradients import integrated_gradients
 from fastrel.reference.rules import Rules
 from fastrel.targets import Seeds, Target, class_seeds, function_seeds
 from fastrel.transform import Program, transform
+
+if TYPE_CHECKING:
+    from fastrel.verification import Verification
 
 RULES = get_args(Rules)
 
@@ -102,6 +105,16 @@ class Explainer:
         captured, values, tensors = self._enter(args, kwargs)
         program = self._program(captured, (captured.logits_index,), trace=True)
         return self._run(captured, program, values, tensors)._trace(target)
+
+    def verify(self, *args: Any, **kwargs: Any) -> Verification:
+        """Check the explanation of `model(*args, **kwargs)` on the model itself; see `fastrel.verification`.
+
+        Raises:
+            As `predict`; a check that fails is no error but part of the report.
+        """
+        from fastrel.verification import verify
+
+        return verify(self, args, kwargs)
 
     def using(
         self,
@@ -264,9 +277,8 @@ class Prediction:
             self._inputs,
             target if callable(target) else seeds.classes,
         )
-        return Explanation(
-            self.logits, seeds.classes, relevance, patches, _image_size(self._inputs), self.output, perturbed
-        )
+        size = _image_size(self._inputs)
+        return Explanation(self.logits, seeds.classes, relevance, patches, size, self.output, program.generic, perturbed)
 
     def _seed(self, target: Target) -> tuple[Seeds, Program, Sequence[Any]]:
         if not callable(target):

@@ -32,6 +32,8 @@ class Explanation:
         grid: the part of it that lies on image patches, [B, gh, gw] or [B, K, gh, gw]; None for text.
         image_size: (height, width) in pixels of the images explained; None for text.
         output: what the model returned.
+        report: operators of the model that have no relevance rule of their own and took the generic one, whose sums have
+            signs; empty for most transformers.
     """
 
     logits: Tensor
@@ -40,6 +42,7 @@ class Explanation:
     grid: Tensor | None
     image_size: tuple[int, int] | None
     output: Any
+    report: tuple[str, ...] = ()
     _perturbed: Callable[[int], Explanation] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:

@@ -33,8 +33,9 @@ class Program:
 
     `forward(*parameters_and_inputs)` returns (outputs, saved). `reverse([*seeds, *saved])`, which empties that list, with
     three seeds per explained output (gradient, relevance, row), returns (row, grid, records): the map over all tokens
-    [K, B, T…]; the part of it on the patch grid [K, B, gh, gw], None where there is none; and, when traced, the tensors that
-    `record_names` names.
+    [K, B, T…]; the part of it on the patch grid [K, B, gh, gw], None where there is none; and, when traced, the tensors
+    that `record_names` names. `read_at` is the captured value whose tokens the map is over, `read_features` its other
+    dimensions; `generic` names the operators that had no rule of their own.
     """
 
     forward: fx.GraphModule
@@ -42,6 +43,9 @@ class Program:
     leaves: tuple[int, ...]
     leaf_features: tuple[tuple[int, ...], ...]
     record_names: tuple[tuple[int, str], ...]
+    read_at: fx.Node
+    read_features: tuple[int, ...]
+    generic: tuple[str, ...]
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Transform:
         self.published = rules != "positive"
         self.analysis = Analysis(captured, [captured.outputs[i] for i in leaves], method.start_layer)
         self.emit = Emitter(captured.graph, self.analysis.recomputed(memory))
+        self.generic: list[str] = []
         self.records: list[tuple[tuple[int, str], fx.Node]] = []
         self._pending: dict[fx.Node, _Pending] = {}
         self._origins = 0
@@ -200,6 +205,7 @@ class Transform:
     def run(self) -> Program:
         """Walk the graph and build both modules."""
         from fastrel.rules import rule_for
+        from fastrel.rules.generic import generic
 
         self._seed()
         result: tuple[fx.Node, Lane] | None = None
@@ -220,11 +226,12 @@ class Transform:
             rule = rule_for(node)
             if rule is None and pixels and node.target is aten.embedding.default:
                 break
-            if rule is None:
-                last = self._block == self.analysis.total_blocks
-                advice = "" if last else f"; with start_layer={self._block} it is not needed"
-                raise UnsupportedModelError(f"no relevance rule for {describe(node)}{advice}")
-            rule(self, node, lanes)
+            try:
+                (rule or generic)(self, node, lanes)
+            except UnsupportedModelError as error:
+                if self._block == self.analysis.total_blocks:
+                    raise
+                raise UnsupportedModelError(f"{error}; with start_layer={self._block} it is not needed") from error
         if result is None:
             raise UnsupportedModelError(
                 "the model takes no floating-point input: read this method at its tokens instead"
@@ -238,7 +245,16 @@ class Transform:
         leaves = tuple(self.captured.outputs.index(leaf) for leaf in self.analysis.leaves)
         features = tuple(tuple(self._features(leaf)) for leaf in self.analysis.leaves)
         names = tuple(name for name, _ in self.records)
-        return Program(forward, reverse, leaves, features, names)
+        return Program(
+            forward,
+            reverse,
+            leaves,
+            features,
+            names,
+            result[0],
+            tuple(self._features(result[0])),
+            tuple(dict.fromkeys(self.generic)),
+        )
 
     def _seed(self) -> None:
         for i, leaf in enumerate(self.analysis.leaves):

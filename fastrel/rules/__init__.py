@@ -34,4 +34,13 @@ def rule_for(node: fx.Node) -> Rule | None:
     return _RULES.get(node.target)
 
 
-from fastrel.rules import attention, convolution, linear, norm, pointwise, rearrange, reduce  # noqa: E402, F401  (registration)
+from fastrel.rules import (  # noqa: E402, F401  (registration)
+    attention,
+    convolution,
+    generic,
+    linear,
+    norm,
+    pointwise,
+    rearrange,
+    reduce,
+)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, fx
 
 from fastrel import ops
-from fastrel.analysis import is_attention_value
+from fastrel.analysis import is_attention_value, is_talking_heads_value
 from fastrel.errors import UnsupportedModelError
 from fastrel.lanes import Lane, Lanes, RowLane, Rows, arguments
 from fastrel.ops.attention import attention_probabilities, carries_scores
+from fastrel.ops.library import REFERENCES
 from fastrel.reference import rules as reference
 from fastrel.rules import rule
 from fastrel.transform import Transform, describe
@@ -22,8 +23,6 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
     """A = softmax(scale QKᵀ + mask), A V, all lanes at once."""
     q, k, v, mask, _, is_causal = arguments(node, None, 0.0, False, count=6)
     mask, is_causal = node.kwargs.get("attn_mask", mask), node.kwargs.get("is_causal", is_causal)
-    if node.kwargs.get("enable_gqa", False):
-        raise UnsupportedModelError(f"{describe(node)} with grouped keys")
     if isinstance(mask, fx.Node) and t.is_active(mask):
         raise UnsupportedModelError(f"{describe(node)} with a mask that depends on the input's values")
     scale: Any = node.kwargs.get("scale")
@@ -42,10 +41,15 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
     if isinstance(mask, fx.Node):
         mask_value = t.value(mask, rows, node.meta["val"].dim())
     inputs = any(t.wants(x) for x in (q, k, v))
-    attention = (t.value(q, rows), t.value(k), t.value(v), mask_value)
+    groups = q.meta["val"].shape[-3] // k.meta["val"].shape[-3] if node.kwargs.get("enable_gqa", False) else 1
+    keys, values = t.value(k), t.value(v)
+    if groups > 1:
+        keys, values = (t.emit.call(torch.repeat_interleave, x, groups, -3) for x in (keys, values))
+    attention = (t.value(q, rows), keys, values, mask_value)
     start = rows.start if rows else 0
+    fused = q.meta["val"].dim() == 4 and q.meta["val"].shape[-1] == v.meta["val"].shape[-1]
     call = t.emit.call(
-        ops.attention_relevance,
+        ops.attention_relevance if fused else REFERENCES[ops.attention_relevance],
         *attention,
         *(lane.node if lane else None for lane in (rel, grad)),
         row_node,
@@ -58,6 +62,8 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
         inputs,
     )
     *lanes, kept, through = t.emit.parts(call, 8)
+    if groups > 1:
+        lanes = [lane if i % 3 == 0 else t.emit.call(sum_groups, lane, groups) for i, lane in enumerate(lanes)]
     if block is not None and t.trace:
         args = (*attention, rel.node if rel else None, grad.node if grad else None)
         maps = t.emit.call(attention_maps, *args, float(scale), bool(is_causal), start, t.rules)
@@ -79,6 +85,11 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
     if block is not None and t.method.reading == "maps":
         maps = t.emit.call(attention_maps, *attention, None, None, float(scale), bool(is_causal), start, t.rules)
         t.attention_maps.append(t.emit.parts(maps, 3)[0])
+
+
+def sum_groups(lane: Tensor, groups: int) -> Tensor:
+    """Lanes [K, *B, h, T, d] of keys or values that `groups` query heads share, [K, *B, h / groups, T, d]."""
+    return lane.unflatten(-3, (-1, groups)).sum(-3) if lane.numel() else lane
 
 
 def _common_rows(out: Lanes, dim: int) -> Rows | None:
@@ -144,10 +155,12 @@ def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
     rows = _common_rows(out, ndim - 2)
     grad, rel = (_restrict(t, lane, rows, node) for lane in (out.grad, out.rel))
     a, b = t.value(left, rows), t.value(right)
-    is_attention = is_attention_value(node)
+    talking = is_talking_heads_value(node)
+    is_attention = is_attention_value(node) or talking
     rel_a = rel_b = grad_a = grad_b = None
     if rel:
-        share = reference.attention_value if is_attention else _left_right
+        # Maps mixed over heads have both signs: the rule of products of two activations.
+        share = reference.attention_value if is_attention and not talking else _left_right
         call = t.emit.call(share, a, b, rel.node, t.rules)
         rel_a, rel_b = t.emit.parts(call, 2)
     if grad:
@@ -168,8 +181,20 @@ def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
         if out.row:
             _roll(t, node, right, rows, out.row, t.emit.call(ops.attention_update, a, grad_a, rel_a, t.method.update))
     ends = is_attention and not carries_scores(t.rules)
+    if talking and ends and rel_b:
+        rel_b = t.emit.call(torch.mul, rel_b, 2.0)
+    if out.row and block is None:
+        _pass_row(t, node, (right, left), out.row)
     t.give(left, Lane(grad_a, rows) if grad_a else None, Lane(rel_a, rows) if rel_a and not ends else None)
     t.give(right, Lane(grad_b) if grad_b else None, Lane(rel_b) if rel_b else None)
+
+
+def _pass_row(t: Transform, node: fx.Node, operands: tuple[fx.Node, ...], row: RowLane) -> None:
+    """A product that mixes features (attention over channels): the row stays with the operand that holds the tokens."""
+    for x in operands:
+        if t.is_active(x) and t.row_shape(x) == t.row_shape(node):
+            return t.give(x, row=row)
+    raise UnsupportedModelError(f"cannot follow tokens through {describe(node)}")
 
 
 def _left_right(a: Tensor, b: Tensor, rel: Tensor, rules: reference.Rules) -> tuple[Tensor, Tensor]:

@@ -1,39 +1,114 @@
-"""Convolutions: the patch embedding that reads the image."""
+"""Convolutions and pooling: the patch embedding that reads the image, convolutional stems, patch merging."""
+
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fastrel.errors import UnsupportedModelError
 from fastrel.lanes import Lane, Lanes, arguments
 from fastrel.reference import rules as reference
 from fastrel.rules import rule
+from fastrel.rules.generic import vjp
 from fastrel.transform import Transform, describe
 
 aten = torch.ops.aten
 
 
-@rule(aten.conv2d.default)
-def conv2d(t: Transform, node: fx.Node, out: Lanes) -> None:
-    """The first convolution of an image: relevance by the z^B rule, the ordinary gradient."""
-    x, weight, _, stride, padding, dilation, groups = arguments(node, None, [1, 1], [0, 0], [1, 1], 1, count=7)
-    if not t.wants(x):
-        return
-    if x.op != "placeholder" or any(padding) or any(d != 1 for d in dilation) or groups != 1:
-        raise UnsupportedModelError(f"no relevance rule for {describe(node)}, unless it is a patch embedding of the image")
-    value, kernel, steps = t.value(x), t.value(weight), list(stride)
-    grad = rel = None
-    if out.grad:
-        grad = Lane(t.emit.call(conv_backward, t.dense(out.grad, node).node, value, kernel, steps))
-    if out.rel:
-        rel = Lane(t.emit.call(pixel_relevance, t.dense(out.rel, node).node, value, kernel, steps))
-    t.give(x, grad, rel)
+@rule(aten.conv2d.default, aten.conv1d.default)
+def convolution(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """A linear layer over windows of tokens: eq. (5), and z^B for the first one, which reads the image itself."""
+    x, weight, _, *options = arguments(node, None, 1, 0, 1, 1, count=7)
+    pixels = x.op == "placeholder"
+    plain = not any(_numbers(options[1])) and set(_numbers(options[2])) == {1} and options[3] == 1
+    grad = rel = row = None
+    if t.wants(x):
+        value, kernel = t.value(x), t.value(weight)
+        args = (value, kernel, None, *options)
+        if out.grad:
+            grad = Lane(t.emit.call(vjp, node.target, t.dense(out.grad, node).node, 0, None, (), *args))
+        if out.rel and pixels and not plain:
+            raise UnsupportedModelError(f"no pixel rule for {describe(node)}, which overlaps, pads or groups")
+        if out.rel and pixels:
+            rel = Lane(t.emit.call(pixel_relevance, t.dense(out.rel, node).node, value, kernel, _numbers(options[0])))
+        elif out.rel:
+            dense = t.dense(out.rel, node).node
+            rel = Lane(t.emit.call(conv_relevance, node.target, dense, value, kernel, t.rules, *options))
+    if out.row and not pixels:
+        sizes, window = t.shape(x), list(weight.meta["val"].shape[2:])
+        row = t.map_row(out.row, lambda lane: _row_back(t, node, lane, sizes, window, options))
+    t.give(x, grad, rel, row)
 
 
-def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: list[int]) -> Tensor:
-    """grad [K, B, D, gh, gw] through a convolution of x [B, C, H, W] -> [K, B, C, H, W]."""
-    back = F.conv_transpose2d(grad.flatten(0, 1), weight, stride=stride)
-    return F.pad(back, (0, x.shape[3] - back.shape[3], 0, x.shape[2] - back.shape[2])).unflatten(0, grad.shape[:2])
+def _numbers(option: Any) -> list[int]:
+    return list(option) if isinstance(option, (list, tuple)) else [option]
+
+
+def _row_back(t: Transform, node: fx.Node, lane: Lane, sizes: Any, window: list[int], options: Any) -> Lane:
+    dense = t.dense(lane, node, is_row=True).node
+    return Lane(t.emit.call(spread_windows, node.target, dense, [sizes[0], 1, *sizes[2:]], window, *options[:3]))
+
+
+def spread_windows(
+    op: Any, row: Tensor, shape: list[int], window: list[int], stride: Any, padding: Any, dilation: Any
+) -> Tensor:
+    """A row [K, B, 1, *tokens] in equal parts over the tokens of the window that each token was made of."""
+    kernel, ones = row.new_ones(1, 1, *window), row.new_ones(shape)
+    count = op(ones, kernel, None, stride, padding, dilation, 1)
+    return vjp(op, row / count, 0, None, (), ones, kernel, None, stride, padding, dilation, 1)
+
+
+def conv_relevance(op: Any, rel: Tensor, x: Tensor, weight: Tensor, rules: str, *options: Any) -> Tensor:
+    """Eq. (5) of rel [K, *out]: Z = x⁺∗W⁺ + x⁻∗W⁻, S = R ⊘ Z, R' = x⁺ ⊙ vjp(S; W⁺) + x⁻ ⊙ vjp(S; W⁻)."""
+    parts = [(x.clamp(min=0), weight.clamp(min=0)), (x.clamp(max=0), weight.clamp(max=0))]
+    z = sum(op(a, w, None, *options) for a, w in parts)
+    s = reference.safe_divide(rel, z, rules)  # type: ignore[arg-type]
+    return sum(a * vjp(op, s, 0, None, (), a, w, None, *options) for a, w in parts)  # type: ignore[return-value]
+
+
+@rule(
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool1d.default,
+    aten.upsample_bilinear2d.vec,
+)
+def pooling(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Averages over windows: relevance by share among what has the average's sign, as in the mean over all tokens."""
+    x, *options = arguments(node, count=len(node.args))
+    kwargs = tuple(node.kwargs.items())
+    grad = rel = row = None
+    if t.wants(x):
+        value = t.value(x)
+        if out.grad:
+            grad = Lane(t.emit.call(vjp, node.target, t.dense(out.grad, node).node, 0, None, kwargs, value, *options))
+        if out.rel:
+            dense = t.dense(out.rel, node).node
+            rel = Lane(t.emit.call(pool_relevance, node.target, dense, value, kwargs, *options))
+    if out.row:
+        sizes = t.row_shape(x)
+
+        def back(lane: Lane) -> Lane:
+            dense = t.dense(lane, node, is_row=True).node
+            return Lane(t.emit.call(pool_row, node.target, dense, list(sizes), kwargs, *options))
+
+        row = t.map_row(out.row, back)
+    t.give(x, grad, rel, row)
+
+
+def pool_row(op: Any, row: Tensor, shape: list[int], kwargs: Any, *options: Any) -> Tensor:
+    """A row in equal parts over the tokens of each window."""
+    return vjp(op, row, 0, None, kwargs, row.new_ones(shape), *options)
+
+
+def pool_relevance(op: Any, rel: Tensor, x: Tensor, kwargs: Any, *options: Any) -> Tensor:
+    """σ = sign f(x), p = (σx)⁺, R' = p ⊙ vjp(R ⊘ f(p)), of rel [K, *out]."""
+    y = op(x, *options, **dict(kwargs))
+    total = torch.zeros(rel.shape[0], *x.shape, dtype=rel.dtype, device=rel.device)
+    for sign in (1, -1):
+        part = (sign * x).clamp(min=0)
+        s = reference.safe_divide(rel * (sign * y > 0), op(part, *options, **dict(kwargs)))
+        total += part * vjp(op, s, 0, None, kwargs, part, *options)
+    return total
 
 
 def pixel_relevance(rel: Tensor, x: Tensor, weight: Tensor, stride: list[int]) -> Tensor:

@@ -1,11 +1,14 @@
 """Normalisation layers pass relevance unchanged."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from fastrel import ops
 from fastrel.lanes import Lane, Lanes, arguments
 from fastrel.rules import rule
+from fastrel.rules.generic import vjp
 from fastrel.transform import Transform
 
 aten = torch.ops.aten
@@ -26,6 +29,37 @@ def layer_norm(t: Transform, node: fx.Node, out: Lanes) -> None:
         if t.method.attnlrp:
             return Lane(t.emit.call(frozen_layer_norm_backward, lane.node, value, scale, dims, eps), lane.rows)
         return Lane(t.emit.call(ops.layer_norm_backward, lane.node, value, scale, dims, eps), lane.rows)
+
+    t.pass_through(x, out, grad)
+
+
+@rule(aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+def batch_norm(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Identity for relevance; at inference an affine function of each feature."""
+    x, weight, _, _, variance, *rest = arguments(node, count=len(node.args))
+    eps = rest[3] if node.target is aten.batch_norm.default and len(rest) > 3 else rest[-1]
+    gamma = None if weight is None else t.value(weight)
+
+    def grad(lane: Lane) -> Lane:
+        return Lane(t.emit.call(batch_norm_backward, t.dense(lane, node).node, gamma, t.value(variance), eps))
+
+    t.pass_through(x, out, grad)
+
+
+def batch_norm_backward(grad: Tensor, weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    """grad [K, B, C, ...] times weight / sqrt(variance + eps) of its feature."""
+    scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
+    return grad * scale.to(grad.dtype).reshape(1, 1, -1, *(1,) * (grad.dim() - 3))
+
+
+@rule(aten.group_norm.default, aten.rms_norm.default)
+def other_norm(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Identity for relevance; the ordinary gradient."""
+    x = node.args[0]
+    values: Any = fx.map_arg(node.args, t.value)
+
+    def grad(lane: Lane) -> Lane:
+        return Lane(t.emit.call(vjp, node.target, t.dense(lane, node).node, 0, None, tuple(node.kwargs.items()), *values))
 
     t.pass_through(x, out, grad)
 

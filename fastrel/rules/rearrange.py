@@ -170,7 +170,9 @@ def slice_(t: Transform, node: fx.Node, out: Lanes) -> None:
         return t.give(x, *out)
     length = node.meta["val"].shape[dim]
     if step != 1 or not isinstance(length, int) or not isinstance(start, (int, type(None))):
-        raise UnsupportedModelError(f"{describe(node)} with step {step} and start {start}")
+        from fastrel.rules.generic import index_map
+
+        return index_map(t, node, out)
     _narrow(t, node, x, out, dim, _non_negative(t, x, dim, start or 0), length)
 
 
@@ -227,12 +229,3 @@ def cat(t: Transform, node: fx.Node, out: Lanes) -> None:
         if t.is_active(x):
             t.index_map(x, out, back)
         start = t.emit.arith("add", start, length)
-
-
-@rule(aten.expand.default)
-def expand(t: Transform, node: fx.Node, out: Lanes) -> None:
-    """Copies of one value: their lanes add up."""
-    (x,) = arguments(node, count=1)
-    if x.meta["val"].shape == node.meta["val"].shape:
-        return t.give(x, *out)
-    raise UnsupportedModelError(f"no relevance rule for {describe(node)}")

@@ -1,0 +1,148 @@
+"""Rearrangements without a rule of their own, and everything else that is differentiable: by automatic differentiation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastrel import axes as axes_
+from fastrel.errors import UnsupportedModelError
+from fastrel.lanes import Lane, Lanes
+from fastrel.reference.rules import safe_divide
+from fastrel.rules import rule
+from fastrel.transform import Transform, describe
+
+aten = torch.ops.aten
+
+#: Operators whose result holds entries of the operand, each any number of times, and zeros or constants.
+INDEX_MAPS = {
+    aten.roll.default,
+    aten.flip.default,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.stack.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.gather.default,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.broadcast_to.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unfold.default,
+    aten.im2col.default,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+    aten.channel_shuffle.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.t.default,
+    aten.unsafe_chunk.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.tril.default,
+    aten.triu.default,
+    aten.narrow.default,
+    aten.diagonal.default,
+    aten.amax.default,
+    aten.amin.default,
+    aten.max_pool2d.default,
+    aten.adaptive_max_pool2d.default,
+}
+
+
+def _places(t: Transform, node: fx.Node) -> list[tuple[int, int | None, fx.Node]]:
+    """Where a node's activations stand among its arguments: (argument, place in a list or None, the activation)."""
+    found: list[tuple[int, int | None, fx.Node]] = []
+    for i, arg in enumerate(node.args):
+        if isinstance(arg, (list, tuple)):
+            found += [(i, j, x) for j, x in enumerate(arg) if t.is_active(x)]
+        elif t.is_active(arg):
+            found.append((i, None, arg))  # type: ignore[arg-type]
+    if any(t.is_active(x) for x in node.kwargs.values()):
+        raise UnsupportedModelError(f"no relevance rule for {describe(node)}, an activation given by keyword")
+    return found
+
+
+def vjp(op: Any, lane: Tensor, argument: int, place: int | None, kwargs: tuple[tuple[str, Any], ...], *args: Any) -> Tensor:
+    """lane [K, *out] through op, to one of its arguments [K, *in]."""
+    x = args[argument] if place is None else args[argument][place]
+    with torch.enable_grad():
+        leaf = x.detach().to(lane.dtype).requires_grad_()
+        given = list(args)
+        given[argument] = leaf if place is None else [*args[argument][:place], leaf, *args[argument][place + 1 :]]
+        out = op(*given, **dict(kwargs))
+        out = out[0] if isinstance(out, tuple) else out
+        results = [torch.autograd.grad(out, leaf, g, retain_graph=True, allow_unused=True)[0] for g in lane]
+    return torch.stack([torch.zeros_like(leaf) if r is None else r for r in results]).detach()
+
+
+def _arguments(t: Transform, node: fx.Node) -> tuple[Any, ...]:
+    return fx.map_arg(node.args, t.value)
+
+
+@rule(*(INDEX_MAPS - {aten.slice.Tensor, aten.select.int}))
+def index_map(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """R' = vjp(R): where entries go, their lanes come from; those of copies add up."""
+    kwargs = tuple(node.kwargs.items())
+    values = _arguments(t, node)
+    for argument, place, x in _places(t, node):
+
+        def back(lane: Lane, is_row: bool, argument: int = argument, place: int | None = place, x: fx.Node = x) -> Lane:
+            full = t.dense(lane, node, is_row).node
+            if is_row:
+                full = t.emit.call(spread_row, full, *t.shape(node))
+            moved = t.emit.call(vjp, node.target, full, argument, place, kwargs, *values)
+            return Lane(average_features(t, x, moved) if is_row else moved)
+
+        t.index_map(x, out, back)
+
+
+def spread_row(row: Tensor, *shape: int) -> Tensor:
+    """A row [K, *], size 1 in feature dimensions, at every entry of a value."""
+    return row.expand(row.shape[0], *shape)
+
+
+def average_features(t: Transform, x: fx.Node, row: fx.Node) -> fx.Node:
+    """A row that was spread over features, back to size 1 there."""
+    dims = [dim + 1 for dim, axis in enumerate(t.axes(x)) if axes_.is_feature(axis)]
+    return t.emit.call(aten.mean.dim, row, dims, True) if dims else row
+
+
+def share(op: Any, rel: Tensor, y: Tensor, rules: str, argument: int, place: int | None, kwargs: Any, *args: Any) -> Tensor:
+    """R' = x ⊙ vjp(R ⊘ f(x)) of rel [K, *out]."""
+    x = args[argument] if place is None else args[argument][place]
+    ratio = torch.stack([safe_divide(r, y, "official") for r in rel])
+    return x * vjp(op, ratio, argument, place, kwargs, *args)
+
+
+def generic(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Any differentiable operator: R' = x ⊙ vjp(R ⊘ f(x)), the gradient by vjp. Reported, because its sums have signs.
+
+    A row passes only where the operator leaves the tokens where they are.
+    """
+    if not isinstance(node.meta.get("val"), Tensor) or not hasattr(node.target, "_schema"):
+        raise UnsupportedModelError(f"no relevance rule for {describe(node)}")
+    t.generic.append(describe(node))
+    kwargs, values, places = tuple(node.kwargs.items()), _arguments(t, node), _places(t, node)
+    for argument, place, x in places:
+        grad = rel = None
+        if t.wants(x):
+            where = (argument, place, kwargs)
+            if out.grad:
+                grad = Lane(t.emit.call(vjp, node.target, t.dense(out.grad, node).node, *where, *values))
+            if out.rel:
+                dense = t.dense(out.rel, node).node
+                part = t.emit.call(share, node.target, dense, t.value(node), t.rules, *where, *values)
+                rel = Lane(t.emit.call(torch.mul, part, 1 / len(places)) if len(places) > 1 else part)
+        if out.row and t.row_shape(x) != t.row_shape(node):
+            raise UnsupportedModelError(f"cannot follow tokens through {describe(node)}")
+        t.give(x, grad, rel, out.row)
