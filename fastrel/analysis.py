@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -50,6 +52,20 @@ ACTIVATIONS = {
     aten.erf.default,
     aten.exp.default,
     aten.neg.default,
+    aten.abs.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten.square.default,
+    aten.log.default,
+    aten.log1p.default,
+    aten.sin.default,
+    aten.cos.default,
+    aten.log_sigmoid.default,
+    aten.selu.default,
+    aten.celu.default,
+    aten.hardshrink.default,
+    aten.threshold.default,
     aten.pow.Tensor_Scalar,
     aten.clamp.default,
     aten.clamp_min.default,
@@ -80,6 +96,20 @@ _ALONG_HEADS = {
 }
 
 
+#: Over features, the beginning of a norm.
+REDUCTIONS = {
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.var.correction,
+    aten.std.correction,
+    aten.var.dim,
+    aten.std.dim,
+    aten.linalg_vector_norm.default,
+    aten.norm.ScalarOpt_dim,
+    aten.amax.default,
+}
+
+
 class Analysis:
     """What depends on the input, where the attention maps are, and what lies between them and the prediction."""
 
@@ -92,6 +122,10 @@ class Analysis:
                 raise UnsupportedModelError(f"the output {leaf} does not depend on the input")
         sizes = axes_.Sizes({entry[0] for entry in captured.sizes if entry and isinstance(entry[0], str)})
         self.axes = axes_.label(nodes, self.active, sizes)
+        if _heads_beside_tokens(captured.graph, self.axes):
+            nodes = list(captured.graph.nodes)
+            self.active = _active(captured, nodes)
+            self.axes = axes_.label(nodes, self.active, sizes)
         self.sizes = sizes
         self.roots = _pointwise_roots(nodes, self.active)
         found = self._attention_blocks(nodes)
@@ -104,6 +138,26 @@ class Analysis:
         start = start_layer % len(found)
         self.blocks = {node: i for i, node in enumerate(found) if i >= start}
         self.needed = _downstream(nodes, set(self.blocks), self.active)
+
+    def is_scale(self, x: Any) -> bool:
+        """Whether x is a number per token made of all its features, the divisor or factor of a spelled-out norm."""
+        node, reduced = x, False
+        while isinstance(node, fx.Node) and node in self.active:
+            if node.target in REDUCTIONS:
+                reduced = True
+                break
+            if not is_pointwise(node) and node.target not in (aten.expand.default, aten.expand_as.default):
+                return False
+            expanded = node.target in (aten.expand.default, aten.expand_as.default)
+            inputs = [node.args[0]] if expanded else node.all_input_nodes
+            sources = [n for n in inputs if n in self.active]
+            if len(sources) != 1:
+                return False
+            node = sources[0]
+        if not reduced:
+            return False
+        source, reduction = self.axes.get(node.args[0]), self.axes.get(node)
+        return source is not None and reduction is not None and len(source) == len(reduction) and not reduction[-1]
 
     def _mixes_tokens(self, node: fx.Node) -> bool:
         """Whether a product is A·V with A a map over tokens: maps over channels are no attention blocks of the method."""
@@ -142,6 +196,43 @@ class Analysis:
                 "no attention was found between the input and the prediction; fastrel explains transformers"
             )
         return found
+
+
+def _heads_beside_tokens(graph: fx.Graph, axes: dict[fx.Node, axes_.Axes]) -> bool:
+    """Give fused attention its heads next to its tokens; whether there was any that had them elsewhere.
+
+    [B, h, windows, T, d] becomes [B, windows, h, T, d], and [B·h, T, d] becomes [B, h, T, d].
+    """
+    found = False
+    for node in list(graph.nodes):
+        if node.target is not aten.scaled_dot_product_attention.default or node.args[0] not in axes:
+            continue
+        q = axes[node.args[0]]
+        merged = [size for size, role in q[0] if role != "batch"]
+        if len(q) == 5 and axes_.is_feature(q[1]) and not axes_.is_feature(q[2]) and len(node.args) == 3:
+            there: Any = (aten.transpose.int, 1, 2)
+            back = there
+        elif len(q) == 3 and merged and q[0][0][1] == "batch":
+            there, back = (aten.unflatten.int, 0, [-1, math.prod(merged)]), (aten.flatten.using_ints, 0, 1)
+        else:
+            continue
+
+        def moved(x: Any, how: Any) -> Any:
+            if not isinstance(x, fx.Node) or x.meta["val"].dim() < 3:
+                return x
+            new = graph.call_function(how[0], (x, *how[1:]))
+            new.meta = {**x.meta, "val": how[0](x.meta["val"], *how[1:])}
+            return new
+
+        with graph.inserting_before(node):
+            node.args = tuple(moved(x, there) for x in node.args)
+            node.kwargs = {name: moved(x, there) for name, x in node.kwargs.items()}
+        node.meta["val"] = there[0](node.meta["val"], *there[1:])
+        with graph.inserting_after(node):
+            result = moved(node, back)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+        found = True
+    return found
 
 
 def _active(captured: Captured, nodes: Sequence[fx.Node]) -> set[fx.Node]:

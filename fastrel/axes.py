@@ -23,6 +23,19 @@ Axes = tuple[Axis, ...]
 
 _PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151, 1000159, 1000171)
 
+_REDUCING = {
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    aten.amin.default,
+    aten.var.correction,
+    aten.std.correction,
+    aten.var.dim,
+    aten.std.dim,
+    aten.linalg_vector_norm.default,
+    aten.norm.ScalarOpt_dim,
+}
+
 RESHAPES = {
     aten.view.default,
     aten.reshape.default,
@@ -172,8 +185,9 @@ def _label(node: fx.Node, axes: dict[fx.Node, Axes], sizes: Sizes) -> Axes | Non
     if target is aten.select.int:
         dim = args[1] % len(x)
         return (*x[:dim], *x[dim + 1 :])
-    if target in (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default):
-        dims = {dim % len(x) for dim in args[1]}
+    if target in _REDUCING:
+        given = args[2] if target is aten.linalg_vector_norm.default or target is aten.norm.ScalarOpt_dim else args[1]
+        dims = {dim % len(x) for dim in ([given] if isinstance(given, int) else given or range(len(x)))}
         return tuple(() if i in dims else axis for i, axis in enumerate(x) if len(shape) == len(x) or i not in dims)
     return _broadcast(known, shape)
 

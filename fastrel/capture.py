@@ -253,7 +253,7 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
     batch = {entry[0] for entry in sizes if entry}
     # torch.export always says "2 or more"; nothing in a graph depends on the batch being larger than one.
     ranges = {
-        str(symbol): (1 if str(symbol) in batch else int(bounds.lower), _upper(bounds.upper))
+        str(symbol): (1 if str(symbol) in batch else _bound(bounds.lower) or 1, _bound(bounds.upper))
         for symbol, bounds in program.range_constraints.items()
     }
     return Captured(
@@ -281,6 +281,10 @@ def _make_functional(graph: fx.Graph) -> None:
         if node.op != "call_function" or schema is None or not schema.is_mutable:
             continue
         written = node.args[0]
+        if node.target is aten.detach_.default:
+            node.replace_all_uses_with(written)
+            graph.erase_node(node)
+            continue
         packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
         overload = getattr(packet, schema.overload_name or "default", None)
         if overload is None or overload is node.target or not isinstance(written, fx.Node) or _is_view(written):
@@ -305,6 +309,6 @@ def _sizes(node: fx.Node) -> tuple[int | str, ...]:
     return tuple(size if isinstance(size, int) else str(size) for size in node.meta["val"].shape)
 
 
-def _upper(bound: Any) -> int | None:
+def _bound(bound: Any) -> int | None:
     """A bound as a number, None for infinity."""
     return int(bound) if isinstance(bound, int) or bound.is_Integer else None

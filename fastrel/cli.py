@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fastrel import __version__, data, methods
-from fastrel.commands import build, compare, demo, doctor, evaluate, explain
+from fastrel.commands import build, compare, demo, doctor, evaluate, explain, verify
 from fastrel.errors import FastrelError
 from fastrel.evaluation import scorers
 from fastrel.explainer import RULES
@@ -21,6 +21,7 @@ examples:
   fastrel explain --text "a gripping, clever film" --model ./my-bert --out map.html
   fastrel compare cat-and-dog.jpg --model vit_base_patch16_224 --target 281 207 --out compare.png
   fastrel evaluate --data mosaics --metric pointing segmentation --out results
+  fastrel verify --model swin_tiny_patch4_window7_224 --random
   fastrel methods
   fastrel doctor
 """
@@ -145,6 +146,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("methods", parents=[common], help="the attribution methods, their sources and costs")
     sub.set_defaults(run=list_methods)
+
+    sub = commands.add_parser(
+        "verify", parents=[common], help="check on a model of yours that its explanations are right; exit code 1 if not"
+    )
+    sub.add_argument(
+        "--model", metavar="NAME", help="timm model name, MODULE:FUNCTION, or with --text a Hugging Face name or folder"
+    )
+    sub.add_argument("--weights", metavar="FILE", help="weights of the timm model; default: pretrained")
+    sub.add_argument("--random", action="store_true", help="random weights of the timm model: nothing is loaded")
+    sub.add_argument("--image", metavar="FILE", help="a picture to check on (default: noise)")
+    sub.add_argument("--text", help="a text to check a Hugging Face classifier on")
+    sub.add_argument("--rules", choices=RULES, default="positive", help="(default: %(default)s)")
+    sub.add_argument("--start-layer", type=int, metavar="N", help="first block of the chain (default: 0)")
+    sub.set_defaults(run=verify.run)
 
     sub = commands.add_parser("build", parents=[common], help="compile the CPU kernels now instead of at first use")
     sub.set_defaults(run=build.run)

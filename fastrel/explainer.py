@@ -15,7 +15,7 @@ from fastrel import backends, methods
 from fastrel import precision as precision_
 from fastrel.capture import Captured, Signature, capture, evaluation_mode, in_order
 from fastrel.emit import lane_dtype
-from fastrel.errors import CaptureError, InputError
+from fastrel.errors import CaptureError, InputError, UnsupportedModelError
 from fastrel.explanation import BlockTrace, Explanation, check_finite
 from fastrel.methods.integrated_gradients import integrated_gradients
 from fastrel.reference.rules import Rules
@@ -263,7 +263,7 @@ class Prediction:
             if once:
                 self._saved = ()
             with torch.no_grad():
-                row, grid, _ = program.reverse(arguments)
+                row, grid, _ = self._run_reverse(program, arguments)
         relevance = row.flatten(2).transpose(0, 1)
         check_finite("the explanation", relevance)
         patches = None if grid is None else grid.transpose(0, 1)
@@ -279,6 +279,15 @@ class Prediction:
         )
         size = _image_size(self._inputs)
         return Explanation(self.logits, seeds.classes, relevance, patches, size, self.output, program.generic, perturbed)
+
+    def _run_reverse(self, program: Program, arguments: list[Any]) -> Any:
+        try:
+            return program.reverse(arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            name = type(self._explainer.model).__name__
+            raise UnsupportedModelError(f"cannot explain {name}, a rule failed on it: {error}") from error
 
     def _seed(self, target: Target) -> tuple[Seeds, Program, Sequence[Any]]:
         if not callable(target):

@@ -1,5 +1,6 @@
 """Attention: fused, and spelled out as matrix products around a softmax."""
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fastrel.ops.attention import attention_probabilities, carries_scores
 from fastrel.ops.library import REFERENCES
 from fastrel.reference import rules as reference
 from fastrel.rules import rule
+from fastrel.rules.linear import times_parameter
 from fastrel.transform import Transform, describe
 
 aten = torch.ops.aten
@@ -23,8 +25,11 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
     """A = softmax(scale QKᵀ + mask), A V, all lanes at once."""
     q, k, v, mask, _, is_causal = arguments(node, None, 0.0, False, count=6)
     mask, is_causal = node.kwargs.get("attn_mask", mask), node.kwargs.get("is_causal", is_causal)
-    if isinstance(mask, fx.Node) and t.is_active(mask):
-        raise UnsupportedModelError(f"{describe(node)} with a mask that depends on the input's values")
+    learned = isinstance(mask, fx.Node) and t.is_active(mask)
+    if learned and carries_scores(t.rules) and out.rel:
+        raise UnsupportedModelError(
+            f"{describe(node)} with a bias that depends on the input's values needs rules='positive'"
+        )
     scale: Any = node.kwargs.get("scale")
     scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
     query_dim = node.meta["val"].dim() - 2
@@ -40,7 +45,7 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
     mask_value: Any = None
     if isinstance(mask, fx.Node):
         mask_value = t.value(mask, rows, node.meta["val"].dim())
-    inputs = any(t.wants(x) for x in (q, k, v))
+    inputs = any(t.wants(x) for x in (q, k, v, mask))
     groups = q.meta["val"].shape[-3] // k.meta["val"].shape[-3] if node.kwargs.get("enable_gqa", False) else 1
     keys, values = t.value(k), t.value(v)
     if groups > 1:
@@ -80,11 +85,33 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
             grad=Lane(lanes[3 + i], own_rows) if grad and inputs else None,
             rel=Lane(lanes[i], own_rows) if has_rel else None,
         )
+    if learned and grad and inputs:
+        lane = Lane(
+            t.emit.call(bias_gradient, *attention, grad.node, float(scale), bool(is_causal), start),
+            rows and Rows(mask.meta["val"].dim() - 2, rows.start, rows.length),
+        )
+        t.give(mask, grad=Lane(t.emit.call(reduce_to, t.dense(lane, mask).node, *t.shape(mask))))
     if entering:
         _give_row(t, v, query_dim, rows, entering, kept, through)
     if block is not None and t.method.reading == "maps":
         maps = t.emit.call(attention_maps, *attention, None, None, float(scale), bool(is_causal), start, t.rules)
         t.attention_maps.append(t.emit.parts(maps, 3)[0])
+
+
+def bias_gradient(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, grad: Tensor, scale: float, is_causal: bool, query_start: int
+) -> Tensor:
+    """∂y/∂mask [K, *B, h, Tq, Tk] of a bias added to the scores."""
+    attn = attention_probabilities(q, k, mask, scale, is_causal, query_start)
+    weighted = attn * (grad @ v.mT)
+    return weighted - attn * weighted.sum(-1, keepdim=True)
+
+
+def reduce_to(lane: Tensor, *shape: int) -> Tensor:
+    """A lane [K, *] summed over the dimensions along which a value of this shape was broadcast."""
+    lead = lane.dim() - 1 - len(shape)
+    lane = lane.sum(list(range(1, 1 + lead))) if lead else lane
+    return lane.sum_to_size(lane.shape[0], *shape)
 
 
 def sum_groups(lane: Tensor, groups: int) -> Tensor:
@@ -112,12 +139,22 @@ def _queries(t: Transform, row: fx.Node, rows: Rows | None, query_dim: int) -> f
 
 
 def _give_row(
-    t: Transform, v: fx.Node, dim: int, rows: Rows | None, entering: RowLane, kept: fx.Node, through: fx.Node
+    t: Transform,
+    v: fx.Node,
+    dim: int,
+    rows: Rows | None,
+    entering: RowLane,
+    kept: fx.Node,
+    through: fx.Node,
+    heads: int | None = None,
 ) -> None:
     """The row goes on to the tokens whose values are mixed."""
 
     def lane(node: fx.Node, own_rows: Rows | None = None) -> Lane:
-        spread = t.emit.call(aten.unsqueeze.default, t.emit.call(aten.unsqueeze.default, node, dim), dim + 2)
+        at = dim if heads is None else 2
+        spread = t.emit.call(aten.unsqueeze.default, t.emit.call(aten.unsqueeze.default, node, at), at + 2)
+        if heads is not None:
+            spread = t.emit.call(merge_heads, spread, heads)
         return t.dense(Lane(spread, own_rows), v, is_row=True)
 
     kept_lane = lane(kept, rows) if t.method.normalize and t.method.residual else None
@@ -145,11 +182,13 @@ def attention_maps(
     return attn, None if grad is None else grad @ v.mT, relevance
 
 
-@rule(aten.matmul.default, aten.bmm.default)
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
     """A·V, or Q·Kᵀ, of which each operand takes half of the relevance, also one that does not depend on the input."""
     left, right = arguments(node, count=2)
     ndim = node.meta["val"].dim()
+    if not t.is_active(right) and right.meta["val"].dim() == 2:
+        return times_parameter(t, node, left, right, None, out)
     if not left.meta["val"].dim() == right.meta["val"].dim() == ndim:
         raise UnsupportedModelError(f"{describe(node)} is not a product of two values of the same rank")
     rows = _common_rows(out, ndim - 2)
@@ -170,16 +209,19 @@ def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
             grad_a, grad_b = (t.emit.call(torch.mul, lane, 0.5) for lane in (grad_a, grad_b))
     block = t.enter_block(node) if is_attention else None
     if block is not None:
-        if ndim != 4:
-            raise UnsupportedModelError(f"{describe(node)}: an attention map without a dimension of heads")
-        for name, part in zip(
-            ("attention", "gradient", "relevance", "value_relevance"), (a, grad_a, rel_a, rel_b), strict=True
-        ):
+        heads = _merged_heads(t, node)
+        maps = [
+            part if part is None or heads is None else t.emit.call(split_heads, part, heads) for part in (a, grad_a, rel_a)
+        ]
+        for name, part in zip(("attention", "gradient", "relevance"), maps, strict=True):
             if part is not None:
                 t.record(block, name, part)
-        t.attention_maps.append(a)
+        if rel_b:
+            t.record(block, "value_relevance", rel_b if heads is None else t.emit.call(split_heads, rel_b, heads))
+        assert maps[0]
+        t.attention_maps.append(maps[0])
         if out.row:
-            _roll(t, node, right, rows, out.row, t.emit.call(ops.attention_update, a, grad_a, rel_a, t.method.update))
+            _roll(t, node, right, rows, out.row, t.emit.call(ops.attention_update, *maps, t.method.update), heads)
     ends = is_attention and not carries_scores(t.rules)
     if talking and ends and rel_b:
         rel_b = t.emit.call(torch.mul, rel_b, 2.0)
@@ -203,13 +245,46 @@ def _left_right(a: Tensor, b: Tensor, rel: Tensor, rules: reference.Rules) -> tu
     return rel_a, rel_b.mT
 
 
-def _roll(t: Transform, node: fx.Node, v: fx.Node, rows: Rows | None, row: RowLane, update: fx.Node) -> None:
+def _merged_heads(t: Transform, node: fx.Node) -> int | None:
+    """The number of heads where they share a dimension with the batch, [B·h, T, d]; None where they have their own."""
+    if node.meta["val"].dim() == 4:
+        return None
+    factors = t.axes(node)[0] if node.meta["val"].dim() == 3 else ()
+    if not factors or factors[0][1] != "batch" or any(role == "batch" for _, role in factors[1:]):
+        raise UnsupportedModelError(f"{describe(node)}: an attention map without a dimension of heads")
+    return math.prod(size for size, _ in factors[1:])
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[…, B·h, Tq, Tk] -> […, B, h, Tq, Tk]."""
+    return x.unflatten(-3, (-1, heads))
+
+
+def merge_heads(row: Tensor, heads: int) -> Tensor:
+    """A row of tokens [K, B, 1, T, 1] for every head, [K, B·h, T, 1]."""
+    return row.expand(-1, -1, heads, -1, -1).flatten(1, 2)
+
+
+def mean_heads(row: Tensor, heads: int) -> Tensor:
+    """A row [K, B·h, T, 1] -> [K, B, T]."""
+    return row.unflatten(1, (-1, heads)).mean(2).squeeze(-1)
+
+
+def _roll(
+    t: Transform, node: fx.Node, v: fx.Node, rows: Rows | None, row: RowLane, update: fx.Node, heads: int | None
+) -> None:
     entering = t.entering_row(row, node)
     dim = node.meta["val"].dim() - 2
-    queries = _queries(t, t.dense(entering.lane, node, is_row=True).node, rows, dim)
+    dense = t.dense(entering.lane, node, is_row=True).node
+    if heads is None:
+        queries = _queries(t, dense, rows, dim)
+    else:
+        queries = t.emit.call(mean_heads, dense, heads)
+        if rows:
+            queries = t.emit.call(aten.narrow.default, queries, 2, rows.start, rows.length)
     t.read_row = t.read_row or queries
     kept, through = t.emit.parts(t.emit.call(ops.rollout_row, queries, update, t.method.normalize), 2)
-    _give_row(t, v, dim, rows, entering, kept, through)
+    _give_row(t, v, dim, rows, entering, kept, through, heads)
 
 
 @rule(aten.softmax.int, aten._softmax.default)

@@ -18,7 +18,8 @@ aten = torch.ops.aten
 @rule(aten.conv2d.default, aten.conv1d.default)
 def convolution(t: Transform, node: fx.Node, out: Lanes) -> None:
     """A linear layer over windows of tokens: eq. (5), and z^B for the first one, which reads the image itself."""
-    x, weight, _, *options = arguments(node, None, 1, 0, 1, 1, count=7)
+    one = [1] * (node.meta["val"].dim() - 2)
+    x, weight, _, *options = arguments(node, None, one, [0] * len(one), one, 1, count=7)
     pixels = x.op == "placeholder"
     plain = not any(_numbers(options[1])) and set(_numbers(options[2])) == {1} and options[3] == 1
     grad = rel = row = None

@@ -62,7 +62,8 @@ INDEX_MAPS = {
 def _places(t: Transform, node: fx.Node) -> list[tuple[int, int | None, fx.Node]]:
     """Where a node's activations stand among its arguments: (argument, place in a list or None, the activation)."""
     found: list[tuple[int, int | None, fx.Node]] = []
-    for i, arg in enumerate(node.args):
+    shapes_only = node.target in (aten.expand_as.default, aten.broadcast_to.default)
+    for i, arg in enumerate(node.args[:1] if shapes_only else node.args):
         if isinstance(arg, (list, tuple)):
             found += [(i, j, x) for j, x in enumerate(arg) if t.is_active(x)]
         elif t.is_active(arg):
@@ -104,6 +105,24 @@ def index_map(t: Transform, node: fx.Node, out: Lanes) -> None:
             return Lane(average_features(t, x, moved) if is_row else moved)
 
         t.index_map(x, out, back)
+
+
+@rule(
+    aten.linalg_vector_norm.default,
+    aten.norm.ScalarOpt_dim,
+    aten.var.correction,
+    aten.std.correction,
+    aten.var.dim,
+    aten.std.dim,
+)
+def statistic(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """What a spelled-out norm divides by: the ordinary gradient, and no relevance reaches it."""
+    if out.rel or out.row:
+        return generic(t, node, out)
+    x, values = node.args[0], _arguments(t, node)
+    if out.grad and t.wants(x):
+        lane = t.dense(out.grad, node).node
+        t.give(x, grad=Lane(t.emit.call(vjp, node.target, lane, 0, None, tuple(node.kwargs.items()), *values)))
 
 
 def spread_row(row: Tensor, *shape: int) -> Tensor:

@@ -35,6 +35,24 @@ def linear(t: Transform, node: fx.Node, out: Lanes) -> None:
     t.give(x, grad, rel, out.row)
 
 
+@rule(aten.addmm.default)
+def addmm(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """b + x W: a linear layer with its weight the other way round."""
+    bias, x, weight = arguments(node, count=3)
+    if t.is_active(weight) or t.is_active(bias) or node.kwargs:
+        raise UnsupportedModelError(f"{describe(node)} that is not x W + b with a constant weight and bias")
+    times_parameter(t, node, x, weight, bias, out)
+
+
+def times_parameter(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, out: Lanes) -> None:
+    """x W + b with W [in, out]."""
+    grad = rel = None
+    if t.wants(x):
+        turned = t.emit.call(aten.t.default, t.value(weight))
+        grad, rel = _back(t, node, x, turned, t.value(bias) if bias is not None else None, out)
+    t.give(x, grad, rel, out.row)
+
+
 def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, out: Lanes) -> tuple[Any, Any]:
     feature = node.meta["val"].dim() - 1
     rel, grad = out.rel, out.grad

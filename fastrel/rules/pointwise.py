@@ -134,30 +134,38 @@ def _give_broadcast(t: Transform, x: fx.Node, node: fx.Node, lanes: Lanes) -> No
 
 @rule(aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 def mul(t: Transform, node: fx.Node, out: Lanes) -> None:
-    """u · v. A constant factor passes relevance unchanged; of two activations (a gate) each takes half."""
+    """u · v. Constant factors and scales of norms pass relevance unchanged; of two activations (a gate) each takes half."""
     u, v = arguments(node, count=2)
     divide = node.target in (aten.div.Tensor, aten.div.Scalar)
-    if t.is_active(v) and divide:
-        raise UnsupportedModelError(f"{describe(node)} divides by an activation")
     both = t.is_active(u) and t.is_active(v)
+    scales = [t.analysis.is_scale(x) for x in (u, v)] if both else [False, False]
+    scaled = both and scales[0] != scales[1]
+    if divide and t.is_active(v) and not (scaled and scales[1]):
+        raise UnsupportedModelError(f"{describe(node)} divides by an activation")
     rel = out.rel
-    if both and t.method.attnlrp and out.grad:
+    if both and not scaled and t.method.attnlrp and out.grad:
         out = _attnlrp_product(t, node, out, out.grad)
-    if both and rel:
+    if both and rel and not scaled:
         if t.analysis.roots[node] is not node:
             t.give(t.analysis.roots[node], rel=rel)
             rel = None
         else:
             rel = Lane(t.emit.call(torch.mul, rel.node, 0.5), rel.rows)
-    for x, other in ((u, v), (v, u)):
+    for x, other, is_scale in ((u, v, scales[0]), (v, u, scales[1])):
         if not t.is_active(x):
             continue
         grad = None
         if out.grad and t.wants(x):
-            rows = out.grad.rows
-            factor = t.value(other, rows, node.meta["val"].dim()) if isinstance(other, fx.Node) else other
-            grad = Lane(t.emit.call(torch.div if divide else torch.mul, out.grad.node, factor), rows)
-        _give_broadcast(t, x, node, Lanes(grad, rel, out.row))
+            rows, ndim = out.grad.rows, node.meta["val"].dim()
+            factor = t.value(other, rows, ndim) if isinstance(other, fx.Node) else other
+            lane = t.emit.call(torch.div if divide and x is u else torch.mul, out.grad.node, factor)
+            if divide and x is v:
+                value = t.value(v, rows, ndim)
+                lane = t.emit.call(torch.neg, t.emit.call(torch.div, lane, t.emit.call(torch.mul, value, value)))
+            grad = Lane(lane, rows)
+        # The scale of a norm passes no relevance on: normalisation is the identity.
+        passes = not (scaled and is_scale)
+        _give_broadcast(t, x, node, Lanes(grad, rel if passes else None, out.row if passes else None))
 
 
 def _attnlrp_product(t: Transform, node: fx.Node, out: Lanes, grad: Lane) -> Lanes:
