@@ -228,6 +228,8 @@ class Transform:
                 break
             try:
                 (rule or generic)(self, node, lanes)
+            except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise UnsupportedModelError(f"the rule of {describe(node)} does not take it: {error!r}") from error
             except UnsupportedModelError as error:
                 if self._block == self.analysis.total_blocks:
                     raise
