@@ -96,20 +96,6 @@ _ALONG_HEADS = {
 }
 
 
-#: Over features, the beginning of a norm.
-REDUCTIONS = {
-    aten.mean.dim,
-    aten.sum.dim_IntList,
-    aten.var.correction,
-    aten.std.correction,
-    aten.var.dim,
-    aten.std.dim,
-    aten.linalg_vector_norm.default,
-    aten.norm.ScalarOpt_dim,
-    aten.amax.default,
-}
-
-
 class Analysis:
     """What depends on the input, where the attention maps are, and what lies between them and the prediction."""
 
@@ -143,7 +129,7 @@ class Analysis:
         """Whether x is a number per token made of all its features, the divisor or factor of a spelled-out norm."""
         node, reduced = x, False
         while isinstance(node, fx.Node) and node in self.active:
-            if node.target in REDUCTIONS:
+            if node.target in axes_.REDUCTIONS:
                 reduced = True
                 break
             if not is_pointwise(node) and node.target not in (aten.expand.default, aten.expand_as.default):

@@ -23,7 +23,8 @@ Axes = tuple[Axis, ...]
 
 _PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151, 1000159, 1000171)
 
-_REDUCING = {
+#: Over one or more dimensions.
+REDUCTIONS = {
     aten.mean.dim,
     aten.sum.dim_IntList,
     aten.amax.default,
@@ -185,7 +186,7 @@ def _label(node: fx.Node, axes: dict[fx.Node, Axes], sizes: Sizes) -> Axes | Non
     if target is aten.select.int:
         dim = args[1] % len(x)
         return (*x[:dim], *x[dim + 1 :])
-    if target in _REDUCING:
+    if target in REDUCTIONS:
         given = args[2] if target is aten.linalg_vector_norm.default or target is aten.norm.ScalarOpt_dim else args[1]
         dims = {dim % len(x) for dim in ([given] if isinstance(given, int) else given or range(len(x)))}
         return tuple(() if i in dims else axis for i, axis in enumerate(x) if len(shape) == len(x) or i not in dims)

@@ -1,6 +1,8 @@
 """Which architectures fastrel explains: verifies one of each, and writes docs/coverage.md.
 
-    python scripts/coverage.py [--only SUBSTRING …] [--out FILE]
+    python scripts/coverage.py [--only SUBSTRING …] [--anew]
+
+Interrupted, it goes on where it was; `--only` examines some again.
 
 Every transformer module of timm (the smallest model of each, random weights) and Hugging Face classifiers (small random
 configurations). Each runs `Explainer.verify` in a process of its own with a time limit.
@@ -201,6 +203,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(Path(__file__).resolve().parent.parent / "docs" / "coverage.md"))
     parser.add_argument("--limit", type=float, default=300, help="seconds per model (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default: %(default)s)")
+    parser.add_argument("--anew", action="store_true", help="forget what was found before")
     options = parser.parse_args()
     import timm  # noqa: F401  (imported once, before the processes fork)
     import transformers  # noqa: F401
@@ -213,19 +216,22 @@ def main() -> None:
     for kind, found in (("text", TEXT), ("vision", VISION), ("hierarchical", HIERARCHICAL)):
         group = "Hugging Face, text" if kind == "text" else "Hugging Face, vision"
         cases += [(group, name, lambda kind=kind, name=name: transformers_case(kind, name)) for name in found]
-    chosen = [c for c in cases if not options.only or any(part in f"{c[0]} {c[1]}" for part in options.only)]
-    results: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() else {}
+    results: dict[str, Any] = json.loads(STORE.read_text()) if STORE.exists() and not options.anew else {}
+    if options.only:
+        chosen = [c for c in cases if any(part in f"{c[0]} {c[1]}" for part in options.only)]
+    else:
+        chosen = [c for c in cases if f"{c[0]}/{c[1]}" not in results]
 
     def one(case: tuple[str, str, Any]) -> None:
         group, name, build = case
         verdict, remark, seconds = run(build, options.limit)
         print(f"{group:24} {name:36} {verdict:20} {remark} ({seconds:.0f} s)", flush=True)
         results[f"{group}/{name}"] = [verdict, remark]
+        STORE.parent.mkdir(exist_ok=True)
+        STORE.write_text(json.dumps(results))
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(one, chosen))
-    STORE.parent.mkdir(exist_ok=True)
-    STORE.write_text(json.dumps(results))
     rows: dict[str, list[tuple[str, str, str]]] = {}
     for group, name, _ in cases:
         if f"{group}/{name}" in results:

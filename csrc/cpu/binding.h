@@ -25,10 +25,20 @@ using OptionalTensor = std::optional<Tensor>;
 // Numbers that one thread should at least have.
 constexpr int64_t kGrain = 16384;
 
+// Rows of lanes at a time, so that what lies between the products stays in the caches too.
+constexpr int64_t kTileRows = 512;
+
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 inline Tensor empty_like_shape(const Tensor& like, std::vector<int64_t> shape) {
   return torch::stable::new_empty(like, shape);
+}
+
+inline Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+
+inline Tensor rows(const Tensor& x, int64_t start, int64_t count) {
+  Tensor view = x;
+  return torch::stable::narrow(view, 0, start, count);
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& x) {

@@ -10,15 +10,6 @@ namespace {
 
 // Bytes of |W| to have at a time: small enough for the caches, large enough for the products to run at full speed.
 constexpr int64_t kChunkBytes = 4 << 20;
-// Rows of lanes at a time, so that what lies between the products stays in the caches too.
-constexpr int64_t kTileRows = 512;
-
-Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
-
-Tensor rows(const Tensor& x, int64_t start, int64_t count) {
-  Tensor view = x;
-  return torch::stable::narrow(view, 0, start, count);
-}
 
 // out = a b, or out += a b.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {

@@ -7,15 +7,6 @@
 namespace fastrel {
 namespace {
 
-constexpr int64_t kTileRows = 512;
-
-Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
-
-Tensor rows(const Tensor& x, int64_t start, int64_t count) {
-  Tensor view = x;
-  return torch::stable::narrow(view, 0, start, count);
-}
-
 Tensor allocate(const Tensor& like, int64_t height, int64_t width, ScalarType dtype) {
   return torch::stable::new_empty(like, {height, width}, dtype);
 }
