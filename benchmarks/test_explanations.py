@@ -128,4 +128,4 @@ def test_explanation(benchmark: Any, name: str, provider: str) -> None:
     run = runner(provider, *case(name))
     run()
     benchmark.extra_info |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    benchmark.pedantic(run, rounds=5, warmup_rounds=0)
+    benchmark.pedantic(run, rounds=3, warmup_rounds=0)
