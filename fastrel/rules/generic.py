@@ -162,6 +162,41 @@ def generic(t: Transform, node: fx.Node, out: Lanes) -> None:
                 dense = t.dense(out.rel, node).node
                 part = t.emit.call(share, node.target, dense, t.value(node), t.rules, *where, *values)
                 rel = Lane(t.emit.call(torch.mul, part, 1 / len(places)) if len(places) > 1 else part)
-        if out.row and t.row_shape(x) != t.row_shape(node):
-            raise UnsupportedModelError(f"cannot follow tokens through {describe(node)}")
+        if out.row and (t.row_shape(x) != t.row_shape(node) or _mixes_tokens(t, node, argument, place, x)):
+            raise UnsupportedModelError(f"no relevance rule for {describe(node)}: it moves or mixes tokens")
         t.give(x, grad, rel, out.row)
+
+
+def _mixes_tokens(t: Transform, node: fx.Node, argument: int, place: int | None, x: fx.Node) -> bool:
+    """Whether changing the first token of an operand changes others of the result: tried, on random values of small sizes."""
+    axes = t.axes(node)
+    tokens = [dim for dim, axis in enumerate(axes) if any(role == "token" for _, role in axis)]
+    values: dict[fx.Node, Any] = {}
+
+    def sample(n: fx.Node) -> Any:
+        value = n.meta["val"]
+        if isinstance(value, Tensor):
+            shape = [size if isinstance(size, int) else 2 for size in value.shape]
+            values[n] = (
+                torch.randn(shape, dtype=value.dtype)
+                if value.is_floating_point()
+                else torch.zeros(shape, dtype=value.dtype)
+            )
+            return values[n]
+        return value if isinstance(value, (int, float, bool)) else 2
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            args: list[Any] = list(fx.map_arg(node.args, sample))
+            kwargs = dict(fx.map_arg(node.kwargs, sample))
+            before = node.target(*args, **kwargs)  # type: ignore[operator]
+            changed = values[x].clone()
+            first = tuple(slice(0, 1) if dim in tokens else slice(None) for dim in range(changed.dim()))
+            changed[first] += 1
+            args[argument] = changed if place is None else [*args[argument][:place], changed, *args[argument][place + 1 :]]
+            moved = node.target(*args, **kwargs) != before  # type: ignore[operator]
+    except (RuntimeError, IndexError, TypeError):
+        return True
+    moved[first] = False
+    return bool(moved.any())
