@@ -1,8 +1,13 @@
-"""Markdown tables from the JSON of pytest-benchmark: `python -m benchmarks.table out.json …`."""
+"""Markdown tables from the JSON of pytest-benchmark: `python -m benchmarks.table out.json … [--plot FILE.png]`.
 
+The plot shows time per explanation against tokens; `python -m benchmarks.memory --plot FILE.png` the memory.
+"""
+
+import argparse
 import json
-import sys
 from typing import Any
+
+from benchmarks.test_explanations import CASES
 
 
 def explanations(groups: dict[str, list[dict[str, Any]]]) -> None:
@@ -29,8 +34,38 @@ def operators(groups: dict[str, list[dict[str, Any]]]) -> None:
         print(f"| {name} | {plain * 1e3:.2f} | {ours * 1e3:.2f} | {plain / ours:.2f} | {rate:.0f} {unit} | {peak} |")
 
 
-def main(paths: list[str]) -> None:
-    for path in paths:
+def plot(groups: dict[str, list[dict[str, Any]]], path: str) -> None:
+    """Milliseconds against tokens at batch 1, forward pass and explanation."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for provider in ("forward", "fastrel", "fastrel, low", "fastrel, last block"):
+        for family, marker in (("vit_base", "o"), ("bert", "s")):
+            points = []
+            for name, runs in groups.items():
+                kind, size, batch = CASES[name]
+                found = [run["stats"]["median"] * 1e3 for run in runs if run["params"]["provider"] == provider]
+                if batch == 1 and kind.startswith(family) and found:
+                    patch = 14 if "patch14" in kind else 16
+                    points.append((size if kind == "bert" else (size // patch) ** 2 + 1, found[0]))
+            if points:
+                label = f"{provider}, {'BERT-base' if family == 'bert' else 'ViT-B'}"
+                axes.plot(*zip(*sorted(points), strict=True), marker=marker, label=label)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("ms")
+    axes.set_xlim(0)
+    axes.set_ylim(0)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("reports", nargs="+", metavar="FILE", help="JSON of pytest-benchmark")
+    parser.add_argument("--plot", metavar="FILE", help="time against tokens as a picture")
+    options = parser.parse_args()
+    for path in options.reports:
         with open(path) as file:
             report = json.load(file)
         groups: dict[str, list[dict[str, Any]]] = {}
@@ -41,7 +76,9 @@ def main(paths: list[str]) -> None:
         print(f"{processor}, {info['threads']} threads, torch {info['torch']}\n")
         (operators if "gflop" in info else explanations)(groups)
         print()
+        if options.plot and "gflop" not in info:
+            plot(groups, options.plot)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -150,7 +150,7 @@ def transformers_case(kind: str, name: str) -> tuple[Any, dict[str, Any]]:
         ids = torch.randint(5, 100, (2, 12))
         return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     model = transformers.AutoModelForImageClassification.from_config(config).eval()
-    size = config.image_size if hasattr(config, "image_size") else 224
+    size = getattr(getattr(config, "vision_config", config), "image_size", 224)
     size = size[0] if isinstance(size, (list, tuple)) else size
     return model, {"pixel_values": torch.randn(2, 3, size, size)}
 

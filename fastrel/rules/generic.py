@@ -168,7 +168,7 @@ def generic(t: Transform, node: fx.Node, out: Lanes) -> None:
 
 
 def _mixes_tokens(t: Transform, node: fx.Node, argument: int, place: int | None, x: fx.Node) -> bool:
-    """Whether changing the first token of an operand changes others of the result: tried, on random values of small sizes."""
+    """Whether changing the first token of an operand changes others of the result: tried on small random values."""
     axes = t.axes(node)
     tokens = [dim for dim, axis in enumerate(axes) if any(role == "token" for _, role in axis)]
     values: dict[fx.Node, Any] = {}
