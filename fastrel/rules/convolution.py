@@ -68,6 +68,7 @@ def conv_relevance(op: Any, rel: Tensor, x: Tensor, weight: Tensor, rules: str, 
 
 
 @rule(
+    aten.avg_pool1d.default,
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool1d.default,
