@@ -40,6 +40,8 @@ REDUCTIONS = {
 RESHAPES = {
     aten.view.default,
     aten.reshape.default,
+    aten.reshape_as.default,
+    aten.view_as.default,
     aten._unsafe_view.default,
     aten.flatten.using_ints,
     aten.unflatten.int,

@@ -66,7 +66,7 @@ def _regroup_rows(rows: Rows, groups: Any, source: Sequence[int], result: Sequen
 def _merge_rows(t: Transform, x: fx.Node, node: fx.Node, rows: Rows, groups: Any) -> Rows | None:
     """Rows of the first of several dimensions that are one feature dimension of x: v of a fused qkv, say."""
     for left, right in groups:
-        if rows.dim != right[0] or len(left) != 1 or not axes_.is_feature(t.axes(x)[left[0]]):
+        if not right or rows.dim != right[0] or len(left) != 1 or not axes_.is_feature(t.axes(x)[left[0]]):
             continue
         inner = [node.meta["val"].shape[dim] for dim in right[1:]]
         if all(isinstance(size, int) for size in inner):
