@@ -161,7 +161,7 @@ class Analysis:
         kept = _bottlenecks(self.active) if memory == "low" else self.active
 
         def again(x: fx.Node) -> bool:
-            if x not in self.active or x.op != "call_function" or x.target is aten.embedding.default or _mutates(x):
+            if x not in self.active or x.op != "call_function" or x.target is aten.embedding.default:
                 return False
             return x.target in quick or x not in kept
 
@@ -297,11 +297,6 @@ def _upstream(leaves: Sequence[fx.Node]) -> set[fx.Node]:
             found.add(node)
             todo += node.all_input_nodes
     return found
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _bottlenecks(active: set[fx.Node]) -> set[fx.Node]:

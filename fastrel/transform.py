@@ -35,7 +35,7 @@ class Program:
     three seeds per explained output (gradient, relevance, row), returns (row, grid, records): the map over all tokens
     [K, B, T…]; the part of it on the patch grid [K, B, gh, gw], None where there is none; and, when traced, the tensors
     that `record_names` names. `read_at` is the captured value whose tokens the map is over, `read_features` its other
-    dimensions; `generic` names the operators that had no rule of their own.
+    dimensions, `blocks` the number of attention blocks in it; `generic` names the operators that had no rule of their own.
     """
 
     forward: fx.GraphModule
@@ -45,6 +45,7 @@ class Program:
     record_names: tuple[tuple[int, str], ...]
     read_at: fx.Node
     read_features: tuple[int, ...]
+    blocks: int
     generic: tuple[str, ...]
 
 
@@ -255,6 +256,7 @@ class Transform:
             names,
             result[0],
             tuple(self._features(result[0])),
+            len(self.analysis.blocks),
             tuple(dict.fromkeys(self.generic)),
         )
 

@@ -104,16 +104,7 @@ def verify(explainer: Explainer, args: Sequence[Any], kwargs: dict[str, Any]) ->
     checks.append(Check("relevance that arrives", _arriving(explainer, prediction, target), None, "of 1 at the logits"))
     program = prediction._program
     grid = None if explanation.grid is None else tuple(explanation.grid.shape[-2:])
-    blocks = sum(1 for node in prediction._captured.graph.nodes if node in _blocks(explainer, prediction))
-    return Verification(tuple(checks), program.generic, blocks, tuple(explanation.relevance.shape[1:]), grid)
-
-
-def _blocks(explainer: Explainer, prediction: Prediction) -> Any:
-    from fastrel.analysis import Analysis
-
-    captured = prediction._captured
-    leaves = [captured.outputs[i] for i in prediction._program.leaves]
-    return Analysis(captured, leaves, explainer.method.start_layer).blocks
+    return Verification(tuple(checks), program.generic, program.blocks, tuple(explanation.relevance.shape[1:]), grid)
 
 
 def _first(values: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from fastrel.ops.library import REFERENCES
 from fastrel.reference import rules as reference
 from fastrel.rules import rule
 from fastrel.rules.linear import times_parameter
+from fastrel.rules.pointwise import sum_to
 from fastrel.transform import Transform, describe
 
 aten = torch.ops.aten
@@ -90,7 +91,7 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
             t.emit.call(bias_gradient, *attention, grad.node, float(scale), bool(is_causal), start),
             rows and Rows(mask.meta["val"].dim() - 2, rows.start, rows.length),
         )
-        t.give(mask, grad=Lane(t.emit.call(reduce_to, t.dense(lane, mask).node, *t.shape(mask))))
+        t.give(mask, grad=Lane(t.emit.call(sum_to, t.dense(lane, mask).node, *t.shape(mask))))
     if entering:
         _give_row(t, v, query_dim, rows, entering, kept, through)
     if block is not None and t.method.reading == "maps":
@@ -105,13 +106,6 @@ def bias_gradient(
     attn = attention_probabilities(q, k, mask, scale, is_causal, query_start)
     weighted = attn * (grad @ v.mT)
     return weighted - attn * weighted.sum(-1, keepdim=True)
-
-
-def reduce_to(lane: Tensor, *shape: int) -> Tensor:
-    """A lane [K, *] summed over the dimensions along which a value of this shape was broadcast."""
-    lead = lane.dim() - 1 - len(shape)
-    lane = lane.sum(list(range(1, 1 + lead))) if lead else lane
-    return lane.sum_to_size(lane.shape[0], *shape)
 
 
 def sum_groups(lane: Tensor, groups: int) -> Tensor:

@@ -31,8 +31,6 @@ INDEX_MAPS = {
     aten.expand.default,
     aten.expand_as.default,
     aten.broadcast_to.default,
-    aten.slice.Tensor,
-    aten.select.int,
     aten.unfold.default,
     aten.im2col.default,
     aten.pixel_shuffle.default,
@@ -90,7 +88,7 @@ def _arguments(t: Transform, node: fx.Node) -> tuple[Any, ...]:
     return fx.map_arg(node.args, t.value)
 
 
-@rule(*(INDEX_MAPS - {aten.slice.Tensor, aten.select.int}))
+@rule(*INDEX_MAPS)
 def index_map(t: Transform, node: fx.Node, out: Lanes) -> None:
     """R' = vjp(R): where entries go, their lanes come from; those of copies add up."""
     kwargs = tuple(node.kwargs.items())

@@ -111,6 +111,8 @@ def expand_like(x: Tensor, lane: Tensor) -> Tensor:
 
 def sum_to(lane: Tensor, *shape: int) -> Tensor:
     """A lane [K, *] summed over the dimensions along which a value of this shape was broadcast."""
+    lead = lane.dim() - 1 - len(shape)
+    lane = lane.sum(list(range(1, 1 + lead))) if lead else lane
     return lane.sum_to_size(lane.shape[0], *shape)
 
 
@@ -123,10 +125,7 @@ def _give_broadcast(t: Transform, x: fx.Node, node: fx.Node, lanes: Lanes) -> No
         if lane is None:
             return None
         shape = t.row_shape(x) if is_row else t.shape(x)
-        lead = node.meta["val"].dim() - len(shape)
-        full = t.dense(lane, node, is_row)
-        node_ = t.emit.call(aten.sum.dim_IntList, full.node, list(range(1, 1 + lead))) if lead else full.node
-        return Lane(t.emit.call(sum_to, node_, *shape))
+        return Lane(t.emit.call(sum_to, t.dense(lane, node, is_row).node, *shape))
 
     row = t.map_row(lanes.row, lambda lane: shrink(lane, is_row=True) or lane)
     t.give(x, shrink(lanes.grad), shrink(lanes.rel), row)
