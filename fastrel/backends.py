@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastrel import native, ops
+from fastrel import native, ops, weights
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.ops.library import CPU_KERNELS, REFERENCES
 
@@ -35,8 +35,10 @@ def require(name: str) -> None:
         raise InputError(f"backend {name!r} cannot run: {reason}")
 
 
-def lower(reverse: fx.GraphModule, backend: str, device: torch.device) -> None:
+def lower(reverse: fx.GraphModule, backend: str, device: torch.device, keep_weights: bool = True) -> None:
     """Choose, once and for every operator of a reverse graph, what computes it on this device.
+
+    Weights in reduced precision are kept from call to call (`fastrel.weights`) if `keep_weights`.
 
     Raises:
         InputError: a backend asked for by name does not run on this device.
@@ -57,6 +59,8 @@ def lower(reverse: fx.GraphModule, backend: str, device: torch.device) -> None:
             raise UnsupportedModelError(f"backend 'cpp' cannot run: {node.target} {reason}; with 'auto', torch does it")
         else:
             node.target = REFERENCES[node.target]
+        if keep_weights and node.target in (CPU_KERNELS[ops.reduced_weight], REFERENCES[ops.reduced_weight]):
+            node.target = weights.kept(node.target)
     reverse.recompile()
 
 

@@ -201,7 +201,7 @@ class Explainer:
                         memory=self.memory,
                         products=precision_.products(self.precision, self.rules, lane_dtype(value.dtype)),
                     )
-                    backends.lower(program.reverse, self.backend, value.device)
+                    backends.lower(program.reverse, self.backend, value.device, keep_weights=self.memory == "normal")
                     self._programs[key] = program
         return self._programs[key]
 

@@ -158,9 +158,18 @@ def test_reduced_products_err_as_their_rounding_does(int8: bool, tokens: int, fe
     x, weight, bias = torch.randn(2, tokens, features), torch.randn(outs, features), torch.randn(outs)
     y, rel, grad = x @ weight.mT + bias, torch.rand(2, 2, tokens, outs), torch.randn(2, 2, tokens, outs)
     exact = REFERENCES[ops.zplus_linear](*double((x, weight, y, bias, rel, grad)), "positive")
+    prepared = [CPU_KERNELS[ops.reduced_weight](weight, "int8" if int8 else "bfloat16")]
+    prepared.append(REFERENCES[ops.reduced_weight](weight, "int8" if int8 else "bfloat16"))
+    for ours, plain in zip(*prepared, strict=True):
+        difference = (ours.double() - plain.double()).abs()
+        assert not ours.numel() or difference.max() <= (1 if ours.dtype == torch.int8 else 1e-6)  # halves round either way
+        assert not ours.numel() or difference.mean() < 1e-2
     for bf16_gradient in (False, True):
-        args = (x, weight, y, bias, rel, grad, int8, bf16_gradient)
-        plain = REFERENCES[ops.zplus_linear_reduced](*double(args))
+        w_grad = CPU_KERNELS[ops.reduced_weight](weight, "gradient")[0] if bf16_gradient else weight
+        args = (x, *prepared[0], w_grad, y, bias, rel, grad)
+        wide = double(args)
+        wide[4] = w_grad if bf16_gradient else w_grad.double()
+        plain = REFERENCES[ops.zplus_linear_reduced](*wide)
         for ours, rounded, wanted in zip(CPU_KERNELS[ops.zplus_linear_reduced](*args), plain, exact, strict=True):
             limit = 2 * golden.relative_error(rounded, wanted) + (4e-3 if not int8 or bf16_gradient else 1e-5)
             assert golden.relative_error(ours.double(), wanted) < limit
@@ -186,7 +195,10 @@ def test_torch_accepts_the_kernels_registrations() -> None:
     maps = torch.rand(2, 3, 5, 5)
     calls: dict[torch._ops.OpOverload, tuple[Any, ...]] = {
         ops.zplus_linear: (x, weight, None, None, lane, lane, "positive"),
-        ops.zplus_linear_reduced: (x, weight, value, None, lane, lane, True, True),
+        ops.zplus_linear_reduced: (
+            x, *CPU_KERNELS[ops.reduced_weight](weight, "int8"), weight, value, None, lane, lane,
+        ),
+        ops.reduced_weight: (weight, "int8"),
         ops.residual_add: (value, value, lane, 0, "official"),
         ops.layer_norm_backward: (lane, value, None, 1, 1e-5),
         ops.attention_relevance: (

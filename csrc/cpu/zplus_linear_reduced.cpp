@@ -1,6 +1,6 @@
 // fastrel::zplus_linear_reduced: relevance by the z+ rule with products in bfloat16 or int8, positive rules only.
 //
-// As zplus_linear, but the whole weight at once. int8 has one scale per row of x, W and S; the scales of W's rows are folded into S,
+// As zplus_linear, but with weights that reduced_weight made, once for all explanations. int8 has one scale per row of x, W and S; the scales of W's rows are folded into S,
 // so that the same quantised W serves both products. The gradient's product is in bfloat16 where that is asked for, else float32.
 #include "binding.h"
 
@@ -27,14 +27,39 @@ void each_row(int64_t height, int64_t width, F f) {
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor> reduced_weight(Tensor weight_any, std::string purpose) {
+  STD_TORCH_CHECK(weight_any.scalar_type() == ScalarType::Float, "fastrel::reduced_weight starts from float32");
+  const bool int8 = purpose == "int8", gradient = purpose == "gradient";
+  STD_TORCH_CHECK(int8 || gradient || purpose == "bfloat16", "fastrel::reduced_weight: unknown purpose ", purpose);
+  const Tensor weight = dense(weight_any), none = empty_like_shape(weight, {0});
+  const int64_t outs = weight.size(0), ins = weight.size(1);
+  const ReducedKernels& k = reduced_kernels();
+  const auto element = int8 ? ScalarType::Char : ScalarType::BFloat16;
+  const Tensor w = allocate(weight, outs, ins, element), w_abs = gradient ? none : allocate(weight, outs, ins, element);
+  const Tensor scales = int8 ? empty_like_shape(weight, {outs}) : none;
+  each_row(outs, ins, [&](int64_t i) {
+    const float* row = data<float>(weight) + i * ins;
+    if (int8)
+      out<float>(scales)[i] = k.int8_of(ins, row, out<int8_t>(w) + i * ins, out<int8_t>(w_abs) + i * ins);
+    else
+      k.bf16_of(ins, row, out<uint16_t>(w) + i * ins, gradient ? nullptr : out<uint16_t>(w_abs) + i * ins);
+  });
+  return {w, w_abs, scales};
+}
+
 std::tuple<Tensor, Tensor> zplus_linear_reduced(
-    Tensor x_any, Tensor weight_any, Tensor y_any, OptionalTensor bias_any, Tensor rel_any, OptionalTensor grad_any, bool int8,
-    bool bf16_gradient) {
-  const OptionalTensor operands[] = {weight_any, y_any, rel_any};
+    Tensor x_any, Tensor w, Tensor w_abs, Tensor scales, OptionalTensor w_grad, Tensor y_any, OptionalTensor bias_any, Tensor rel_any,
+    OptionalTensor grad_any) {
+  const OptionalTensor operands[] = {y_any, rel_any};
   STD_TORCH_CHECK(x_any.scalar_type() == ScalarType::Float, "fastrel::zplus_linear_reduced starts from float32");
-  by_dtype("zplus_linear_reduced", x_any, {&operands[0], &operands[1], &operands[2], &bias_any, &grad_any}, [](auto) { return 0; });
-  const Tensor weight = dense(weight_any), rel = dense(rel_any);
-  const int64_t outs = weight.size(0), ins = weight.size(1), targets = rel.size(0), n = x_any.numel() / ins;
+  by_dtype("zplus_linear_reduced", x_any, {&operands[0], &operands[1], &bias_any, &grad_any}, [](auto) { return 0; });
+  const bool int8 = w.scalar_type() == ScalarType::Char;
+  STD_TORCH_CHECK(int8 || w.scalar_type() == ScalarType::BFloat16, "fastrel::zplus_linear_reduced takes bfloat16 or int8 weights");
+  STD_TORCH_CHECK(
+      w_abs.scalar_type() == w.scalar_type() && w.is_contiguous() && w_abs.is_contiguous() && (!int8 || scales.size(0) == w.size(0)),
+      "fastrel::zplus_linear_reduced takes what fastrel::reduced_weight gives");
+  const Tensor rel = dense(rel_any);
+  const int64_t outs = w.size(0), ins = w.size(1), targets = rel.size(0), n = x_any.numel() / ins;
   const Tensor x = torch::stable::view(dense(x_any), {n, ins}), y = torch::stable::view(dense(y_any), {n, outs});
   const OptionalTensor bias = bias_any ? OptionalTensor(dense(*bias_any)) : std::nullopt;
   const OptionalTensor grad = grad_any ? OptionalTensor(dense(*grad_any)) : std::nullopt;
@@ -43,27 +68,12 @@ std::tuple<Tensor, Tensor> zplus_linear_reduced(
   const Tensor rel_in = empty_like_shape(rel, shape);
   const ReducedKernels& k = reduced_kernels();
   const auto element = int8 ? ScalarType::Char : ScalarType::BFloat16, product = int8 ? ScalarType::Int : ScalarType::BFloat16;
-  const float* p_bias = data<float>(bias);
-
-  // The weight, its magnitude, and bfloat16 for the gradient.
-  const bool widened = grad && bf16_gradient;
-  const Tensor w = allocate(weight, outs, ins, element), w_abs = allocate(weight, outs, ins, element);
-  const Tensor w_grad = int8 && widened ? allocate(weight, outs, ins, ScalarType::BFloat16) : w;
-  std::vector<float> w_scales(int8 ? outs : 0);
-  each_row(outs, ins, [&](int64_t i) {
-    const float* row = data<float>(weight) + i * ins;
-    if (int8) {
-      w_scales[i] = k.int8_of(ins, row, out<int8_t>(w) + i * ins, out<int8_t>(w_abs) + i * ins);
-      if (widened) k.bf16_of(ins, row, out<uint16_t>(w_grad) + i * ins, nullptr);
-    } else {
-      k.bf16_of(ins, row, out<uint16_t>(w) + i * ins, out<uint16_t>(w_abs) + i * ins);
-    }
-  });
+  const float *p_bias = data<float>(bias), *w_scales = int8 ? data<float>(scales) : nullptr;
 
   const int64_t tile = std::min(n, std::max<int64_t>(kTileRows / targets, 16)), lanes = targets * tile;
-  const Tensor x_abs_all = allocate(weight, tile, ins, element), magnitude_all = allocate(weight, tile, outs, product);
-  const Tensor shares_all = allocate(weight, lanes, outs, element);
-  const Tensor c_all = allocate(weight, lanes, ins, product), c_abs_all = allocate(weight, lanes, ins, product);
+  const Tensor x_abs_all = allocate(w, tile, ins, element), magnitude_all = allocate(w, tile, outs, product);
+  const Tensor shares_all = allocate(w, lanes, outs, element);
+  const Tensor c_all = allocate(w, lanes, ins, product), c_abs_all = allocate(w, lanes, ins, product);
   std::vector<float> x_scales(int8 ? tile : 0), share_scales(int8 ? lanes : 0);
   for (int64_t first = 0; first < n; first += tile) {
     const int64_t height = std::min(tile, n - first), stacked = targets * height;
@@ -84,7 +94,7 @@ std::tuple<Tensor, Tensor> zplus_linear_reduced(
         thread_local std::vector<float> scratch;
         scratch.resize(outs);
         share_scales[i] = k.int8_ratio(
-            outs, p_y, p_bias, data<int32_t>(magnitude) + row * outs, x_scales[row], w_scales.data(), p_rel, scratch.data(),
+            outs, p_y, p_bias, data<int32_t>(magnitude) + row * outs, x_scales[row], w_scales, p_rel, scratch.data(),
             out<int8_t>(shares) + i * outs);
       } else {
         k.bf16_ratio(outs, p_y, p_bias, data<uint16_t>(magnitude) + row * outs, p_rel, out<uint16_t>(shares) + i * outs);
@@ -105,22 +115,26 @@ std::tuple<Tensor, Tensor> zplus_linear_reduced(
   }
 
   if (!grad) return {rel_in, empty_like_shape(rel, {0})};
+  STD_TORCH_CHECK(w_grad, "fastrel::zplus_linear_reduced needs a weight for the gradient");
   const Tensor grad_in = empty_like_shape(rel, shape);
   const Tensor flat = torch::stable::view(*grad, {targets * n, outs}), flat_in = torch::stable::view(grad_in, {targets * n, ins});
-  if (!widened) {
-    multiply(flat_in, flat, weight);
+  if (w_grad->scalar_type() == ScalarType::Float) {
+    multiply(flat_in, flat, *w_grad);
     return {rel_in, grad_in};
   }
-  const Tensor narrow = allocate(weight, targets * n, outs, ScalarType::BFloat16);
-  const Tensor result = allocate(weight, targets * n, ins, ScalarType::BFloat16);
+  const Tensor narrow = allocate(w, targets * n, outs, ScalarType::BFloat16);
+  const Tensor result = allocate(w, targets * n, ins, ScalarType::BFloat16);
   each_row(targets * n, outs, [&](int64_t i) { k.bf16_of(outs, data<float>(flat) + i * outs, out<uint16_t>(narrow) + i * outs, nullptr); });
-  multiply(result, narrow, w_grad);
+  multiply(result, narrow, *w_grad);
   each_row(targets * n, ins, [&](int64_t i) { k.bf16_widen(ins, data<uint16_t>(result) + i * ins, out<float>(flat_in) + i * ins); });
   return {rel_in, grad_in};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastrel_cpu, CPU, m) { m.impl("zplus_linear_reduced", TORCH_BOX(&zplus_linear_reduced)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrel_cpu, CPU, m) { 
+  m.impl("reduced_weight", TORCH_BOX(&reduced_weight));
+  m.impl("zplus_linear_reduced", TORCH_BOX(&zplus_linear_reduced));
+}
 
 }  // namespace fastrel

@@ -8,13 +8,15 @@ from fastrel.ops.attention import UPDATES, attention_relevance, attention_update
 from fastrel.ops.layer_norm import layer_norm_backward
 from fastrel.ops.residual_add import residual_add
 from fastrel.ops.zplus_linear import zplus_linear
-from fastrel.ops.zplus_linear_reduced import zplus_linear_reduced
+from fastrel.ops.zplus_linear_reduced import reduced_matmul, reduced_weight, zplus_linear_reduced
 
 __all__ = [
     "UPDATES",
     "attention_relevance",
     "attention_update",
     "layer_norm_backward",
+    "reduced_matmul",
+    "reduced_weight",
     "residual_add",
     "rollout_row",
     "zplus_linear",

@@ -1,5 +1,7 @@
 """Linear layer with relevance products in bfloat16 or int8: `precision="mixed"` and `"low"`."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,9 @@ from fastrel.reference.rules import safe_divide
 
 #: A denominator below this share of Σ|x||w| is rounding: it must not blow S up.
 FLOOR = 1 / 256
+
+#: What a weight is prepared for: relevance products in one of two dtypes, or the gradient's product in bfloat16.
+Purpose = Literal["bfloat16", "int8", "gradient"]
 
 
 def _rounded(x: Tensor, int8: bool) -> Tensor:
@@ -18,53 +23,85 @@ def _rounded(x: Tensor, int8: bool) -> Tensor:
     return (x / scale).round() * scale
 
 
+def _reduced_weight(weight: Tensor, purpose: Purpose) -> tuple[Tensor, Tensor, Tensor]:
+    """weight [out, in] -> W, |W|, scales: bfloat16; int8 with W = int8 · scales[out]; only bfloat16 W for the gradient."""
+    none = weight.new_empty(0)
+    if purpose == "gradient":
+        return weight.bfloat16(), none, none
+    if purpose == "bfloat16":
+        return weight.bfloat16(), weight.abs().bfloat16(), none
+    scales = weight.abs().amax(-1).clamp_min(torch.finfo(weight.dtype).tiny) / 127
+    w = (weight / scales[:, None]).round().to(torch.int8)
+    return w, w.abs(), scales
+
+
+def _reduced_weight_fake(weight: Tensor, purpose: Purpose) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.int8 if purpose == "int8" else torch.bfloat16
+    none, w = weight.new_empty(0), weight.new_empty(weight.shape, dtype=dtype)
+    magnitude = none if purpose == "gradient" else torch.empty_like(w)
+    return w, magnitude, weight.new_empty(weight.shape[0]) if purpose == "int8" else none
+
+
+#: Depends on the weight alone: `fastrel.weights` keeps its results.
+reduced_weight = define(
+    "reduced_weight(Tensor weight, str purpose) -> (Tensor, Tensor, Tensor)", _reduced_weight, _reduced_weight_fake
+)
+
+
 def _reference(
     x: Tensor,
-    weight: Tensor,
+    w: Tensor,
+    w_abs: Tensor,
+    scales: Tensor,
+    w_grad: Tensor | None,
     y: Tensor,
     bias: Tensor | None,
     rel: Tensor,
     grad: Tensor | None,
-    int8: bool,
-    bf16_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """`zplus_linear` under the positive rules, operands of its relevance products rounded, sums exact.
 
-    In int8 the row scales of W are folded into S before it is rounded.
-    x [*, in], weight [out, in], y [*, out], rel and grad [K, *, out] -> rel_in, grad_in [K, *, in].
+    w, w_abs, scales: of `reduced_weight`; in int8 the scales of W's rows are folded into S before it is rounded. The
+    gradient's product is in bfloat16 where w_grad is.
+    x [*, in], w [out, in], y [*, out], rel and grad [K, *, out] -> rel_in, grad_in [K, *, in].
     """
-    w = _rounded(weight, int8)
-    magnitude = _rounded(x.abs(), int8) @ w.abs().mT
+    int8 = w.dtype == torch.int8
+    wide, wide_abs = w.to(x.dtype), w_abs.to(x.dtype)
+    magnitude = _rounded(x.abs(), int8) @ wide_abs.mT
+    if int8:
+        magnitude = magnitude * scales
     z = torch.maximum(((y if bias is None else y - bias) + magnitude) / 2, magnitude * FLOOR)
     s = safe_divide(rel, z)
-    if int8:
-        scale = weight.abs().amax(-1).clamp_min(torch.finfo(weight.dtype).tiny) / 127
-        s = _rounded(s * scale, int8) / scale
-    else:
-        s = _rounded(s, int8)
-    rel_in = (x * (s @ w) + x.abs() * (s @ w.abs())) / 2
-    if grad is None:
+    s = _rounded(s * scales if int8 else s, int8)
+    rel_in = (x * (s @ wide) + x.abs() * (s @ wide_abs)) / 2
+    if grad is None or w_grad is None:
         return rel_in, x.new_empty(0)
-    return rel_in, _rounded(grad, False) @ _rounded(weight, False) if bf16_gradient else grad @ weight
+    return rel_in, reduced_matmul(grad, w_grad)
+
+
+def reduced_matmul(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad [K, *, out] @ weight [out, in], rounded to bfloat16 first where the weight is bfloat16."""
+    return (grad.to(weight.dtype) @ weight).to(grad.dtype)
 
 
 def _fake(
     x: Tensor,
-    weight: Tensor,
+    w: Tensor,
+    w_abs: Tensor,
+    scales: Tensor,
+    w_grad: Tensor | None,
     y: Tensor,
     bias: Tensor | None,
     rel: Tensor,
     grad: Tensor | None,
-    int8: bool,
-    bf16_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    rel_in = rel.new_empty((*rel.shape[:-1], weight.shape[1]))
-    return rel_in, x.new_empty(0) if grad is None else grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+    rel_in = rel.new_empty((*rel.shape[:-1], w.shape[1]))
+    return rel_in, x.new_empty(0) if grad is None else grad.new_empty((*grad.shape[:-1], w.shape[1]))
 
 
 zplus_linear_reduced = define(
-    "zplus_linear_reduced(Tensor x, Tensor weight, Tensor y, Tensor? bias, Tensor rel, Tensor? grad, bool int8,"
-    " bool bf16_gradient) -> (Tensor, Tensor)",
+    "zplus_linear_reduced(Tensor x, Tensor w, Tensor w_abs, Tensor scales, Tensor? w_grad, Tensor y, Tensor? bias,"
+    " Tensor rel, Tensor? grad) -> (Tensor, Tensor)",
     _reference,
     _fake,
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fastrel import ops
 from fastrel.errors import UnsupportedModelError
@@ -72,9 +72,11 @@ def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, o
     if rel and grad and rel.rows != grad.rows:
         rel = t.dense(rel, node)
     if rel is None:
-        wide = grad and grad.rows is None and fits
-        multiply = bf16_matmul if t.products.bf16_gradient and wide else torch.matmul
-        return (Lane(t.emit.call(multiply, grad.node, weight), grad.rows) if grad else None), None
+        if grad is None:
+            return None, None
+        if t.products.bf16_gradient and grad.rows is None and fits:
+            return Lane(t.emit.call(ops.reduced_matmul, grad.node, _reduced(t, weight, "gradient")[0])), None
+        return Lane(t.emit.call(torch.matmul, grad.node, weight), grad.rows), None
     values = (t.value(x, rel.rows), weight, t.value(node, rel.rows), bias)
     few = rel.rows.length <= FEW_TOKENS if rel.rows else feature == 1
     rel_in, grad_in = _both(t, values, rel.node, grad.node if grad else None, fits and not few)
@@ -83,12 +85,15 @@ def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, o
 
 def _both(t: Transform, values: tuple[Any, ...], rel: fx.Node, grad: fx.Node | None, fits: bool) -> list[fx.Node]:
     """Both lanes through the layer, in reduced products where they are asked for and the layer's size suits them."""
-    if t.products.relevance and fits:
-        int8 = t.products.relevance == "int8"
-        return t.emit.parts(t.emit.call(ops.zplus_linear_reduced, *values, rel, grad, int8, t.products.bf16_gradient), 2)
-    return t.emit.parts(t.emit.call(ops.zplus_linear, *values, rel, grad, t.rules), 2)
+    if not (t.products.relevance and fits):
+        return t.emit.parts(t.emit.call(ops.zplus_linear, *values, rel, grad, t.rules), 2)
+    x, weight, y, bias = values
+    w, w_abs, scales = _reduced(t, weight, t.products.relevance)
+    w_grad = weight if grad else None
+    if grad and t.products.bf16_gradient:
+        w_grad = w if t.products.relevance == "bfloat16" else _reduced(t, weight, "gradient")[0]
+    return t.emit.parts(t.emit.call(ops.zplus_linear_reduced, x, w, w_abs, scales, w_grad, y, bias, rel, grad), 2)
 
 
-def bf16_matmul(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad @ weight with operands rounded to bfloat16."""
-    return (grad.bfloat16() @ weight.bfloat16()).to(grad.dtype)
+def _reduced(t: Transform, weight: fx.Node, purpose: str) -> list[fx.Node]:
+    return t.emit.parts(t.emit.call(ops.reduced_weight, weight, purpose), 3)
