@@ -1,7 +1,7 @@
-"""Builds the CPU kernels ahead of time where torch is there to build against (`--no-build-isolation`).
+"""Builds the kernels ahead of time where torch is there to build against (`--no-build-isolation`).
 
 Without torch, or where compiling fails, the package is installed all the same, and the kernels are compiled at first use.
-FASTREL_BUILD=strict makes a failure an error; FASTREL_BUILD=skip builds nothing.
+FASTREL_BUILD=strict makes a failure an error; FASTREL_BUILD=skip builds nothing; FASTREL_BUILD_CUDA=1 builds the CUDA passes too.
 """
 
 import importlib.util
@@ -27,10 +27,11 @@ class BuildKernels(build_ext):
     """Compiles with the same function as `fastrel build`."""
 
     def build_extension(self, ext: Extension) -> None:
-        """One extension: the one there is."""
+        """The CPU kernels or the CUDA passes."""
         build = build_module()
         try:
-            build.compile_library(Path(self.get_ext_fullpath(ext.name)).absolute())
+            part = build.CUDA if ext.name.endswith("_cuda") else build.CPU
+            build.compile_library(Path(self.get_ext_fullpath(ext.name)).absolute(), part)
         except build.BuildError as error:
             if os.environ.get("FASTREL_BUILD") == "strict":
                 raise
@@ -47,8 +48,9 @@ def ahead_of_time() -> bool:
 
 
 if ahead_of_time():
+    names = ["fastrel._C"] + ["fastrel._C_cuda"] * (os.environ.get("FASTREL_BUILD_CUDA") == "1")
     setup(
-        ext_modules=[Extension("fastrel._C", sources=[], py_limited_api=True)],
+        ext_modules=[Extension(name, sources=[], py_limited_api=True) for name in names],
         cmdclass={"build_ext": BuildKernels},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -5,20 +5,23 @@ The plot shows time per explanation against tokens; `python -m benchmarks.memory
 
 import argparse
 import json
+import statistics
 from typing import Any
 
 from benchmarks.test_explanations import CASES
 
 
 def explanations(groups: dict[str, list[dict[str, Any]]]) -> None:
-    """Milliseconds, and multiples of the model's own forward pass."""
+    """Milliseconds, and multiples of the model's own forward pass as it ran in turn with what is timed."""
     providers = list(dict.fromkeys(run["params"]["provider"] for runs in groups.values() for run in runs))
-    print("| case | forward, ms | " + " | ".join(providers[1:]) + " |")
-    print("|---" * (len(providers) + 1) + "|")
+    others = [p for p in providers if p != "forward"]
+    print("| case | forward, ms | " + " | ".join(others) + " |")
+    print("|---" * (len(others) + 2) + "|")
     for name, runs in groups.items():
-        median = {run["params"]["provider"]: run["stats"]["median"] for run in runs}
-        cells = [f"{median[p] / median['forward']:.2f}" if p in median else "–" for p in providers[1:]]
-        print(f"| {name} | {median['forward'] * 1e3:.1f} | " + " | ".join(cells) + " |")
+        ratio = {run["params"]["provider"]: run["stats"]["median"] / run["extra_info"]["forward"] for run in runs}
+        cells = [f"{ratio[p]:.2f}" if p in ratio else "–" for p in others]
+        forward = statistics.median(run["extra_info"]["forward"] for run in runs)
+        print(f"| {name} | {forward * 1e3:.1f} | " + " | ".join(cells) + " |")
 
 
 def operators(groups: dict[str, list[dict[str, Any]]]) -> None:

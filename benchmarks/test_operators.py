@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrel import native, ops
+from fastrel import ops
+from fastrel.backends import native
 from fastrel.ops.library import CPU_KERNELS, REFERENCES
 
 T, D, HEADS = 197, 768, 12

@@ -1,5 +1,11 @@
 """fastrel explains the predictions of transformers, fast."""
 
+from pathlib import Path as _Path
+
+# In a checkout the Triton kernels lie beside the package; installed, they are a part of it.
+if not (_Path(__file__).parent / "triton_kernels").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))
+
 from fastrel.errors import CaptureError, FastrelError, InputError, UnsupportedModelError
 from fastrel.explainer import Explainer, Prediction
 from fastrel.explanation import BlockTrace, Explanation

@@ -1,4 +1,4 @@
-"""Compiling the CPU kernels in csrc: at install time (setup.py), by `fastrel build`, or at first use.
+"""Compiling the kernels in csrc: at install time (setup.py), by `fastrel build`, or at first use.
 
 Imports nothing of fastrel and torch only inside functions, because setup.py uses it where neither may be there.
 """
@@ -15,18 +15,35 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-#: Compiler flags; kernels choose their instruction set at run time, so none names one.
-FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "-ffp-contract=fast",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-Wno-psabi",
-    "-DNDEBUG",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+#: Compiler flags of all parts. Kernels choose their instruction set at run time, so none names one.
+FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+
+#: Compute capabilities to compile for, 80;90 say. Default: that of the GPU here, else all of `CUDA_ARCHS`.
+ARCHS_VARIABLE = "FASTREL_CUDA_ARCHS"
+CUDA_ARCHS = ("80", "90", "100", "120")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A shared library: its name in messages and as a file, where its sources are, and how they are compiled."""
+
+    name: str
+    library: str
+    sources: str
+    flags: tuple[str, ...]
+    link: tuple[str, ...]
+
+
+CPU = Part("CPU", "_C", "cpu/*.cpp", ("-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"), ("-ltorch_cpu",))
+CUDA = Part(
+    "CUDA",
+    "_C_cuda",
+    "cuda/*.cu",
+    ("-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"),
+    ("-ltorch_cpu", "-ltorch_cuda"),
 )
 
 
@@ -47,12 +64,16 @@ def source_folder() -> Path:
     raise BuildError("the kernels' sources (csrc) are not part of this installation")
 
 
-def compiler() -> list[str]:
-    """The C++ compiler: CXX, or the first of c++, g++ and clang++ on the PATH.
+def compiler(part: Part = CPU) -> list[str]:
+    """The compiler: CXX, or the first of g++, c++ and clang++ on the PATH; for CUDA nvcc, with what it compiles for.
 
     Raises:
         BuildError: there is none.
     """
+    if part is CUDA:
+        if not shutil.which("nvcc"):
+            raise BuildError("no CUDA compiler found (nvcc)")
+        return ["nvcc", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs())]
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
     for name in ("g++", "c++", "clang++"):
@@ -61,35 +82,48 @@ def compiler() -> list[str]:
     raise BuildError("no C++ compiler found (c++, g++, clang++, or the one that CXX names)")
 
 
-def key() -> str:
+def cuda_archs() -> tuple[str, ...]:
+    """Compute capabilities to compile for."""
+    import torch
+
+    asked = os.environ.get(ARCHS_VARIABLE)
+    if asked:
+        return tuple(asked.split(";"))
+    if torch.cuda.is_available():
+        return tuple(sorted({"".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())}))
+    return CUDA_ARCHS
+
+
+def key(part: Part = CPU) -> str:
     """Names a build: a hash of the sources, flags, compiler, machine and torch version."""
     import torch
 
     digest = hashlib.sha256()
     folder = source_folder()
-    for path in sorted([*folder.rglob("*.h"), *folder.glob("cpu/*.cpp")]):
+    for path in sorted([*folder.rglob("*.h"), *folder.rglob("*.cuh"), *folder.glob(part.sources)]):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    version = subprocess.run([*compiler(), "--version"], capture_output=True, text=True).stdout
-    digest.update(repr((FLAGS, version, platform.machine(), sys.platform, torch.__version__)).encode())
+    command = compiler(part)
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    digest.update(repr((FLAGS, part, command, version, platform.machine(), sys.platform, torch.__version__)).encode())
     return digest.hexdigest()[:16]
 
 
-def cached() -> Path:
+def cached(part: Part = CPU) -> Path:
     """Where the library compiled at first use lies or would lie: TORCH_EXTENSIONS_DIR, or the user's cache folder."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(root) if root else home) / "fastrel" / key() / "_C.so"
+    return (Path(root) if root else home) / "fastrel" / key(part) / f"{part.library}.so"
 
 
-def compile_library(target: Path, extra_flags: Sequence[str] = ()) -> None:
-    """Compile csrc/cpu into the shared library `target`, which appears when it is complete.
+def compile_library(target: Path, part: Part = CPU, extra_flags: Sequence[str] = ()) -> None:
+    """Compile a part of csrc into the shared library `target`, which appears when it is complete.
 
     Raises:
         BuildError: no sources, no compiler, or the compiler's message.
     """
     import torch
 
-    folder, compile_ = source_folder(), compiler()
+    folder, compile_ = source_folder(), compiler(part)
     include = Path(torch.__file__).parent / "include"
     libraries = Path(torch.__file__).parent / "lib"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,13 +132,13 @@ def compile_library(target: Path, extra_flags: Sequence[str] = ()) -> None:
         def to_object(source: Path) -> str:
             result = f"{scratch}/{source.stem}.o"
             includes = [f"-I{folder}/include", f"-isystem{include}", f"-isystem{include}/torch/csrc/api/include"]
-            _run([*compile_, *FLAGS, *extra_flags, *includes, "-c", str(source), "-o", result])
+            _run([*compile_, *FLAGS, *part.flags, *extra_flags, *includes, "-c", str(source), "-o", result])
             return result
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(to_object, sorted(folder.glob("cpu/*.cpp"), key=lambda path: "isa" not in path.name)))
+            objects = list(pool.map(to_object, sorted(folder.glob(part.sources), key=lambda path: "isa" not in path.name)))
         library = f"{scratch}/{target.name}"
-        _run([*compile_, *extra_flags, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-o", library])
+        _run([*compile_, *extra_flags, "-shared", *objects, f"-L{libraries}", *part.link, "-o", library])
         os.replace(library, target)
 
 

@@ -161,7 +161,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--start-layer", type=int, metavar="N", help="first block of the chain (default: 0)")
     sub.set_defaults(run=verify.run)
 
-    sub = commands.add_parser("build", parents=[common], help="compile the CPU kernels now instead of at first use")
+    sub = commands.add_parser("build", parents=[common], help="compile the kernels now instead of at first use")
+    sub.add_argument("--cuda", action="store_true", help="the CUDA passes, for GPUs without Triton, instead of the CPU kernels")
     sub.set_defaults(run=build.run)
 
     sub = commands.add_parser("doctor", parents=[common], help="versions, devices and backends, with reasons")

@@ -199,9 +199,13 @@ class Explainer:
                         leaves=outputs,
                         trace=trace,
                         memory=self.memory,
-                        products=precision_.products(self.precision, self.rules, lane_dtype(value.dtype)),
+                        products=precision_.products(
+                            self.precision, self.rules, lane_dtype(value.dtype), value.device, self.backend
+                        ),
                     )
-                    backends.lower(program.reverse, self.backend, value.device, keep_weights=self.memory == "normal")
+                    backends.lower(
+                        program.reverse, self.backend, value.device, lane_dtype(value.dtype), keep_weights=self.memory == "normal"
+                    )
                     self._programs[key] = program
         return self._programs[key]
 

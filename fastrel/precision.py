@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from fastrel.backends import triton
 from fastrel.errors import InputError
 
 PRECISIONS = ("float32", "mixed", "low")
@@ -16,16 +17,20 @@ PRECISIONS = ("float32", "mixed", "low")
 
 @dataclass(frozen=True)
 class Products:
-    """How linear layers multiply: relevance in float32 (None), bfloat16 or int8; the gradient in bfloat16 or float32."""
+    """How linear layers multiply: relevance in float32 (None), bfloat16 or 8 bits; the gradient in bfloat16 or float32."""
 
-    relevance: Literal["bfloat16", "int8"] | None = None
+    relevance: Literal["bfloat16", "int8", "float8"] | None = None
     bf16_gradient: bool = False
 
 
-def products(precision: str, rules: str, dtype: torch.dtype = torch.float32) -> Products:
-    """The products of a model whose lanes are of this dtype, on this machine.
+def products(
+    precision: str, rules: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None, backend: str = "auto"
+) -> Products:
+    """The products of a model whose lanes are of this dtype, on this device.
 
-    "mixed" multiplies in bfloat16 only where the processor does that faster than float32; float64 models are left alone.
+    On a CPU "mixed" multiplies in bfloat16 only where the processor does that faster than float32, and "low" in int8. A GPU
+    multiplies in bfloat16, and for "low" in float8 where it can (Triton kernels, compute capability 8.9 or newer). float64
+    models are left alone.
 
     Raises:
         InputError: an unknown precision, or one that these rules do not survive.
@@ -38,9 +43,18 @@ def products(precision: str, rules: str, dtype: torch.dtype = torch.float32) -> 
         raise InputError(f"precision {precision!r} needs rules='positive': maps of {rules!r} depend on rounding")
     if dtype != torch.float32:
         return Products()
+    if backend in ("triton", "cuda") or (device is not None and device.type == "cuda"):
+        return Products("float8" if precision == "low" and _fast_float8(device, backend) else "bfloat16", True)
     if precision == "low":
         return Products("int8", fast_bfloat16())
     return Products("bfloat16", True) if fast_bfloat16() else Products()
+
+
+def _fast_float8(device: torch.device | None, backend: str) -> bool:
+    """Whether Triton kernels run and multiply in float8; under the interpreter they do."""
+    if backend not in ("auto", "triton") or triton.unavailable():
+        return False
+    return device is None or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def fast_bfloat16() -> bool:

@@ -50,7 +50,8 @@ def kept(prepare: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tens
     """`prepare(weight, purpose)`, its results kept until the weight changes, within `limit`."""
 
     def prepared(weight: Tensor, purpose: str) -> tuple[Tensor, ...]:
-        if weight.is_inference() or limit() == 0:
+        # On a GPU, comparing samples would wait for it, and converting is quick there.
+        if weight.is_inference() or weight.device.type != "cpu" or limit() == 0:
             return prepare(weight, purpose)
         owner = weight if weight._base is None else weight._base
         key = (purpose, prepare, weight.data_ptr(), weight.shape, weight.stride())

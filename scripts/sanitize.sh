@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastrel import build
 
-build.compile_library(Path(sys.argv[1]), ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"])
+build.compile_library(Path(sys.argv[1]), build.CPU, ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"])
 PYTHON
 preload=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)
 # Python itself leaks at exit by design.

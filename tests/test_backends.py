@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fastrel
-from fastrel import build, demo, native
+from fastrel import build, demo
+from fastrel.backends import native
 from tests import golden_files as golden
 from tests import models
 
@@ -56,7 +57,7 @@ def test_both_backends_give_the_same_map(name: str, rules: str) -> None:
 
 def test_a_backend_that_cannot_run_says_why() -> None:
     model, given = models.build("timm_vit"), models.inputs("timm_vit")
-    with pytest.raises(fastrel.InputError, match="unknown backend 'gpu'; choose auto or one of torch, cpp"):
+    with pytest.raises(fastrel.InputError, match="unknown backend 'gpu'; choose auto or one of triton, cuda, cpp, torch"):
         fastrel.Explainer(model, backend="gpu")
     with pytest.raises(
         fastrel.UnsupportedModelError, match=r"backend 'cpp' cannot run: .* no kernel for rules 'original_lrp'"
@@ -68,9 +69,9 @@ def test_a_backend_that_cannot_run_says_why() -> None:
 
 def test_without_a_compiler_or_permission_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And the reason says what to do."""
-    monkeypatch.setattr(native, "_find", lambda: None)
+    monkeypatch.setattr(native, "_find", lambda part, variable: None)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(build, "cached", lambda: tmp_path / "fastrel" / "_C.so")
+    monkeypatch.setattr(build, "cached", lambda part: tmp_path / "fastrel" / "_C.so")
     monkeypatch.setenv(native.JIT_VARIABLE, "0")
     native.load.cache_clear()
     try:

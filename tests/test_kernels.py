@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrel import native, ops
+from fastrel import ops
+from fastrel.backends import native
 from fastrel.ops.library import CPU_KERNELS, REFERENCES
 from tests import golden_files as golden
 

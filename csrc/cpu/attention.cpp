@@ -1,7 +1,7 @@
 // fastrel::attention_relevance (a head at a time), attention_update and rollout_row.
 #include <cstring>
 
-#include "binding.h"
+#include "../binding.h"
 
 namespace fastrel {
 namespace {

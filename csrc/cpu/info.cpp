@@ -1,5 +1,5 @@
 // fastrel::instruction_set: what `fastrel doctor` tells about the kernels.
-#include "binding.h"
+#include "../binding.h"
 
 namespace fastrel {
 namespace {

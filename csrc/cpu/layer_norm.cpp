@@ -1,5 +1,5 @@
 // fastrel::layer_norm_backward: statistics and gradient of a row while it is in the cache.
-#include "binding.h"
+#include "../binding.h"
 
 namespace fastrel {
 namespace {

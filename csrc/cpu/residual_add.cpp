@@ -1,7 +1,7 @@
 // fastrel::residual_add: one pass for the shares (and, under official, their sums), one for scaling.
 #include <cmath>
 
-#include "binding.h"
+#include "../binding.h"
 
 namespace fastrel {
 namespace {

@@ -3,7 +3,7 @@
 // Z = ½(x Wᵀ + |x||W|ᵀ), S = R ⊘ Z, R' = ½(x ⊙ (S W) + |x| ⊙ (S |W|)); S and the gradient share the product with W.
 // |W| is formed a chunk at a time and read from the cache by both products that need it: nothing of the weight's size is
 // allocated.
-#include "binding.h"
+#include "../binding.h"
 
 namespace fastrel {
 namespace {

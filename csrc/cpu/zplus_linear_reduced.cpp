@@ -2,7 +2,7 @@
 //
 // As zplus_linear, but with weights that reduced_weight made, once for all explanations. int8 has one scale per row of x, W and S; the scales of W's rows are folded into S,
 // so that the same quantised W serves both products. The gradient's product is in bfloat16 where that is asked for, else float32.
-#include "binding.h"
+#include "../binding.h"
 
 namespace fastrel {
 namespace {

@@ -6,7 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastrel import __version__, backends, native
+from fastrel import __version__, backends
+from fastrel.backends import native
 
 PACKAGES = ("torch", "triton", "timm", "torchvision", "transformers", "numpy", "pillow", "matplotlib")
 
@@ -26,8 +27,8 @@ def run(options: argparse.Namespace) -> int:
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         print(f"  {'cuda':<14}none (torch was built {built})")
     print("\nbackends")
-    for name in backends.BACKENDS:
-        reason = backends.unavailable(name)
+    for name, backend in backends.BACKENDS.items():
+        reason = backend.unavailable()
         print(f"  {name:<14}{_about(name) if reason is None else 'not available: ' + reason}")
     return 0
 

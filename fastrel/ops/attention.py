@@ -40,6 +40,16 @@ def _through_mask(q: Tensor, k: Tensor, mask: Tensor | None, rel: Tensor, scale:
     return R.add(scores, bias.to(scores.dtype).expand_as(scores), rel, rules)[0]
 
 
+def mask_factor(sums: Tensor) -> Tensor:
+    """What the official rules scale the scores' relevance by where a mask was added: of Σ u S, Σ bias S and ΣR [..., 3] per sample.
+
+    Eq. (9): A (|A|/(|A|+|B|)) ρ/A without its A, which Q and K have taken in already, linearly.
+    """
+    own, of_mask, rel = sums.unbind(-1)
+    weight = R.safe_divide(own.abs(), own.abs() + of_mask.abs(), "official") * rel
+    return R.safe_divide(weight, own, "official")
+
+
 def _update(attn: Tensor | None, grad: Tensor | None, rel: Tensor | None, update: str) -> Tensor:
     """M, with a leading K where the lanes have one: the mean over heads of the clamped product that `update` names."""
     if update == "attention":

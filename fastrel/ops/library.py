@@ -1,4 +1,5 @@
-"""The operators' namespaces: `fastrel::` in plain PyTorch, `fastrel_cpu::` the same operators as C++ kernels.
+"""The operators' namespaces: `fastrel::` in plain PyTorch, `fastrel_cpu::` the same operators as C++ kernels, `fastrel_cuda::`
+the passes around torch's products on a GPU (fastrel.backends.cuda).
 
 Schemas and shape functions are defined here in Python, once for both. Rules emit `fastrel::` operators, which run
 everywhere; `fastrel.backends` replaces those for which a compiled backend has a kernel.
@@ -11,11 +12,12 @@ import torch
 
 _LIBRARY = torch.library.Library("fastrel", "DEF")
 _CPU_LIBRARY = torch.library.Library("fastrel_cpu", "DEF")
+_CUDA_LIBRARY = torch.library.Library("fastrel_cuda", "DEF")
 
 #: The implementation in plain PyTorch of every operator.
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
-#: The operator of `fastrel_cpu::` that does the same; it runs once its library is loaded (fastrel.native).
+#: The operator of `fastrel_cpu::` that does the same; it runs once its library is loaded (fastrel.backends.native).
 CPU_KERNELS: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
 
 
@@ -46,3 +48,8 @@ def define(
 def declare(schema: str) -> None:
     """An operator that only the C++ library implements."""
     _CPU_LIBRARY.define(schema)
+
+
+def declare_cuda(schema: str) -> None:
+    """A pass that only the CUDA library implements."""
+    _CUDA_LIBRARY.define(schema)

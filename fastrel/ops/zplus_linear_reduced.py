@@ -1,4 +1,4 @@
-"""Linear layer with relevance products in bfloat16 or int8: `precision="mixed"` and `"low"`."""
+"""Linear layer with relevance products in bfloat16, int8 or float8: `precision="mixed"` and `"low"`."""
 
 from typing import Literal
 
@@ -12,34 +12,45 @@ from fastrel.reference.rules import safe_divide
 FLOOR = 1 / 256
 
 #: What a weight is prepared for: relevance products in one of two dtypes, or the gradient's product in bfloat16.
-Purpose = Literal["bfloat16", "int8", "gradient"]
+Purpose = Literal["bfloat16", "int8", "float8", "gradient"]
+
+#: Dtypes of 8 bits, which need a scale per row: by their largest number.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
-def _rounded(x: Tensor, int8: bool) -> Tensor:
-    """x as the products see it: in bfloat16, or in int8 with one scale per row."""
-    if not int8:
+def _scales(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each row [*, n] is divided by to fill an 8-bit dtype."""
+    return x.abs().amax(-1).clamp_min(torch.finfo(x.dtype).tiny) / LARGEST[dtype]
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as the products see it: in bfloat16, or in 8 bits with one scale per row."""
+    if dtype not in LARGEST:
         return x.bfloat16().to(x.dtype)
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / 127
-    return (x / scale).round() * scale
+    scale = _scales(x, dtype)[..., None]
+    scaled = x / scale
+    return (scaled.round() if dtype == torch.int8 else scaled.to(dtype).to(x.dtype)) * scale
 
 
 def _reduced_weight(weight: Tensor, purpose: Purpose) -> tuple[Tensor, Tensor, Tensor]:
-    """weight [out, in] -> W, |W|, scales: bfloat16; int8 with W = int8 · scales[out]; only bfloat16 W for the gradient."""
+    """weight [out, in] -> W, |W|, scales: bfloat16; 8 bits, W = w · scales[out]; only bfloat16 W for the gradient."""
     none = weight.new_empty(0)
     if purpose == "gradient":
         return weight.bfloat16(), none, none
     if purpose == "bfloat16":
         return weight.bfloat16(), weight.abs().bfloat16(), none
-    scales = weight.abs().amax(-1).clamp_min(torch.finfo(weight.dtype).tiny) / 127
-    w = (weight / scales[:, None]).round().to(torch.int8)
-    return w, w.abs(), scales
+    dtype = torch.int8 if purpose == "int8" else torch.float8_e4m3fn
+    scales = _scales(weight, dtype)
+    scaled = weight / scales[:, None]
+    scaled = scaled.round() if purpose == "int8" else scaled
+    return scaled.to(dtype), scaled.abs().to(dtype), scales
 
 
 def _reduced_weight_fake(weight: Tensor, purpose: Purpose) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.int8 if purpose == "int8" else torch.bfloat16
+    dtype = {"int8": torch.int8, "float8": torch.float8_e4m3fn}.get(purpose, torch.bfloat16)
     none, w = weight.new_empty(0), weight.new_empty(weight.shape, dtype=dtype)
     magnitude = none if purpose == "gradient" else torch.empty_like(w)
-    return w, magnitude, weight.new_empty(weight.shape[0]) if purpose == "int8" else none
+    return w, magnitude, weight.new_empty(weight.shape[0]) if dtype in LARGEST else none
 
 
 #: Depends on the weight alone: `fastrel.weights` keeps its results.
@@ -61,18 +72,18 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:
     """`zplus_linear` under the positive rules, operands of its relevance products rounded, sums exact.
 
-    w, w_abs, scales: of `reduced_weight`; in int8 the scales of W's rows are folded into S before it is rounded. The
+    w, w_abs, scales: of `reduced_weight`; in 8 bits the scales of W's rows are folded into S before it is rounded. The
     gradient's product is in bfloat16 where w_grad is.
     x [*, in], w [out, in], y [*, out], rel and grad [K, *, out] -> rel_in, grad_in [K, *, in].
     """
-    int8 = w.dtype == torch.int8
+    scaled = w.dtype in LARGEST
     wide, wide_abs = w.to(x.dtype), w_abs.to(x.dtype)
-    magnitude = _rounded(x.abs(), int8) @ wide_abs.mT
-    if int8:
+    magnitude = _rounded(x.abs(), w.dtype) @ wide_abs.mT
+    if scaled:
         magnitude = magnitude * scales
     z = torch.maximum(((y if bias is None else y - bias) + magnitude) / 2, magnitude * FLOOR)
     s = safe_divide(rel, z)
-    s = _rounded(s * scales if int8 else s, int8)
+    s = _rounded(s * scales if scaled else s, w.dtype)
     rel_in = (x * (s @ wide) + x.abs() * (s @ wide_abs)) / 2
     if grad is None or w_grad is None:
         return rel_in, x.new_empty(0)

@@ -67,6 +67,7 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
         t.method.normalize,
         inputs,
     )
+    call.meta["head_size"] = q.meta["val"].shape[-1]
     *lanes, kept, through = t.emit.parts(call, 8)
     if groups > 1:
         lanes = [lane if i % 3 == 0 else t.emit.call(sum_groups, lane, groups) for i, lane in enumerate(lanes)]

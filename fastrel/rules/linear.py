@@ -92,7 +92,9 @@ def _both(t: Transform, values: tuple[Any, ...], rel: fx.Node, grad: fx.Node | N
     w_grad = weight if grad else None
     if grad and t.products.bf16_gradient:
         w_grad = w if t.products.relevance == "bfloat16" else _reduced(t, weight, "gradient")[0]
-    return t.emit.parts(t.emit.call(ops.zplus_linear_reduced, x, w, w_abs, scales, w_grad, y, bias, rel, grad), 2)
+    call = t.emit.call(ops.zplus_linear_reduced, x, w, w_abs, scales, w_grad, y, bias, rel, grad)
+    call.meta["purpose"] = t.products.relevance
+    return t.emit.parts(call, 2)
 
 
 def _reduced(t: Transform, weight: fx.Node, purpose: str) -> list[fx.Node]:

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace fastrel {
+#include "update.h"
 
-enum class Update { kGradientRelevance, kGradientAttention, kRelevance, kAttention };
+namespace fastrel {
 
 // One head of attention: [queries, d] and [keys, d] operands with any strides; lanes have `targets` of them, `*_target` apart.
 // What is null is absent, or not wanted. Outputs have contiguous rows, `out_row` apart.

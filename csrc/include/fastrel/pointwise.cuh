@@ -1,0 +1,111 @@
+// The passes around the products of a linear layer, the residual add and layer normalisation.
+#pragma once
+
+#include "device.cuh"
+
+namespace fastrel {
+namespace cuda {
+
+// S = R ⊘ Z, Z = ½(signed_sum − bias + magnitude), or signed_sum itself without a magnitude. `least`: the share of the magnitude
+// below which Z is raised to it (reduced products); 0: Z is 0 where it is no more than the rounding of its terms. Values repeat
+// every `period` numbers.
+template <class T>
+__global__ void ratio_kernel(
+    int64_t n, int64_t period, int64_t outs, const T* signed_sum, const T* bias, const T* magnitude, const T* rel, T* out,
+    T least, bool official) {
+  FASTREL_EACH(i, n) {
+    const int64_t at = i % period;
+    T z = signed_sum[at] - (bias ? bias[at % outs] : T(0));
+    if (magnitude) {
+      const T size = magnitude[at], half = (z + size) * T(0.5), floor = size * least;
+      z = least > T(0) ? (half > floor ? half : floor) : half < size * (4 * Limits<T>::eps) ? T(0) : half;
+    }
+    out[i] = safe_divide(rel[i], z, official);
+  }
+}
+
+// R' = ½(x ⊙ c + |x| ⊙ c_abs); x repeats every `period` numbers.
+template <class T>
+__global__ void combine_kernel(int64_t n, int64_t period, const T* x, const T* c, const T* c_abs, T* out) {
+  FASTREL_EACH(i, n) {
+    const T value = x[i % period];
+    // The sum first: what cancels must cancel exactly.
+    out[i] = absolute(value) * (value < T(0) ? c_abs[i] - c[i] : c_abs[i] + c[i]) * T(0.5);
+  }
+}
+
+// Residual add, positive rules.
+template <class T>
+__global__ void share_kernel(int64_t n, int64_t period, const T* u, const T* v, const T* rel, T* rel_u, T* rel_v) {
+  FASTREL_EACH(i, n) {
+    const T a = u[i % period], b = v[i % period], total = a + b;
+    const T sign = total > T(0) ? T(1) : total < T(0) ? T(-1) : T(0);
+    const T part_a = positive(sign * a), part_b = positive(sign * b), s = safe_divide(rel[i], part_a + part_b, false);
+    rel_u[i] = part_a * s;
+    rel_v[i] = part_b * s;
+  }
+}
+
+// Residual add, official rules, first phase: block (chunk, sample) sums u S, v S and R over its chunk, S = R ⊘ (u+v).
+// Values are [batch, size], lanes [samples, size], sums [samples, 3, chunks].
+template <class T>
+__global__ void sums_kernel(int64_t size, int64_t chunk, int64_t batch, const T* u, const T* v, const T* rel, double* sums) {
+  const int64_t sample = blockIdx.y, first = blockIdx.x * chunk, value = (sample % batch) * size, lane = sample * size;
+  const int64_t last = first + chunk < size ? first + chunk : size;
+  double a = 0, b = 0, r = 0;
+  for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
+    const T s = safe_divide(rel[lane + i], u[value + i] + v[value + i], true);
+    a += u[value + i] * s;
+    b += v[value + i] * s;
+    r += rel[lane + i];
+  }
+  a = block_sum(a), b = block_sum(b), r = block_sum(r);
+  if (threadIdx.x == 0) {
+    double* own = sums + sample * 3 * gridDim.x + blockIdx.x;
+    own[0] = a, own[gridDim.x] = b, own[2 * gridDim.x] = r;
+  }
+}
+
+// Second phase: the chunks' sums added up in order, and the shares scaled.
+template <class T>
+__global__ void scale_kernel(
+    int64_t size, int64_t chunks, int64_t batch, const T* u, const T* v, const T* rel, const double* sums, T* rel_u, T* rel_v) {
+  const int64_t sample = blockIdx.y, value = (sample % batch) * size, lane = sample * size;
+  double total[3] = {0, 0, 0};
+  for (int k = 0; k < 3; ++k)
+    for (int64_t c = 0; c < chunks; ++c) total[k] += sums[(sample * 3 + k) * chunks + c];
+  const double both = absolute(total[0]) + absolute(total[1]);
+  const T factor_u = T(safe_divide(safe_divide(absolute(total[0]), both, true) * total[2], total[0], true));
+  const T factor_v = T(safe_divide(safe_divide(absolute(total[1]), both, true) * total[2], total[1], true));
+  FASTREL_EACH(i, size) {
+    const T s = safe_divide(rel[lane + i], u[value + i] + v[value + i], true);
+    rel_u[lane + i] = u[value + i] * s * factor_u;
+    rel_v[lane + i] = v[value + i] * s * factor_v;
+  }
+}
+
+// g through y = normalised(x) ⊙ weight, a block per lane row; x repeats every `rows` rows.
+template <class T>
+__global__ void layer_norm_backward_kernel(int64_t rows, int64_t width, const T* grad, const T* x, const T* weight, T eps, T* out) {
+  const T *own = x + (blockIdx.x % rows) * width, *g = grad + blockIdx.x * width;
+  T sum = 0;
+  for (int64_t c = threadIdx.x; c < width; c += blockDim.x) sum += own[c];
+  const T mean = block_sum(sum) / T(width);
+  sum = 0;
+  for (int64_t c = threadIdx.x; c < width; c += blockDim.x) sum += (own[c] - mean) * (own[c] - mean);
+  const T rstd = T(1) / sqrt(block_sum(sum) / T(width) + eps);
+  T sum_g = 0, sum_gx = 0;
+  for (int64_t c = threadIdx.x; c < width; c += blockDim.x) {
+    const T scaled = weight ? g[c] * weight[c] : g[c];
+    sum_g += scaled;
+    sum_gx += scaled * (own[c] - mean) * rstd;
+  }
+  const T mean_g = block_sum(sum_g) / T(width), mean_gx = block_sum(sum_gx) / T(width);
+  for (int64_t c = threadIdx.x; c < width; c += blockDim.x) {
+    const T scaled = weight ? g[c] * weight[c] : g[c];
+    out[blockIdx.x * width + c] = rstd * (scaled - mean_g - (own[c] - mean) * rstd * mean_gx);
+  }
+}
+
+}  // namespace cuda
+}  // namespace fastrel

@@ -1,0 +1,113 @@
+"""Which implementation of the fused operators runs, and why another cannot: one file per backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastrel import ops, weights
+from fastrel.backends import cpp, cuda, triton
+from fastrel.errors import InputError, UnsupportedModelError
+from fastrel.ops.library import REFERENCES
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the fused operators.
+
+    `unavailable()` is None, or why it cannot run on this machine; `runs_on(device)` why not on this device;
+    `kernels()` maps operators to functions of the same arguments; `supports(call, dtype)` says why it cannot compute a call
+    in a reverse graph whose lanes have that dtype: no reasons, no objection. `narrow`: its kernels take 16-bit values as they are.
+    """
+
+    name: str
+    unavailable: Callable[[], str | None]
+    runs_on: Callable[[torch.device], str | None]
+    kernels: Callable[[], dict[Any, Callable[..., Any]]]
+    supports: Callable[[fx.Node, torch.dtype], list[str]]
+    narrow: bool = False
+
+
+#: In the order in which "auto" prefers them.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("triton", triton.unavailable, triton.runs_on, triton.kernels, triton.supports, narrow=True),
+        Backend("cuda", cuda.unavailable, cuda.runs_on, cuda.kernels, cuda.supports),
+        Backend("cpp", cpp.unavailable, cpp.runs_on, cpp.kernels, cpp.supports),
+        Backend("torch", lambda: None, lambda device: None, lambda: REFERENCES, lambda call, dtype: []),
+    )
+}
+
+
+def require(name: str) -> None:
+    """Raise InputError unless `name` is "auto" or a backend that can run."""
+    if name == "auto":
+        return
+    if name not in BACKENDS:
+        raise InputError(f"unknown backend {name!r}; choose auto or one of {', '.join(BACKENDS)}")
+    reason = BACKENDS[name].unavailable()
+    if reason:
+        raise InputError(f"backend {name!r} cannot run: {reason}")
+
+
+def candidates(name: str, device: torch.device) -> list[Backend]:
+    """The backends that may compute on a device, the preferred one first; whether they can at all is yet to be asked.
+
+    Raises:
+        InputError: a backend asked for by name does not run on this device.
+    """
+    if name == "auto":
+        return [backend for backend in BACKENDS.values() if backend.runs_on(device) is None]
+    reason = BACKENDS[name].runs_on(device)
+    if reason:
+        raise InputError(f"backend {name!r} cannot run: {reason}")
+    return [BACKENDS[name]]
+
+
+def lower(reverse: fx.GraphModule, backend: str, device: torch.device, dtype: torch.dtype, keep_weights: bool = True) -> None:
+    """Choose, once and for every operator of a reverse graph with lanes of `dtype`, what computes it on this device.
+
+    Weights in reduced precision are kept from call to call (`fastrel.weights`) if `keep_weights`.
+
+    Raises:
+        InputError: a backend asked for by name does not run on this device.
+        UnsupportedModelError: it cannot compute an operator that this explanation needs, with the reasons.
+    """
+    allowed = candidates(backend, device)
+    for node in reverse.graph.nodes:
+        if node.target not in REFERENCES:
+            continue
+        op, against = node.target, []
+        for candidate in allowed:
+            if candidate.unavailable():
+                continue
+            own = candidate.kernels()
+            reasons = [f"{candidate.name}: {reason}" for reason in candidate.supports(node, dtype)]
+            if op in own and not reasons:
+                if candidate.narrow:
+                    node.args = tuple(_as_the_model_has_it(x) for x in node.args)
+                node.target = own[op]
+                break
+            against += reasons
+        else:
+            if against and backend != "auto":
+                raise UnsupportedModelError(f"backend {backend!r} cannot run: {op} {'; '.join(against)}; with 'auto', torch does it")
+            node.target = REFERENCES[op]
+        if keep_weights and op is ops.reduced_weight:
+            node.target = weights.kept(node.target)
+    reverse.graph.eliminate_dead_code()
+    reverse.recompile()
+
+
+def _as_the_model_has_it(x: Any) -> Any:
+    """A saved 16-bit value without its cast to float32."""
+    if isinstance(x, fx.Node) and x.target is aten.to.dtype and isinstance(x.args[0], fx.Node) and x.args[0].op == "placeholder":
+        return x.args[0]
+    return x

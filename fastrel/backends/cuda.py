@@ -1,0 +1,189 @@
+"""Backend "cuda": torch's own matrix products, and the passes of csrc/cuda for everything around them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastrel import ops
+from fastrel.backends import native
+from fastrel.backends.common import without_kernel
+from fastrel.ops.library import declare_cuda
+from fastrel.ops.zplus_linear_reduced import FLOOR, reduced_matmul
+
+#: Numbers that the attention maps of a chunk of queries may have.
+CHUNK = 8 << 20
+
+_FLOATS = "Tensor attn, Tensor? grad_product, Tensor? rel_product"
+for _schema in (
+    "zplus_ratio(Tensor signed_sum, Tensor? bias, Tensor? magnitude, Tensor rel, float least, bool official) -> Tensor",
+    "zplus_combine(Tensor x, Tensor c, Tensor c_abs) -> Tensor",
+    "residual_add(Tensor u, Tensor v, Tensor rel, int batch_dim, str rules) -> (Tensor, Tensor)",
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, int dims, float eps) -> Tensor",
+    "attention_update(Tensor? attn, Tensor? grad, Tensor? rel, str update) -> Tensor",
+    "rollout_row(Tensor row, Tensor m, bool normalize) -> (Tensor, Tensor)",
+    "attention_softmax_(Tensor(a!) products, Tensor? mask, float scale, bool causal, int query_start) -> Tensor(a!)",
+    f"attention_sums({_FLOATS}, str update) -> Tensor",
+    f"attention_through_(Tensor(a!) through, {_FLOATS}, Tensor weights, str update, bool add) -> Tensor(a!)",
+    "attention_score_lanes_(Tensor attn, Tensor? products, Tensor(a!)? grad_product, Tensor(b!)? rel_product, float scale)"
+    " -> Tensor",
+):
+    declare_cuda(_schema)
+
+passes = torch.ops.fastrel_cuda
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the CUDA passes cannot run on this machine; compiles them if need be."""
+    if os.environ.get(native.CUDA_LIBRARY_VARIABLE):  # the tests' host shim among them
+        return native.load_cuda()
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return native.load_cuda()
+
+
+def runs_on(device: torch.device) -> str | None:
+    """On a CUDA device."""
+    if device.type == "cuda" or native.shimmed():
+        return None
+    return f"it runs on a CUDA device, and the model is on {device}"
+
+
+@functools.cache
+def kernels() -> dict[Any, Any]:
+    """Functions by operator."""
+    return {
+        ops.zplus_linear: zplus_linear,
+        ops.zplus_linear_reduced: zplus_linear_reduced,
+        ops.residual_add: residual_add,
+        ops.attention_relevance: attention_relevance,
+        ops.attention_update: passes.attention_update.default,
+        ops.rollout_row: passes.rollout_row.default,
+        ops.layer_norm_backward: passes.layer_norm_backward.default,
+    }
+
+
+def supports(call: fx.Node, dtype: torch.dtype) -> list[str]:
+    """Why a call cannot be computed."""
+    return without_kernel(call, None)
+
+
+def zplus_linear(
+    x: Tensor, weight: Tensor, y: Tensor | None, bias: Tensor | None, rel: Tensor, grad: Tensor | None, rules: str
+) -> tuple[Tensor, Tensor]:
+    """`fastrel::zplus_linear` in float32 or float64."""
+    w_abs = weight.abs()
+    magnitude = x.abs() @ w_abs.mT
+    signed = x @ weight.mT if y is None else y
+    s = passes.zplus_ratio(signed, None if y is None else bias, magnitude, rel, 0.0, rules == "official")
+    rel_in = passes.zplus_combine(x, s @ weight, s @ w_abs)
+    return rel_in, x.new_empty(0) if grad is None else grad @ weight
+
+
+def zplus_linear_reduced(
+    x: Tensor,
+    w: Tensor,
+    w_abs: Tensor,
+    scales: Tensor,
+    w_grad: Tensor | None,
+    y: Tensor,
+    bias: Tensor | None,
+    rel: Tensor,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`fastrel::zplus_linear_reduced` in bfloat16, lanes in float32."""
+    magnitude = (x.abs().to(w.dtype) @ w_abs.mT).to(rel.dtype)
+    s = passes.zplus_ratio(y, bias, magnitude, rel, FLOOR, False).to(w.dtype)
+    rel_in = passes.zplus_combine(x, (s @ w).to(rel.dtype), (s @ w_abs).to(rel.dtype))
+    if grad is None or w_grad is None:
+        return rel_in, x.new_empty(0)
+    return rel_in, reduced_matmul(grad, w_grad)
+
+
+def residual_add(u: Tensor, v: Tensor, rel: Tensor, batch_dim: int, rules: str) -> tuple[Tensor, Tensor]:
+    """`fastrel::residual_add`."""
+    if rules == "positive" or batch_dim == 0:
+        return passes.residual_add(u, v, rel, 0, rules)
+    moved = (u.movedim(batch_dim, 0), v.movedim(batch_dim, 0), rel.movedim(batch_dim + 1, 1))
+    rel_u, rel_v = passes.residual_add(*moved, 0, rules)
+    return rel_u.movedim(1, batch_dim + 1), rel_v.movedim(1, batch_dim + 1)
+
+
+def attention_relevance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    rel: Tensor | None,
+    grad: Tensor | None,
+    row: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    query_start: int,
+    rules: str,
+    update: str,
+    normalize: bool,
+    inputs: bool,
+) -> tuple[Tensor, ...]:
+    """`fastrel::attention_relevance`, a chunk of queries at a time: memory grows with queries or keys, not with both."""
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    given = rel if rel is not None else grad if grad is not None else row
+    targets, official = 1 if given is None else len(given), rules == "official"
+    none, relevant = q.new_empty(0), v if official else v.clamp(min=0)
+
+    def lane(wanted: bool, like: Tensor) -> Tensor:
+        return like.new_zeros(targets, *like.shape) if wanted else none
+
+    wants_rel, wants_grad = inputs and rel is not None, inputs and grad is not None
+    rel_q, rel_k, rel_v = lane(wants_rel and official, q), lane(wants_rel and official, k), lane(wants_rel, v)
+    grad_q, grad_k, grad_v = lane(wants_grad, q), lane(wants_grad, k), lane(wants_grad, v)
+    through = none if row is None else q.new_empty(targets, batch, heads, keys)
+    kept = none if row is None or not normalize else torch.empty_like(row)
+    full_mask = None if mask is None else mask.expand(batch, heads, queries, keys)
+    step = max(16, CHUNK // (batch * heads * keys))
+    for start in range(0, queries, step):
+        chunk = slice(start, min(start + step, queries))
+        q_chunk = q[:, :, chunk]
+        products = q_chunk @ k.mT
+        attn = (products.clone() if official else products).contiguous()
+        passes.attention_softmax_(
+            attn, None if full_mask is None else full_mask[:, :, chunk], scale, is_causal, query_start + start
+        )
+        out = attn @ relevant if rel is not None else none
+        for t in range(targets):
+            rel_product = grad_product = s = None
+            if rel is not None:
+                s = passes.zplus_ratio(out, None, None, rel[t : t + 1, :, :, chunk], 0.0, official)[0]
+                rel_product = s @ relevant.mT
+            if grad is not None:
+                grad_product = grad[t, :, :, chunk] @ v.mT
+            if row is not None:
+                weights = row[t, :, chunk]
+                if normalize:
+                    weights = weights / (1 + passes.attention_sums(attn, grad_product, rel_product, update).sum(1))
+                    kept[t, :, chunk] = weights
+                passes.attention_through_(through[t], attn, grad_product, rel_product, weights, update, start > 0)
+            if s is not None and wants_rel:
+                rel_v[t] += attn.mT @ s
+            if grad is not None and wants_grad:
+                grad_v[t] += attn.mT @ grad[t, :, :, chunk]
+            shared = rel_product if wants_rel and official else None
+            if (grad_product is not None and wants_grad) or shared is not None:
+                passes.attention_score_lanes_(attn, products, grad_product if wants_grad else None, shared, scale)
+            if grad_product is not None and wants_grad:
+                grad_q[t, :, :, chunk] = grad_product @ k
+                grad_k[t] += grad_product.mT @ q_chunk
+            if shared is not None:
+                rel_q[t, :, :, chunk] = shared @ k
+                rel_k[t] += shared.mT @ q_chunk
+    if wants_rel:
+        rel_v *= relevant * 0.5 if official else relevant
+        if official:
+            rel_q *= q * 0.5
+            rel_k *= k * 0.5
+    return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, none if row is None else through.sum(2)

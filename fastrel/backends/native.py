@@ -1,0 +1,96 @@
+"""The compiled kernels: found, compiled at first use, or the reason why they are not there."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from fastrel import build
+from fastrel.ops import library
+
+log = logging.getLogger("fastrel")
+
+#: Set to 0 to forbid compiling at first use.
+JIT_VARIABLE = "FASTREL_JIT"
+
+#: A library to load instead of any other.
+LIBRARY_VARIABLE = "FASTREL_LIBRARY"
+
+#: The same for the CUDA passes. Without a GPU it names a library whose kernels run on a CPU (tests/shim).
+CUDA_LIBRARY_VARIABLE = "FASTREL_CUDA_LIBRARY"
+
+library.declare("instruction_set() -> str")
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the kernels of `torch.ops.fastrel_cpu`, compiling them first if need be. None, or the reason why it failed."""
+    return _load(build.CPU, LIBRARY_VARIABLE)
+
+
+@functools.cache
+def load_cuda() -> str | None:
+    """Load the passes of `torch.ops.fastrel_cuda`, compiling them first if need be. None, or the reason why it failed."""
+    return _load(build.CUDA, CUDA_LIBRARY_VARIABLE)
+
+
+def shimmed() -> bool:
+    """Whether CUDA passes were asked for where there is no GPU: those of the tests' shim, which run on a CPU."""
+    return bool(os.environ.get(CUDA_LIBRARY_VARIABLE)) and not torch.cuda.is_available()
+
+
+def _load(part: build.Part, variable: str) -> str | None:
+    try:
+        torch.ops.load_library(str(_find(part, variable) or _compile(part)))
+    except (build.BuildError, OSError) as error:
+        log.warning("fastrel runs without its compiled %s kernels: %s", part.name, error)
+        return str(error)
+    return None
+
+
+def instruction_set() -> str:
+    """The instruction set that the loaded kernels use: avx512, avx2 or generic."""
+    return torch.ops.fastrel_cpu.instruction_set()
+
+
+def origin(part: build.Part = build.CPU, variable: str = LIBRARY_VARIABLE) -> str:
+    """How the kernels got here: built at install time, in the cache, or not yet compiled."""
+    if os.environ.get(variable):
+        return f"{variable}={os.environ[variable]}"
+    if _packaged(part):
+        return f"built at install time, {_packaged(part)}"
+    try:
+        path = build.cached(part)
+    except build.BuildError as error:
+        return str(error)
+    return f"compiled at first use, {path}" if path.exists() else "not compiled yet: `fastrel build` does it now"
+
+
+def _packaged(part: build.Part) -> Path | None:
+    return next(Path(__file__).resolve().parent.parent.glob(f"{part.library}.*so"), None)
+
+
+def _find(part: build.Part, variable: str) -> Path | None:
+    """The library asked for, one built with the package, or one compiled before."""
+    if os.environ.get(variable):
+        return Path(os.environ[variable])
+    packaged = _packaged(part)
+    if packaged:
+        return packaged
+    path = build.cached(part)
+    return path if path.exists() else None
+
+
+def _compile(part: build.Part) -> Path:
+    if os.environ.get(JIT_VARIABLE) == "0":
+        raise build.BuildError(f"{JIT_VARIABLE}=0 forbids compiling at first use; run `fastrel build`, or unset it")
+    path, start = build.cached(part), time.perf_counter()
+    log.warning("fastrel compiles its %s kernels, once, into %s", part.name, path.parent)
+    build.compile_library(path, part)
+    log.warning("compiled in %.0f s", time.perf_counter() - start)
+    return path

@@ -1,0 +1,264 @@
+"""Triton kernels under Triton's interpreter, against the plain PyTorch of the same operators.
+
+Collected only in a process with TRITON_INTERPRET=1: tests/test_triton.py starts one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start: tests/test_triton.py runs it", allow_module_level=True)
+
+import fastrel
+from fastrel import ops
+from fastrel.backends import triton
+from fastrel.ops.library import REFERENCES
+from fastrel.triton_kernels import math as kernel_math
+from tests import golden_files as golden
+from tests import models
+from tests.interpreted.guards import Guards, guards  # noqa: F401  (a fixture)
+
+#: Of values; lanes are float32. bfloat16 is upcast right after the load, which is all that the interpreter gets right of it.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+RULES = ["positive", "official"]
+UPDATES = [name for name in ops.UPDATES if name != "gradcam"]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def values(x: Any, to: torch.dtype) -> Any:
+    return x.to(to) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def compare(guards: Guards, op: torch._ops.OpOverload, *args: Any) -> None:  # noqa: F811
+    """Within twice the error of plain PyTorch in float32, or 5e-6, of float64."""
+    given = [guards.around(x) if isinstance(x, Tensor) else x for x in args]
+    ours = triton.kernels()[op](*given)
+    plain, exact = (REFERENCES[op](*(values(x, dtype) for x in args)) for dtype in (torch.float32, torch.float64))
+    ours, plain, exact = ((x,) if isinstance(x, Tensor) else x for x in (ours, plain, exact))
+    for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert a.shape == c.shape, f"output {i} of {op}"
+        assert a.isfinite().all(), f"output {i} of {op}"
+        if a.numel():
+            limit = max(2 * golden.relative_error(b.double(), c), 5e-6)
+            assert golden.relative_error(a.double(), c) <= limit, f"output {i} of {op}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(("tokens", "features", "outs"), [(1, 16, 24), (5, 7, 13), (63, 100, 33), (70, 65, 130)])
+def test_zplus_linear(guards: Guards, dtype: torch.dtype, rules: str, tokens: int, features: int, outs: int) -> None:  # noqa: F811
+    x, weight, bias = (torch.randn(*s).to(dtype) for s in ((2, tokens, features), (outs, features), (outs,)))
+    y = (x.float() @ weight.float().mT + bias.float()).to(dtype)
+    rel, grad = torch.rand(3, 2, tokens, outs), torch.randn(3, 2, tokens, outs)
+    exact_output = y if dtype == torch.float32 else None  # an output rounded to 16 bits is not what Z is formed from
+    compare(guards, ops.zplus_linear, x, weight, exact_output, bias if exact_output is not None else None, rel, grad, rules)
+    compare(guards, ops.zplus_linear, x, weight, None, None, rel, None, rules)
+
+
+def test_zplus_linear_takes_a_transposed_weight(guards: Guards) -> None:  # noqa: F811
+    x, weight, rel = torch.randn(7, 10), torch.randn(10, 9).T, torch.rand(2, 7, 9)
+    compare(guards, ops.zplus_linear, x, weight, None, None, rel, rel - 0.5, "positive")
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_zplus_linear_at_the_edges(guards: Guards, rules: str) -> None:  # noqa: F811
+    """All-zero and all-negative inputs, no relevance: the reference's answer, never NaN."""
+    weight = torch.randn(4, 6)
+    for x in (torch.zeros(2, 6), -torch.rand(2, 6)):
+        for rel in (torch.ones(1, 2, 4), torch.zeros(1, 2, 4)):
+            compare(guards, ops.zplus_linear, x, weight, None, None, rel, rel, rules)
+
+
+@pytest.mark.parametrize("purpose", ["bfloat16", "float8"])
+def test_reduced_products_err_as_their_rounding_does(guards: Guards, purpose: str) -> None:  # noqa: F811
+    """The interpreter multiplies in float32: scales, layout and the rounding of stored weights are what is tested."""
+    x, weight, bias = torch.randn(2, 37, 100), torch.randn(70, 100), torch.randn(70)
+    y, rel, grad = x @ weight.mT + bias, torch.rand(2, 2, 37, 70), torch.randn(2, 2, 37, 70)
+    prepared = REFERENCES[ops.reduced_weight](weight, purpose)
+    w_grad = REFERENCES[ops.reduced_weight](weight, "gradient")[0]
+    wide = [values(x, torch.float64) for x in (x, weight, y, bias, rel, grad)]
+    exact = REFERENCES[ops.zplus_linear](*wide, "positive")
+    plain = REFERENCES[ops.zplus_linear_reduced](x, *prepared, w_grad, y, bias, rel, grad)
+    ours = triton.kernels()[ops.zplus_linear_reduced](x, *prepared, w_grad, y, bias, rel, grad)
+    for mine, rounded, wanted in zip(ours, plain, exact, strict=True):
+        error = golden.relative_error(mine.double(), wanted)
+        assert 1e-6 < error < 1.5 * golden.relative_error(rounded.double(), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(("queries", "keys", "d"), [(1, 1, 16), (1, 50, 128), (5, 7, 24), (63, 70, 80), (70, 33, 64)])
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
+def test_attention_relevance(
+    guards: Guards, dtype: torch.dtype, rules: str, queries: int, keys: int, d: int, mask: str  # noqa: F811
+) -> None:
+    if dtype != torch.float32 and queries > 5:
+        pytest.skip("the tails are the same")
+    # Under official, denominators are signed sums: positive operands keep them from zero, where all digits are rounding.
+    draw = torch.rand if rules == "official" else torch.randn
+    q, k, v = (draw(2, t, 2, d).to(dtype).transpose(1, 2) for t in (queries, keys, keys))
+    given = {"none": None, "causal": None, "bool": torch.rand(2, 1, queries, keys) > 0.3, "float": torch.randn(2, 1, 1, keys)}[mask]
+    if mask == "bool":
+        given[0, 0, 0] = rules == "official"  # type: ignore[index]  # a row that attends to nothing
+    if mask == "float" and rules == "official":
+        given = given.abs()  # type: ignore[union-attr]
+    rel, grad = (f(2, 2, queries, 2, d).transpose(2, 3) for f in (torch.rand, torch.randn))
+    row = torch.rand(2, 2, queries)
+    for inputs, normalize in ((True, False), (False, True)):
+        options = (d**-0.5, mask == "causal", max(0, keys - queries), rules, "gradient_relevance", normalize, inputs)
+        compare(guards, ops.attention_relevance, q, k, v, given, rel, grad, row, *options)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("lanes", ["both", "rel", "grad", "none"])
+def test_attention_relevance_of_other_methods(guards: Guards, update: str, lanes: str) -> None:  # noqa: F811
+    needs = {"gradient_relevance": {"both"}, "gradient_attention": {"both", "grad"}, "relevance": {"both", "rel"}}
+    if lanes not in needs.get(update, {"both", "rel", "grad", "none"}):
+        pytest.skip("the update needs a lane that is not there")
+    q, k, v, lane = (torch.randn(*s) for s in ((2, 3, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8), (4, 2, 3, 9, 8)))
+    rel, grad = lane.abs() if lanes in ("both", "rel") else None, lane if lanes in ("both", "grad") else None
+    compare(guards, ops.attention_relevance, q, k, v, None, rel, grad, torch.rand(4, 2, 9), 0.3, False, 0, "positive", update, True, True)
+
+
+def test_attention_over_some_queries_is_that_part_of_all(guards: Guards) -> None:  # noqa: F811
+    """With a causal mask, which must know where the queries are."""
+    q, k, v = (torch.randn(1, 2, 70, 16) for _ in range(3))
+    lane, row = torch.rand(1, 1, 2, 9, 16), torch.rand(1, 1, 9)
+    options = (0.25, True, 40, "positive", "gradient_relevance", False, True)
+    compare(guards, ops.attention_relevance, q[:, :, 40:49], k, v, None, lane, lane - 0.5, row, *options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_residual_add(guards: Guards, dtype: torch.dtype, rules: str, batch_dim: int) -> None:  # noqa: F811
+    # Away from 0 = u + v, where the official rules divide by rounding.
+    u, v = (1 + torch.rand(4, 3, 50)).to(dtype), (-0.5 * torch.rand(4, 3, 50)).to(dtype)
+    compare(guards, ops.residual_add, u, v, torch.rand(2, 4, 3, 50), batch_dim, rules)
+
+
+def test_residual_add_over_several_chunks(guards: Guards) -> None:  # noqa: F811
+    u, v = 1 + torch.rand(2, 20_000), torch.rand(2, 20_000)
+    compare(guards, ops.residual_add, u, v, torch.rand(1, 2, 20_000), 0, "official")
+    compare(guards, ops.residual_add, u, -u, torch.rand(1, 2, 20_000), 0, "positive")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [3, 63, 768])
+def test_layer_norm_backward(guards: Guards, dtype: torch.dtype, width: int) -> None:  # noqa: F811
+    x, weight, grad = torch.randn(2, 9, width).to(dtype), torch.randn(width).to(dtype), torch.randn(3, 2, 9, width)
+    compare(guards, ops.layer_norm_backward, grad, x, weight, 1, 1e-5)
+    compare(guards, ops.layer_norm_backward, grad, x, None, 1, 1e-5)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_attention_update(guards: Guards, update: str) -> None:  # noqa: F811
+    attn, grad, rel = torch.rand(2, 3, 5, 7), torch.randn(4, 2, 3, 5, 7), torch.rand(4, 2, 3, 5, 7)
+    compare(guards, ops.attention_update, attn, grad, rel, update)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("size", [1, 5, 70])
+def test_rollout_row(guards: Guards, normalize: bool, size: int) -> None:  # noqa: F811
+    row, m = torch.rand(3, 2, size), torch.rand(3, 2, size, size)
+    compare(guards, ops.rollout_row, row, m, normalize)
+    compare(guards, ops.rollout_row, row, m[0], normalize)
+
+
+def test_helpers_are_the_references_equations() -> None:
+    """Each maths helper alone, where its denominators vanish or change sign."""
+    import triton as tr
+    import triton.language as tl
+
+    from fastrel.reference import rules
+
+    @tr.jit
+    def divide(a_ptr, b_ptr, out_ptr, OFFICIAL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+        i = tl.arange(0, 8)
+        tl.store(out_ptr + i, kernel_math.safe_divide(tl.load(a_ptr + i), tl.load(b_ptr + i), OFFICIAL))
+
+    a = torch.ones(8)
+    b = torch.tensor([0.0, 1e-39, 1e-30, 1.0, -1.0, -1e-9, 2.0, -0.0])
+    for rule in RULES:
+        out = torch.empty(8)
+        divide[(1,)](a, b, out, rule == "official")
+        assert torch.allclose(out, rules.safe_divide(a, b, rule), rtol=1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("name", ["vit_a", "bert_a"])
+def test_golden_models_explained_by_triton(name: str, rules: str) -> None:
+    """The official code's own maps, and those of the positive rules in float64, from float32 by these kernels alone."""
+    data, target, is_bert = golden.load(name), golden.targets(name)[0], name == "bert_a"
+    model = (models.golden_bert if is_bert else models.golden_vit)(name)
+    given = {"input_ids": golden.tensor(data["input_ids"])} if is_bert else {"x": golden.tensor(data["input"])}
+    options = {"rules": rules, "normalize_rollout": is_bert}
+    wanted = fastrel.Explainer(model, backend="torch", **options)(**given, target=target).relevance[0]
+    if rules == "official":
+        official = golden.tensor(data[f"t{target}/transformer_attribution/start0"])
+        assert golden.relative_error(wanted[1:], official[-len(wanted) + 1 :]) < 1e-6
+    narrow = {key: x.float() if x.is_floating_point() else x for key, x in given.items()}
+    model.float()
+    plain = fastrel.Explainer(model, backend="torch", **options)(**narrow, target=target).relevance[0]
+    explainer = fastrel.Explainer(model, backend="triton", **options)
+    ours = explainer(**narrow, target=target).relevance[0]
+    (program,) = explainer._programs.values()
+    assert not any(node.target in REFERENCES.values() for node in program.reverse.graph.nodes)
+    assert sum(node.target in triton.kernels().values() for node in program.reverse.graph.nodes) > 10
+    assert golden.map_error(ours, wanted) <= max(2 * golden.map_error(plain, wanted), 1e-5)
+
+
+def test_auto_prefers_triton_and_all_precisions_run() -> None:
+    model, given = models.build("timm_vit").float(), {"x": models.inputs("timm_vit")["x"].float()}
+    exact = fastrel.Explainer(model.double(), backend="torch")(given["x"].double(), target=1).relevance
+    model.float()
+    explainer = fastrel.Explainer(model)
+    assert golden.map_error(explainer(**given, target=1).relevance, exact) < 1e-5
+    (program,) = explainer._programs.values()
+    assert any(node.target is triton.kernels()[ops.zplus_linear] for node in program.reverse.graph.nodes)
+
+
+@pytest.mark.parametrize("precision", ["mixed", "low"])
+def test_reduced_precisions_by_triton(precision: str) -> None:
+    from scipy.stats import spearmanr
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=256, depth=2, num_heads=4, num_classes=6).eval()
+    image = torch.randn(1, 3, 32, 32)
+    exact = fastrel.Explainer(model, backend="torch")(image, target=1).relevance
+    explainer = fastrel.Explainer(model, backend="triton", precision=precision)
+    ours = explainer(image, target=1).relevance
+    (program,) = explainer._programs.values()
+    calls = [node for node in program.reverse.graph.nodes if node.target is triton.kernels()[ops.zplus_linear_reduced]]
+    assert {node.meta["purpose"] for node in calls} == {"float8" if precision == "low" else "bfloat16"}
+    assert spearmanr(ours[0, 1:], exact[0, 1:]).statistic > 0.99
+    assert 1e-7 < golden.map_error(ours, exact) < 0.05
+
+
+def test_an_explicit_backend_that_cannot_run_lists_its_reasons() -> None:
+    with pytest.raises(fastrel.UnsupportedModelError, match=r"backend 'triton' cannot run: .* lanes of this model are float64"):
+        fastrel.Explainer(models.build("timm_vit"), backend="triton")(**models.inputs("timm_vit"))
+    model = models.build("timm_vit").float()
+    images = models.inputs("timm_vit")["x"].float()
+    with pytest.raises(fastrel.UnsupportedModelError, match="triton: has no kernel for attention Grad-CAM's update"):
+        fastrel.Explainer(model, "attention_gradcam", backend="triton")(images)
+
+
+def test_lanes_of_all_kinds_are_reproducible() -> None:
+    """No atomics: the same bits twice."""
+    q, k, v = torch.randn(3, 1, 2, 40, 16)
+    lane, row = torch.rand(1, 1, 2, 40, 16), torch.rand(1, 1, 40)
+    options = (0.25, False, 0, "official", "gradient_relevance", True, True)
+    runs = [triton.kernels()[ops.attention_relevance](q, k, v, None, lane, lane - 0.5, row, *options) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in itertools.starmap(lambda a, b: (a, b), zip(*runs, strict=True)))

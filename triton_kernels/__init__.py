@@ -1,0 +1,1 @@
+"""Triton kernels of the fused operators, installed as `fastrel.triton_kernels`: one file per operator, kernels and launchers."""

@@ -1,0 +1,365 @@
+"""`attention_relevance`: softmax attention without a map in memory, in FlashAttention's tiles.
+
+Three sweeps, A recomputed in each from q, k and the log-sum-exp of its rows:
+
+rows: a tile of queries over all keys. Log-sum-exp, S = R ⊘ (A V'), δ = Σ_d g ⊙ (A V).
+queries: a tile of queries over all keys. g_Q = D K with D = scale A ⊙ (g Vᵀ − δ); official R_Q; Σ_k M where rows are scaled.
+keys: a tile of keys over all queries. R_V, g_V, g_K, official R_K, and `through` = Σ_q row_q M_q.
+
+V' = V⁺ under the positive rules, V under the official ones; R_A = ½ A ⊙ (S V'ᵀ). Each head leaves its own part of M; the parts are
+added up in order.
+
+A mask is an operand of a residual add under the official rules: relevance of the scores is scaled by sums over the whole sample.
+Q and K take it linearly, so the queries' sweep leaves the sums, and the factor is applied to what both sweeps made.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrel.ops.attention import mask_factor
+from fastrel.triton_kernels import configs
+from fastrel.triton_kernels.launch import blocks, capability, precision, with_unit_stride
+from fastrel.triton_kernels.math import UPDATES, positive, safe_divide, update_of
+
+#: Kinds of masks: none, True where a key is attended to, a bias of the scores.
+NO_MASK, KEEP, BIAS = 0, 1, 2
+
+
+@triton.jit
+def load_rows(p, row, rows, d, D: tl.constexpr, stride):
+    """A tile [rows, D] of float32 from the rows `row` of a matrix with d columns."""
+    c = tl.arange(0, D)
+    at = row.to(tl.int64)[:, None] * stride + c[None, :]
+    return tl.load(p + at, mask=(row < rows)[:, None] & (c < d)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(p, row, rows, d, D: tl.constexpr, stride, x):
+    """The counterpart of `load_rows`."""
+    c = tl.arange(0, D)
+    tl.store(p + row.to(tl.int64)[:, None] * stride + c[None, :], x, mask=(row < rows)[:, None] & (c < d)[None, :])
+
+
+@triton.jit
+def products_and_scores(
+    b_q, b_k, i, j, queries, keys, p_mask, mask_row, mask_col, scale, query_start,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Q Kᵀ, the mask's bias, and scale Q Kᵀ + mask, −∞ where nothing is attended to, [BM, BN]."""
+    product = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    scores = product * scale
+    bias = tl.zeros_like(scores)
+    inside = (i < queries)[:, None] & (j < keys)[None, :]
+    if MASK != 0:
+        at = i.to(tl.int64)[:, None] * mask_row + j.to(tl.int64)[None, :] * mask_col
+        b_mask = tl.load(p_mask + at, mask=inside, other=0)  # [BM, BN]
+        if MASK == 1:
+            inside = inside & (b_mask != 0)
+        else:
+            bias = b_mask.to(tl.float32)
+            scores += bias
+    if CAUSAL:
+        inside = inside & (j[None, :] <= (query_start + i)[:, None])
+    return product, bias, tl.where(inside, scores, -float("inf"))
+
+
+@triton.jit
+def official_scores_relevance(rel_attn, product, bias, scale, MASKED: tl.constexpr):
+    """S₂ = R ⊘ Q Kᵀ with R the relevance of the scores; with a mask R = u ⊙ S, not yet scaled, and Σ u S, Σ bias S, Σ R_A of rows."""
+    if MASKED:
+        scaled = product * scale
+        s = tl.where(rel_attn == 0.0, 0.0, safe_divide(rel_attn, scaled + bias, True))
+        own, of_mask = scaled * s, tl.where(rel_attn == 0.0, 0.0, bias * s)
+        return safe_divide(own, product, True), tl.sum(own, 1), tl.sum(of_mask, 1), tl.sum(rel_attn, 1)
+    else:
+        nothing = tl.sum(tl.zeros_like(product), 1)
+        return safe_divide(rel_attn, product, True), nothing, nothing, nothing
+
+
+@triton.jit
+def attention_rows_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr,
+    rel_ptr, grad_ptr,  # [targets, batch, heads, queries, d]
+    lse_ptr,  # [batch, heads, queries]
+    s_ptr,  # [targets, batch, heads, queries, d]
+    delta_ptr,  # [targets, batch, heads, queries]
+    heads, queries, keys, d, targets, scale, query_start,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    mask_batch, mask_head, mask_row, mask_col,
+    rel_target, rel_batch, rel_head, rel_row, grad_target, grad_batch, grad_head, grad_row,
+    REL: tl.constexpr, GRAD: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, OFFICIAL: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(1).to(tl.int64)
+    b, h = part // heads, part % heads
+    b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row)  # [BM, D]
+    highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    out = tl.zeros((BLOCK_M, D), tl.float32)
+    out_relevant = tl.zeros((BLOCK_M, D), tl.float32)
+    p_mask = mask_ptr + b * mask_batch + h * mask_head
+    for start in range(0, keys, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row)  # [BN, D]
+        b_v = load_rows(v_ptr + b * v_batch + h * v_head, j, keys, d, D, v_row)  # [BN, D]
+        _, _, scores = products_and_scores(
+            b_q, b_k, i, j, queries, keys, p_mask, mask_row, mask_col, scale, query_start, MASK, CAUSAL, PRECISION
+        )
+        top = tl.maximum(highest, tl.max(scores, 1))
+        safe = tl.where(top == -float("inf"), 0.0, top)
+        kept = tl.exp(highest - safe)
+        attn = tl.exp(scores - safe[:, None])
+        total = total * kept + tl.sum(attn, 1)
+        if GRAD:
+            out = tl.dot(attn, b_v, out * kept[:, None], input_precision=PRECISION)
+        if REL:
+            b_relevant = b_v if OFFICIAL else positive(b_v)
+            out_relevant = tl.dot(attn, b_relevant, out_relevant * kept[:, None], input_precision=PRECISION)
+        highest = top
+    share = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+    safe = tl.where(total == 0.0, 0.0, highest + tl.log(tl.where(total == 0.0, 1.0, total)))
+    own = part * queries + i
+    size = tl.num_programs(1).to(tl.int64) * queries
+    tl.store(lse_ptr + own, safe, mask=i < queries)
+    for t in range(targets):
+        if REL:
+            b_rel = load_rows(rel_ptr + t * rel_target + b * rel_batch + h * rel_head, i, queries, d, D, rel_row)  # [BM, D]
+            s = safe_divide(b_rel, out_relevant * share[:, None], OFFICIAL)
+            store_rows(s_ptr + (t * size + part * queries) * d, i, queries, d, D, d, s)
+        if GRAD:
+            p_grad = grad_ptr + t * grad_target + b * grad_batch + h * grad_head
+            b_grad = load_rows(p_grad, i, queries, d, D, grad_row)  # [BM, D]
+            tl.store(delta_ptr + t * size + own, tl.sum(b_grad * out * share[:, None], 1), mask=i < queries)
+
+
+@triton.jit
+def attention_queries_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr,
+    rel_q_ptr, grad_q_ptr,  # [targets, batch, queries, heads, d]
+    sum_ptr,  # [targets, batch, heads, queries]
+    mask_sum_ptr,  # [targets, batch, heads, 3, queries]
+    heads, queries, keys, d, scale, query_start,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
+    REL: tl.constexpr, GRAD: tl.constexpr, INPUTS: tl.constexpr, SUMS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part, t = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    b, h = part // heads, part % heads
+    parts = tl.num_programs(1).to(tl.int64)
+    own = (t * parts + part) * queries
+    b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row)  # [BM, D]
+    b_lse = tl.load(lse_ptr + part * queries + i, mask=i < queries, other=0.0)  # [BM]
+    rel_attn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    grad_attn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if REL:
+        b_s = load_rows(s_ptr + own * d, i, queries, d, D, d)  # [BM, D]
+    if GRAD:
+        p_grad = grad_ptr + t * grad_target + b * grad_batch + h * grad_head
+        b_grad = load_rows(p_grad, i, queries, d, D, grad_row)  # [BM, D]
+        b_delta = tl.load(delta_ptr + own + i, mask=i < queries, other=0.0)  # [BM]
+    grad_q = tl.zeros((BLOCK_M, D), tl.float32)
+    rel_q = tl.zeros((BLOCK_M, D), tl.float32)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+    sum_own = tl.zeros((BLOCK_M,), tl.float32)
+    sum_mask = tl.zeros((BLOCK_M,), tl.float32)
+    sum_rel = tl.zeros((BLOCK_M,), tl.float32)
+    p_mask = mask_ptr + b * mask_batch + h * mask_head
+    for start in range(0, keys, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row)  # [BN, D]
+        b_v = load_rows(v_ptr + b * v_batch + h * v_head, j, keys, d, D, v_row)  # [BN, D]
+        product, bias, scores = products_and_scores(
+            b_q, b_k, i, j, queries, keys, p_mask, mask_row, mask_col, scale, query_start, MASK, CAUSAL, PRECISION
+        )
+        attn = tl.exp(scores - b_lse[:, None])
+        if REL:
+            b_relevant = b_v if OFFICIAL else positive(b_v)
+            rel_attn = 0.5 * attn * tl.dot(b_s, tl.trans(b_relevant), input_precision=PRECISION)
+        if GRAD:
+            grad_attn = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
+        if SUMS:
+            sums += tl.sum(update_of(attn, grad_attn, rel_attn, UPDATE), 1)
+        if INPUTS and GRAD:
+            weighted = attn * (grad_attn - b_delta[:, None]) * scale
+            grad_q = tl.dot(weighted, b_k, grad_q, input_precision=PRECISION)
+        if INPUTS and REL and OFFICIAL:
+            s_scores, row_own, row_mask, row_rel = official_scores_relevance(rel_attn, product, bias, scale, MASK != 0)
+            rel_q = tl.dot(s_scores, b_k, rel_q, input_precision=PRECISION)
+            sum_own += row_own
+            sum_mask += row_mask
+            sum_rel += row_rel
+    at = ((t * (parts // heads) + b) * queries * heads + h) * d
+    if INPUTS and GRAD:
+        store_rows(grad_q_ptr + at, i, queries, d, D, heads * d, grad_q)
+    if INPUTS and REL and OFFICIAL:
+        store_rows(rel_q_ptr + at, i, queries, d, D, heads * d, rel_q * b_q * 0.5)
+        if MASK != 0:
+            p_sum = mask_sum_ptr + own * 3 + i
+            tl.store(p_sum, sum_own, mask=i < queries)
+            tl.store(p_sum + queries, sum_mask, mask=i < queries)
+            tl.store(p_sum + 2 * queries, sum_rel, mask=i < queries)
+    if SUMS:
+        tl.store(sum_ptr + own + i, sums / heads, mask=i < queries)
+
+
+@triton.jit
+def attention_keys_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr,
+    row_ptr,  # [targets, batch, queries]
+    rel_k_ptr, rel_v_ptr, grad_k_ptr, grad_v_ptr,  # [targets, batch, keys, heads, d]
+    through_ptr,  # [targets, batch, heads, keys]
+    heads, queries, keys, d, scale, query_start,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
+    REL: tl.constexpr, GRAD: tl.constexpr, INPUTS: tl.constexpr, ROW: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part, t = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    b, h = part // heads, part % heads
+    parts = tl.num_programs(1).to(tl.int64)
+    own = (t * parts + part) * queries
+    sample = t * (parts // heads) + b
+    b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row)  # [BN, D]
+    b_v = load_rows(v_ptr + b * v_batch + h * v_head, j, keys, d, D, v_row)  # [BN, D]
+    b_relevant = b_v if OFFICIAL else positive(b_v)
+    rel_attn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    grad_attn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    grad_k = tl.zeros((BLOCK_N, D), tl.float32)
+    grad_v = tl.zeros((BLOCK_N, D), tl.float32)
+    rel_k = tl.zeros((BLOCK_N, D), tl.float32)
+    rel_v = tl.zeros((BLOCK_N, D), tl.float32)
+    through = tl.zeros((BLOCK_N,), tl.float32)
+    p_mask = mask_ptr + b * mask_batch + h * mask_head
+    for start in range(0, queries, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
+        b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row)  # [BM, D]
+        b_lse = tl.load(lse_ptr + part * queries + i, mask=i < queries, other=0.0)  # [BM]
+        product, bias, scores = products_and_scores(
+            b_q, b_k, i, j, queries, keys, p_mask, mask_row, mask_col, scale, query_start, MASK, CAUSAL, PRECISION
+        )
+        attn = tl.exp(scores - b_lse[:, None])
+        if REL:
+            b_s = load_rows(s_ptr + own * d, i, queries, d, D, d)  # [BM, D]
+            rel_attn = 0.5 * attn * tl.dot(b_s, tl.trans(b_relevant), input_precision=PRECISION)
+        if GRAD:
+            p_grad = grad_ptr + t * grad_target + b * grad_batch + h * grad_head
+            b_grad = load_rows(p_grad, i, queries, d, D, grad_row)  # [BM, D]
+            grad_attn = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
+        if ROW:
+            b_row = tl.load(row_ptr + sample * queries + i, mask=i < queries, other=0.0)  # [BM]
+            through += tl.sum(b_row[:, None] * update_of(attn, grad_attn, rel_attn, UPDATE), 0)
+        if INPUTS and GRAD:
+            grad_v = tl.dot(tl.trans(attn), b_grad, grad_v, input_precision=PRECISION)
+            b_delta = tl.load(delta_ptr + own + i, mask=i < queries, other=0.0)  # [BM]
+            weighted = attn * (grad_attn - b_delta[:, None]) * scale
+            grad_k = tl.dot(tl.trans(weighted), b_q, grad_k, input_precision=PRECISION)
+        if INPUTS and REL:
+            rel_v = tl.dot(tl.trans(attn), b_s, rel_v, input_precision=PRECISION)
+            if OFFICIAL:
+                s_scores, _, _, _ = official_scores_relevance(rel_attn, product, bias, scale, MASK != 0)
+                rel_k = tl.dot(tl.trans(s_scores), b_q, rel_k, input_precision=PRECISION)
+    at = (sample * keys * heads + h) * d
+    if INPUTS and GRAD:
+        store_rows(grad_k_ptr + at, j, keys, d, D, heads * d, grad_k)
+        store_rows(grad_v_ptr + at, j, keys, d, D, heads * d, grad_v)
+    if INPUTS and REL:
+        store_rows(rel_v_ptr + at, j, keys, d, D, heads * d, rel_v * b_relevant * (0.5 if OFFICIAL else 1.0))
+        if OFFICIAL:
+            store_rows(rel_k_ptr + at, j, keys, d, D, heads * d, rel_k * b_k * 0.5)
+    if ROW:
+        tl.store(through_ptr + (t * parts + part) * keys + j, through / heads, mask=j < keys)
+
+
+def attention_relevance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    rel: Tensor | None,
+    grad: Tensor | None,
+    row: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    query_start: int,
+    rules: str,
+    update: str,
+    normalize: bool,
+    inputs: bool,
+) -> tuple[Tensor, ...]:
+    """`fastrel::attention_relevance` for q, k, v of float32, bfloat16 or float16 with head sizes to 128, lanes of float32."""
+    (batch, heads, queries, d), keys = q.shape, k.shape[2]
+    given = rel if rel is not None else grad if grad is not None else row
+    targets = 1 if given is None else len(given)
+    official = rules == "official"
+    q, k, v = (with_unit_stride(x) for x in (q, k, v))
+    rel, grad = (None if x is None else with_unit_stride(x) for x in (rel, grad))
+    none = torch.empty(0, dtype=torch.float32, device=q.device)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    def lane(wanted: bool, tokens: int) -> Tensor:
+        """[targets, batch, heads, tokens, d] with the heads of a token side by side."""
+        return empty(targets, batch, tokens, heads, d).transpose(2, 3) if wanted else none
+
+    wants_rel, wants_grad = inputs and rel is not None, inputs and grad is not None
+    rel_q, rel_k = lane(wants_rel and official, queries), lane(wants_rel and official, keys)
+    rel_v = lane(wants_rel, keys)
+    grad_q, grad_k, grad_v = lane(wants_grad, queries), lane(wants_grad, keys), lane(wants_grad, keys)
+    lse = empty(batch, heads, queries)
+    s = none if rel is None else empty(targets, batch, heads, queries, d)
+    delta = none if grad is None else empty(targets, batch, heads, queries)
+
+    width = max(16, triton.next_power_of_2(d))
+    tile = configs.of(configs.ATTENTION[width], capability(q.device))
+    kind = NO_MASK if mask is None else KEEP if mask.dtype == torch.bool else BIAS
+    mask_values = q if mask is None else mask.view(torch.uint8) if kind == KEEP else mask
+    grad_values, grad_strides = (q, (0, 0, 0, 0)) if grad is None else (grad, grad.stride()[:4])
+    values = (q, k, v, mask_values)
+    sizes = (heads, queries, keys, d)
+    value_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(mask))
+    options = {
+        "REL": rel is not None, "GRAD": grad is not None, "MASK": kind, "CAUSAL": is_causal, "OFFICIAL": official,
+        "PRECISION": precision(q, k, v), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "D": width,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    attention_rows_kernel[blocks(queries, tile.m), batch * heads](
+        *values, q if rel is None else rel, grad_values, lse, s, delta, *sizes, targets, scale, query_start, *value_strides,
+        *((0, 0, 0, 0) if rel is None else rel.stride()[:4]), *grad_strides, **options,
+    )  # fmt: skip
+    saved = (*values, lse, s, delta, grad_values)
+    options |= {"INPUTS": inputs, "UPDATE": UPDATES[update]}
+    sums = empty(targets, batch, heads, queries) if row is not None and normalize else none
+    mask_sums = empty(targets, batch, heads, 3, queries) if mask is not None and wants_rel and official else none
+    if wants_grad or (wants_rel and official) or sums.numel():
+        attention_queries_kernel[blocks(queries, tile.m), batch * heads, targets](
+            *saved, rel_q, grad_q, sums, mask_sums, *sizes, scale, query_start, *value_strides, *grad_strides, SUMS=sums.numel() > 0, **options
+        )
+    kept, weights = none, row
+    if row is not None:
+        weights = row.contiguous()
+        if normalize:
+            kept = weights = weights / (1 + sums.sum(2))
+    through = none if row is None else empty(targets, batch, heads, keys)
+    attention_keys_kernel[blocks(keys, tile.n), batch * heads, targets](
+        *saved, none if weights is None else weights, rel_k, rel_v, grad_k, grad_v, through, *sizes, scale, query_start,
+        *value_strides, *grad_strides, ROW=row is not None, **options,
+    )  # fmt: skip
+    if mask_sums.numel():
+        factor = mask_factor(mask_sums.sum((2, 4)))[:, :, None, None, None]
+        rel_q, rel_k = rel_q * factor, rel_k * factor
+    return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, none if row is None else through.sum(2)
+
+
+def _strides(mask: Tensor | None) -> tuple[int, ...]:
+    """Strides of a mask that broadcasts to [batch, heads, queries, keys], 0 where it does."""
+    if mask is None:
+        return 0, 0, 0, 0
+    own = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    return (*[0] * (4 - len(own)), *own)

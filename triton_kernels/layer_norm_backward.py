@@ -1,0 +1,42 @@
+"""`layer_norm_backward`: statistics and gradient of a row while it is in registers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def layer_norm_backward_kernel(
+    grad_ptr,  # [lanes, width]
+    x_ptr,  # [rows, width]
+    weight_ptr,  # [width]
+    out_ptr,  # [lanes, width]
+    rows, width, eps,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    lane = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    inside = c < width
+    b_x = tl.load(x_ptr + (lane % rows) * width + c, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
+    b_g = tl.load(grad_ptr + lane * width + c, mask=inside, other=0.0)  # [BLOCK]
+    if WEIGHTED:
+        b_g = b_g * tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(inside, b_x - tl.sum(b_x) / width, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred) / width + eps)
+    normed = centred * rstd
+    out = rstd * (b_g - tl.sum(b_g) / width - normed * (tl.sum(b_g * normed) / width))
+    tl.store(out_ptr + lane * width + c, out, mask=inside)
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: float) -> Tensor:
+    """`fastrel::layer_norm_backward` for x of float32, bfloat16 or float16, rows of at most 65536 numbers."""
+    grad, x = grad.contiguous(), x.contiguous()
+    out = torch.empty_like(grad)
+    width = x.shape[-dims:].numel()
+    block = triton.next_power_of_2(width)
+    layer_norm_backward_kernel[(grad.numel() // width,)](
+        grad, x, x if weight is None else weight.contiguous(), out, x.numel() // width, width, eps,
+        WEIGHTED=weight is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
+    return out
