@@ -13,6 +13,8 @@ A mask is an operand of a residual add under the official rules: relevance of th
 Q and K take it linearly, so the queries' sweep leaves the sums, and the factor is applied to what both sweeps made.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +22,11 @@ from torch import Tensor
 
 from fastrel.ops.attention import mask_factor
 from fastrel.triton_kernels import configs
-from fastrel.triton_kernels.launch import blocks, capability, precision, with_unit_stride
+from fastrel.triton_kernels.launch import ALL_REGISTERS, blocks, capability, precision, with_unit_stride
 from fastrel.triton_kernels.math import UPDATES, positive, safe_divide, update_of
+
+#: Largest head for which three TF32 products fit into registers; larger ones are multiplied in float32 itself.
+MAX_TF32X3 = 64
 
 #: Kinds of masks: none, True where a key is attended to, a bias of the scores.
 NO_MASK, KEEP, BIAS = 0, 1, 2
@@ -101,7 +106,7 @@ def attention_rows_kernel(
     out = tl.zeros((BLOCK_M, D), tl.float32)
     out_relevant = tl.zeros((BLOCK_M, D), tl.float32)
     p_mask = mask_ptr + b * mask_batch + h * mask_head
-    for start in range(0, keys, BLOCK_N):
+    for start in tl.range(0, keys, BLOCK_N, disable_licm=True):
         j = start + tl.arange(0, BLOCK_N)
         b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row)  # [BN, D]
         b_v = load_rows(v_ptr + b * v_batch + h * v_head, j, keys, d, D, v_row)  # [BN, D]
@@ -144,7 +149,7 @@ def attention_queries_kernel(
     heads, queries, keys, d, scale, query_start,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
-    REL: tl.constexpr, GRAD: tl.constexpr, INPUTS: tl.constexpr, SUMS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, SUMS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -169,7 +174,7 @@ def attention_queries_kernel(
     sum_mask = tl.zeros((BLOCK_M,), tl.float32)
     sum_rel = tl.zeros((BLOCK_M,), tl.float32)
     p_mask = mask_ptr + b * mask_batch + h * mask_head
-    for start in range(0, keys, BLOCK_N):
+    for start in tl.range(0, keys, BLOCK_N, disable_licm=True):
         j = start + tl.arange(0, BLOCK_N)
         b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row)  # [BN, D]
         b_v = load_rows(v_ptr + b * v_batch + h * v_head, j, keys, d, D, v_row)  # [BN, D]
@@ -184,19 +189,19 @@ def attention_queries_kernel(
             grad_attn = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
         if SUMS:
             sums += tl.sum(update_of(attn, grad_attn, rel_attn, UPDATE), 1)
-        if INPUTS and GRAD:
+        if GRAD_IN:
             weighted = attn * (grad_attn - b_delta[:, None]) * scale
             grad_q = tl.dot(weighted, b_k, grad_q, input_precision=PRECISION)
-        if INPUTS and REL and OFFICIAL:
+        if REL_IN and OFFICIAL:
             s_scores, row_own, row_mask, row_rel = official_scores_relevance(rel_attn, product, bias, scale, MASK != 0)
             rel_q = tl.dot(s_scores, b_k, rel_q, input_precision=PRECISION)
             sum_own += row_own
             sum_mask += row_mask
             sum_rel += row_rel
     at = ((t * (parts // heads) + b) * queries * heads + h) * d
-    if INPUTS and GRAD:
+    if GRAD_IN:
         store_rows(grad_q_ptr + at, i, queries, d, D, heads * d, grad_q)
-    if INPUTS and REL and OFFICIAL:
+    if REL_IN and OFFICIAL:
         store_rows(rel_q_ptr + at, i, queries, d, D, heads * d, rel_q * b_q * 0.5)
         if MASK != 0:
             p_sum = mask_sum_ptr + own * 3 + i
@@ -216,7 +221,7 @@ def attention_keys_kernel(
     heads, queries, keys, d, scale, query_start,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
-    REL: tl.constexpr, GRAD: tl.constexpr, INPUTS: tl.constexpr, ROW: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, ROW: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -236,7 +241,7 @@ def attention_keys_kernel(
     rel_v = tl.zeros((BLOCK_N, D), tl.float32)
     through = tl.zeros((BLOCK_N,), tl.float32)
     p_mask = mask_ptr + b * mask_batch + h * mask_head
-    for start in range(0, queries, BLOCK_M):
+    for start in tl.range(0, queries, BLOCK_M, disable_licm=True):
         i = start + tl.arange(0, BLOCK_M)
         b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row)  # [BM, D]
         b_lse = tl.load(lse_ptr + part * queries + i, mask=i < queries, other=0.0)  # [BM]
@@ -254,21 +259,21 @@ def attention_keys_kernel(
         if ROW:
             b_row = tl.load(row_ptr + sample * queries + i, mask=i < queries, other=0.0)  # [BM]
             through += tl.sum(b_row[:, None] * update_of(attn, grad_attn, rel_attn, UPDATE), 0)
-        if INPUTS and GRAD:
+        if GRAD_IN:
             grad_v = tl.dot(tl.trans(attn), b_grad, grad_v, input_precision=PRECISION)
             b_delta = tl.load(delta_ptr + own + i, mask=i < queries, other=0.0)  # [BM]
             weighted = attn * (grad_attn - b_delta[:, None]) * scale
             grad_k = tl.dot(tl.trans(weighted), b_q, grad_k, input_precision=PRECISION)
-        if INPUTS and REL:
+        if REL_IN:
             rel_v = tl.dot(tl.trans(attn), b_s, rel_v, input_precision=PRECISION)
             if OFFICIAL:
                 s_scores, _, _, _ = official_scores_relevance(rel_attn, product, bias, scale, MASK != 0)
                 rel_k = tl.dot(tl.trans(s_scores), b_q, rel_k, input_precision=PRECISION)
     at = (sample * keys * heads + h) * d
-    if INPUTS and GRAD:
+    if GRAD_IN:
         store_rows(grad_k_ptr + at, j, keys, d, D, heads * d, grad_k)
         store_rows(grad_v_ptr + at, j, keys, d, D, heads * d, grad_v)
-    if INPUTS and REL:
+    if REL_IN:
         store_rows(rel_v_ptr + at, j, keys, d, D, heads * d, rel_v * b_relevant * (0.5 if OFFICIAL else 1.0))
         if OFFICIAL:
             store_rows(rel_k_ptr + at, j, keys, d, D, heads * d, rel_k * b_k * 0.5)
@@ -317,7 +322,9 @@ def attention_relevance(
     delta = none if grad is None else empty(targets, batch, heads, queries)
 
     width = max(16, triton.next_power_of_2(d))
-    tile = configs.of(configs.ATTENTION[width], capability(q.device))
+    multiply, where = precision(q, k, v), capability(q.device)
+    if multiply == "tf32x3" and width > MAX_TF32X3:
+        multiply = "ieee"
     kind = NO_MASK if mask is None else KEEP if mask.dtype == torch.bool else BIAS
     mask_values = q if mask is None else mask.view(torch.uint8) if kind == KEEP else mask
     grad_values, grad_strides = (q, (0, 0, 0, 0)) if grad is None else (grad, grad.stride()[:4])
@@ -326,35 +333,59 @@ def attention_relevance(
     value_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(mask))
     options = {
         "REL": rel is not None, "GRAD": grad is not None, "MASK": kind, "CAUSAL": is_causal, "OFFICIAL": official,
-        "PRECISION": precision(q, k, v), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "D": width,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "PRECISION": multiply, "D": width,
     }  # fmt: skip
+
+    registers = {} if multiply == "ieee" else ALL_REGISTERS
+
+    def tiled(sweep: str) -> tuple[configs.Tile, dict[str, Any]]:
+        tile = configs.attention(multiply, width, sweep, where)
+        return tile, {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "num_warps": tile.warps, "num_stages": tile.stages, **registers}
+
+    tile, blocking = tiled("rows")
     attention_rows_kernel[blocks(queries, tile.m), batch * heads](
         *values, q if rel is None else rel, grad_values, lse, s, delta, *sizes, targets, scale, query_start, *value_strides,
-        *((0, 0, 0, 0) if rel is None else rel.stride()[:4]), *grad_strides, **options,
+        *((0, 0, 0, 0) if rel is None else rel.stride()[:4]), *grad_strides, **options, **blocking,
     )  # fmt: skip
     saved = (*values, lse, s, delta, grad_values)
-    options |= {"INPUTS": inputs, "UPDATE": UPDATES[update]}
+    options["UPDATE"] = UPDATES[update]
     sums = empty(targets, batch, heads, queries) if row is not None and normalize else none
     mask_sums = empty(targets, batch, heads, 3, queries) if mask is not None and wants_rel and official else none
-    if wants_grad or (wants_rel and official) or sums.numel():
-        attention_queries_kernel[blocks(queries, tile.m), batch * heads, targets](
-            *saved, rel_q, grad_q, sums, mask_sums, *sizes, scale, query_start, *value_strides, *grad_strides, SUMS=sums.numel() > 0, **options
-        )
+    # What a sweep computes: lanes that go in, and M. In float32 a sweep holds the lanes of one kind only, else registers spill.
+    together = multiply == "tf32"
+    sweeps = [(wants_grad, wants_rel, True)] if together else [(wants_grad, False, True), (False, wants_rel, False)]
+    for grad_in, rel_in, update_in in sweeps:
+        rel_in, sums_in = rel_in and official, update_in and sums.numel() > 0
+        tile, blocking = tiled("queries relevance" if rel_in and not grad_in else "queries")
+        if grad_in or rel_in or sums_in:
+            attention_queries_kernel[blocks(queries, tile.m), batch * heads, targets](
+                *saved, rel_q, grad_q, sums, mask_sums, *sizes, scale, query_start, *value_strides, *grad_strides,
+                GRAD_IN=grad_in, REL_IN=rel_in, SUMS=sums_in, **_of_lanes(options, grad_in, rel_in, sums_in), **blocking,
+            )  # fmt: skip
     kept, weights = none, row
     if row is not None:
         weights = row.contiguous()
         if normalize:
             kept = weights = weights / (1 + sums.sum(2))
     through = none if row is None else empty(targets, batch, heads, keys)
-    attention_keys_kernel[blocks(keys, tile.n), batch * heads, targets](
-        *saved, none if weights is None else weights, rel_k, rel_v, grad_k, grad_v, through, *sizes, scale, query_start,
-        *value_strides, *grad_strides, ROW=row is not None, **options,
-    )  # fmt: skip
+    for grad_in, rel_in, update_in in sweeps:
+        row_in = update_in and row is not None
+        tile, blocking = tiled("keys relevance" if rel_in and not grad_in else "keys")
+        if grad_in or rel_in or row_in:
+            attention_keys_kernel[blocks(keys, tile.n), batch * heads, targets](
+                *saved, none if weights is None else weights, rel_k, rel_v, grad_k, grad_v, through, *sizes, scale, query_start,
+                *value_strides, *grad_strides, GRAD_IN=grad_in, REL_IN=rel_in, ROW=row_in,
+                **_of_lanes(options, grad_in, rel_in, row_in), **blocking,
+            )  # fmt: skip
     if mask_sums.numel():
         factor = mask_factor(mask_sums.sum((2, 4)))[:, :, None, None, None]
         rel_q, rel_k = rel_q * factor, rel_k * factor
     return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, none if row is None else through.sum(2)
+
+
+def _of_lanes(options: dict[str, Any], grad_in: bool, rel_in: bool, update_in: bool) -> dict[str, Any]:
+    """Options of a sweep that needs only some of the lanes."""
+    return {**options, "REL": options["REL"] and (rel_in or update_in), "GRAD": options["GRAD"] and (grad_in or update_in)}
 
 
 def _strides(mask: Tensor | None) -> tuple[int, ...]:

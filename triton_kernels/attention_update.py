@@ -29,7 +29,9 @@ def attention_update_kernel(
     for h in range(heads):
         own = (map_ * heads + h) * size + at
         if ATTN:
-            b_attn = tl.load(attn_ptr + ((map_ % attn_maps) * heads + h) * size + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
+            b_attn = tl.load(attn_ptr + ((map_ % attn_maps) * heads + h) * size + at, mask=inside, other=0.0).to(
+                tl.float32
+            )  # [BLOCK]
         if GRAD:
             b_grad = tl.load(grad_ptr + own, mask=inside, other=0.0)  # [BLOCK]
         if REL:

@@ -13,29 +13,68 @@ class Tile(NamedTuple):
     stages: int
 
 
-#: First product of `zplus_linear` (rows × outs over ins). "float32" keeps three operands of 4 bytes in shared memory.
+#: First product of `zplus_linear` (rows × outs over ins).
 SHARES = {
-    "float32": {80: Tile(64, 64, 32, 4, 2), 90: Tile(64, 128, 32, 8, 2), 120: Tile(64, 64, 32, 4, 2)},
-    "bfloat16": {80: Tile(64, 128, 32, 8, 3), 90: Tile(128, 128, 64, 8, 3), 120: Tile(64, 128, 32, 8, 3)},
-    "float8": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 3), 120: Tile(64, 128, 64, 8, 2)},
+    "float32": {80: Tile(64, 64, 32, 8, 2)},
+    "bfloat16": {80: Tile(64, 64, 32, 8, 3), 90: Tile(64, 64, 64, 8, 3), 120: Tile(64, 64, 32, 8, 3)},
+    "float8": {80: Tile(64, 64, 64, 8, 2)},
 }
 
 #: Second product of `zplus_linear` (rows × ins over outs): three accumulators.
 BACK = {
-    "float32": {80: Tile(32, 64, 32, 4, 2), 90: Tile(64, 64, 32, 8, 2), 120: Tile(32, 64, 32, 4, 2)},
-    "bfloat16": {80: Tile(64, 64, 32, 8, 3), 90: Tile(64, 128, 64, 8, 3), 120: Tile(64, 64, 32, 8, 2)},
-    "float8": {80: Tile(64, 64, 32, 8, 2), 90: Tile(64, 128, 64, 8, 2), 120: Tile(64, 64, 32, 8, 2)},
+    "float32": {80: Tile(64, 64, 16, 8, 2), 120: Tile(32, 64, 16, 8, 2)},
+    "bfloat16": {80: Tile(64, 64, 32, 8, 2)},
+    "float8": {80: Tile(64, 64, 32, 8, 2)},
 }
 
-#: `attention_relevance`, by padded head size: m queries and n keys at a time; k is not used.
+#: Sweeps of `attention_relevance`, by how it multiplies and padded head size: m queries and n keys at a time; k is not used.
+#: In float32 a sweep holds lanes of one kind only, the gradient or (`… relevance`) relevance.
 ATTENTION = {
-    16: {80: Tile(64, 64, 0, 4, 2)},
-    32: {80: Tile(64, 64, 0, 4, 2), 120: Tile(32, 64, 0, 4, 2)},
-    64: {80: Tile(32, 64, 0, 4, 2), 90: Tile(64, 64, 0, 8, 2), 120: Tile(32, 32, 0, 4, 1)},
-    128: {80: Tile(32, 32, 0, 8, 1), 90: Tile(32, 32, 0, 8, 2), 120: Tile(16, 32, 0, 4, 1)},
+    "tf32": {
+        64: {
+            "rows": {80: Tile(64, 64, 0, 8, 1)},
+            "queries": {80: Tile(32, 32, 0, 4, 1), 90: Tile(64, 64, 0, 8, 1), 120: Tile(32, 32, 0, 4, 1)},
+            "keys": {80: Tile(32, 32, 0, 4, 1)},
+        },
+        128: {
+            "rows": {80: Tile(32, 32, 0, 4, 1)},
+            "queries": {80: Tile(32, 32, 0, 8, 1)},
+            "keys": {80: Tile(32, 32, 0, 8, 1)},
+        },
+    },
+    "float32": {
+        32: {
+            "rows": {80: Tile(32, 32, 0, 8, 1)},
+            "queries": {80: Tile(16, 32, 0, 4, 1)},
+            "queries relevance": {80: Tile(16, 32, 0, 4, 1)},
+            "keys": {80: Tile(16, 16, 0, 2, 1)},
+            "keys relevance": {80: Tile(32, 16, 0, 4, 1)},
+        },
+        64: {
+            "rows": {80: Tile(32, 32, 0, 8, 1)},
+            "queries": {80: Tile(16, 32, 0, 8, 1)},
+            "queries relevance": {80: Tile(32, 32, 0, 8, 1)},
+            "keys": {80: Tile(16, 32, 0, 8, 1)},
+            "keys relevance": {80: Tile(16, 32, 0, 8, 1)},
+        },
+        128: {
+            "rows": {80: Tile(16, 16, 0, 8, 1)},
+            "queries": {80: Tile(16, 16, 0, 8, 1)},
+            "queries relevance": {80: Tile(16, 16, 0, 8, 1)},
+            "keys": {80: Tile(16, 16, 0, 8, 1), 100: Tile(16, 32, 0, 8, 1)},
+            "keys relevance": {80: Tile(16, 16, 0, 8, 1)},
+        },
+    },
 }
 
 
 def of(table: dict[int, Tile], capability: int) -> Tile:
     """The entry of the newest capability that is not newer than this one."""
     return table[max(known for known in table if known <= capability)]
+
+
+def attention(precision: str, width: int, sweep: str, capability: int) -> Tile:
+    """The tile of a sweep over heads padded to `width` features."""
+    by_width = ATTENTION["tf32" if precision == "tf32" else "float32"]
+    table = by_width[min(known for known in by_width if known >= width)]
+    return of(table[sweep if precision != "tf32" else sweep.split()[0]], capability)

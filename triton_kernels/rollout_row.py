@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrel.triton_kernels.launch import blocks
+from fastrel.triton_kernels.launch import ALL_REGISTERS, blocks
 
 BLOCK_Q, BLOCK_K = 32, 64
 
@@ -55,7 +55,7 @@ def rollout_row(row: Tensor, m: Tensor, normalize: bool) -> tuple[Tensor, Tensor
     queries, keys = m.shape[-2:]
     rows, maps = row.numel() // queries, m.numel() // (queries * keys)
     kept = torch.empty_like(row) if normalize else row
-    blocks_ = {"BLOCK_Q": BLOCK_Q, "BLOCK_K": BLOCK_K}
+    blocks_ = {"BLOCK_Q": BLOCK_Q, "BLOCK_K": BLOCK_K, **ALL_REGISTERS}
     if normalize:
         rollout_kept_kernel[blocks(queries, BLOCK_Q), rows](row, m, kept, queries, keys, maps, **blocks_)
     through = torch.empty(*row.shape[:-1], keys, dtype=torch.float32, device=row.device)

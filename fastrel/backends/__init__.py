@@ -11,6 +11,7 @@ from torch import fx
 
 from fastrel import ops, weights
 from fastrel.backends import cpp, cuda, triton
+from fastrel.backends.common import Call
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.ops.library import REFERENCES
 
@@ -22,15 +23,15 @@ class Backend:
     """An implementation of the fused operators.
 
     `unavailable()` is None, or why it cannot run on this machine; `runs_on(device)` why not on this device;
-    `kernels()` maps operators to functions of the same arguments; `supports(call, dtype)` says why it cannot compute a call
-    in a reverse graph whose lanes have that dtype: no reasons, no objection. `narrow`: its kernels take 16-bit values as they are.
+    `kernels()` maps operators to functions of the same arguments; `supports(call)` says why it cannot compute a call: no reasons, no
+    objection. `narrow`: its kernels take 16-bit values as they are.
     """
 
     name: str
     unavailable: Callable[[], str | None]
     runs_on: Callable[[torch.device], str | None]
     kernels: Callable[[], dict[Any, Callable[..., Any]]]
-    supports: Callable[[fx.Node, torch.dtype], list[str]]
+    supports: Callable[[Call], list[str]]
     narrow: bool = False
 
 
@@ -41,7 +42,7 @@ BACKENDS = {
         Backend("triton", triton.unavailable, triton.runs_on, triton.kernels, triton.supports, narrow=True),
         Backend("cuda", cuda.unavailable, cuda.runs_on, cuda.kernels, cuda.supports),
         Backend("cpp", cpp.unavailable, cpp.runs_on, cpp.kernels, cpp.supports),
-        Backend("torch", lambda: None, lambda device: None, lambda: REFERENCES, lambda call, dtype: []),
+        Backend("torch", lambda: None, lambda device: None, lambda: REFERENCES, lambda call: []),
     )
 }
 
@@ -71,6 +72,19 @@ def candidates(name: str, device: torch.device) -> list[Backend]:
     return [BACKENDS[name]]
 
 
+def choose(call: Call, allowed: list[Backend]) -> tuple[Backend, list[str]]:
+    """The first backend that computes a call, torch if none does, and what spoke against those before it."""
+    against: list[str] = []
+    for candidate in allowed:
+        if candidate.unavailable():
+            continue
+        reasons = candidate.supports(call)
+        if not reasons and call.op in candidate.kernels():
+            return candidate, against
+        against += [f"{candidate.name} {reason}" for reason in reasons]
+    return BACKENDS["torch"], against
+
+
 def lower(reverse: fx.GraphModule, backend: str, device: torch.device, dtype: torch.dtype, keep_weights: bool = True) -> None:
     """Choose, once and for every operator of a reverse graph with lanes of `dtype`, what computes it on this device.
 
@@ -84,22 +98,13 @@ def lower(reverse: fx.GraphModule, backend: str, device: torch.device, dtype: to
     for node in reverse.graph.nodes:
         if node.target not in REFERENCES:
             continue
-        op, against = node.target, []
-        for candidate in allowed:
-            if candidate.unavailable():
-                continue
-            own = candidate.kernels()
-            reasons = [f"{candidate.name}: {reason}" for reason in candidate.supports(node, dtype)]
-            if op in own and not reasons:
-                if candidate.narrow:
-                    node.args = tuple(_as_the_model_has_it(x) for x in node.args)
-                node.target = own[op]
-                break
-            against += reasons
-        else:
-            if against and backend != "auto":
-                raise UnsupportedModelError(f"backend {backend!r} cannot run: {op} {'; '.join(against)}; with 'auto', torch does it")
-            node.target = REFERENCES[op]
+        op = node.target
+        chosen, against = choose(Call.of(node, dtype), allowed)
+        if against and backend != "auto":
+            raise UnsupportedModelError(f"backend {backend!r} cannot run: {op} {'; '.join(against)}; with 'auto', torch does it")
+        if chosen.narrow:
+            node.args = tuple(_as_the_model_has_it(x) for x in node.args)
+        node.target = chosen.kernels()[op]
         if keep_weights and op is ops.reduced_weight:
             node.target = weights.kept(node.target)
     reverse.graph.eliminate_dead_code()

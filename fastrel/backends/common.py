@@ -1,22 +1,36 @@
-"""Reasons that several backends share."""
+"""What backends are asked about, and reasons that several share."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import fx
 
 
-def options(call: fx.Node) -> list[str]:
-    """The string arguments of a call: its rules, update or purpose."""
-    return [x for x in call.args if isinstance(x, str)]
+@dataclass(frozen=True)
+class Call:
+    """A call of a fused operator: its rules, update or purpose; the dtype of its lanes; its heads' size and 8-bit dtype, if any."""
+
+    op: Any
+    options: tuple[str, ...]
+    dtype: torch.dtype
+    head_size: int = 0
+
+    @classmethod
+    def of(cls, node: fx.Node, dtype: torch.dtype) -> Call:
+        """The call that a node of a reverse graph makes."""
+        options = [x for x in (*node.args, node.meta.get("purpose")) if isinstance(x, str)]
+        return cls(node.target, tuple(options), dtype, node.meta.get("head_size", 0))
 
 
-def without_kernel(call: fx.Node, narrow: str | None) -> list[str]:
-    """Reasons against calls that no kernel computes, and against weights in an 8-bit dtype other than `narrow`."""
-    given, reasons = options(call), []
-    if "original_lrp" in given:
+def without_kernel(call: Call, narrow: str | None) -> list[str]:
+    """Reasons against calls that no kernel computes, and against products in an 8-bit dtype other than `narrow`."""
+    reasons = []
+    if "original_lrp" in call.options:
         reasons.append("has no kernel for rules 'original_lrp'")
-    if "gradcam" in given:
+    if "gradcam" in call.options:
         reasons.append("has no kernel for attention Grad-CAM's update")
     others = [dtype for dtype in ("int8", "float8") if dtype != narrow]
-    reasons += [f"has no products in {dtype}" for dtype in others if dtype in (*given, call.meta.get("purpose"))]
-    return reasons
+    return reasons + [f"has no products in {dtype}" for dtype in others if dtype in call.options]

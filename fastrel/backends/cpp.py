@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
 
 from fastrel.backends import native
-from fastrel.backends.common import without_kernel
+from fastrel.backends.common import Call, without_kernel
 from fastrel.ops.library import CPU_KERNELS
 
 unavailable = native.load
@@ -24,6 +23,6 @@ def kernels() -> dict[Any, Any]:
     return CPU_KERNELS
 
 
-def supports(call: fx.Node, dtype: torch.dtype) -> list[str]:
+def supports(call: Call) -> list[str]:
     """Why a call cannot be computed."""
     return without_kernel(call, "int8")

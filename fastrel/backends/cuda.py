@@ -7,11 +7,11 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fastrel import ops
 from fastrel.backends import native
-from fastrel.backends.common import without_kernel
+from fastrel.backends.common import Call, without_kernel
 from fastrel.ops.library import declare_cuda
 from fastrel.ops.zplus_linear_reduced import FLOOR, reduced_matmul
 
@@ -68,7 +68,7 @@ def kernels() -> dict[Any, Any]:
     }
 
 
-def supports(call: fx.Node, dtype: torch.dtype) -> list[str]:
+def supports(call: Call) -> list[str]:
     """Why a call cannot be computed."""
     return without_kernel(call, None)
 

@@ -7,10 +7,9 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch import fx
 
 from fastrel import ops
-from fastrel.backends.common import without_kernel
+from fastrel.backends.common import Call, without_kernel
 
 #: Largest head size that attention kernels hold in registers.
 MAX_HEAD = 128
@@ -70,11 +69,11 @@ def kernels() -> dict[Any, Any]:
     }
 
 
-def supports(call: fx.Node, dtype: torch.dtype) -> list[str]:
+def supports(call: Call) -> list[str]:
     """Why a call cannot be computed."""
     reasons = without_kernel(call, "float8")
-    if dtype != torch.float32:
-        reasons.append(f"computes in float32, and lanes of this model are {str(dtype).removeprefix('torch.')}")
-    if call.meta.get("head_size", 0) > MAX_HEAD:
-        reasons.append(f"holds heads of at most {MAX_HEAD} features, not {call.meta['head_size']}")
+    if call.dtype != torch.float32:
+        reasons.append(f"computes in float32, and lanes of this model are {str(call.dtype).removeprefix('torch.')}")
+    if call.head_size > MAX_HEAD:
+        reasons.append(f"holds heads of at most {MAX_HEAD} features, not {call.head_size}")
     return reasons

@@ -251,7 +251,7 @@ def test_an_explicit_backend_that_cannot_run_lists_its_reasons() -> None:
         fastrel.Explainer(models.build("timm_vit"), backend="triton")(**models.inputs("timm_vit"))
     model = models.build("timm_vit").float()
     images = models.inputs("timm_vit")["x"].float()
-    with pytest.raises(fastrel.UnsupportedModelError, match="triton: has no kernel for attention Grad-CAM's update"):
+    with pytest.raises(fastrel.UnsupportedModelError, match="triton has no kernel for attention Grad-CAM's update"):
         fastrel.Explainer(model, "attention_gradcam", backend="triton")(images)
 
 
