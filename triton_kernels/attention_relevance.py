@@ -351,8 +351,8 @@ def attention_relevance(
     options["UPDATE"] = UPDATES[update]
     sums = empty(targets, batch, heads, queries) if row is not None and normalize else none
     mask_sums = empty(targets, batch, heads, 3, queries) if mask is not None and wants_rel and official else none
-    # What a sweep computes: lanes that go in, and M. In float32 a sweep holds the lanes of one kind only, else registers spill.
-    together = multiply == "tf32"
+    # What a sweep computes: lanes that go in, and M. Else than in TF32 under the positive rules, all lanes at once would spill.
+    together = multiply == "tf32" and not official
     sweeps = [(wants_grad, wants_rel, True)] if together else [(wants_grad, False, True), (False, wants_rel, False)]
     for grad_in, rel_in, update_in in sweeps:
         rel_in, sums_in = rel_in and official, update_in and sums.numel() > 0

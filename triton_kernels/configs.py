@@ -28,12 +28,13 @@ BACK = {
 }
 
 #: Sweeps of `attention_relevance`, by how it multiplies and padded head size: m queries and n keys at a time; k is not used.
-#: In float32 a sweep holds lanes of one kind only, the gradient or (`… relevance`) relevance.
+#: In float32, and under the official rules, a sweep holds lanes of one kind only, the gradient or (`… relevance`) relevance.
 ATTENTION = {
     "tf32": {
         64: {
             "rows": {80: Tile(64, 64, 0, 8, 1)},
             "queries": {80: Tile(32, 32, 0, 4, 1), 90: Tile(64, 64, 0, 8, 1), 120: Tile(32, 32, 0, 4, 1)},
+            "queries relevance": {80: Tile(32, 32, 0, 4, 1)},
             "keys": {80: Tile(32, 32, 0, 4, 1)},
         },
         128: {
@@ -77,4 +78,4 @@ def attention(precision: str, width: int, sweep: str, capability: int) -> Tile:
     """The tile of a sweep over heads padded to `width` features."""
     by_width = ATTENTION["tf32" if precision == "tf32" else "float32"]
     table = by_width[min(known for known in by_width if known >= width)]
-    return of(table[sweep if precision != "tf32" else sweep.split()[0]], capability)
+    return of(table.get(sweep) or table[sweep.split()[0]], capability)

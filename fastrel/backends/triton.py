@@ -11,8 +11,8 @@ import torch
 from fastrel import ops
 from fastrel.backends.common import Call, without_kernel
 
-#: Largest head size that attention kernels hold in registers.
-MAX_HEAD = 128
+#: Largest head size that attention kernels hold in registers; under the official rules relevance goes on to the scores.
+MAX_HEAD, MAX_HEAD_OFFICIAL = 128, 64
 
 
 @functools.cache
@@ -74,6 +74,7 @@ def supports(call: Call) -> list[str]:
     reasons = without_kernel(call, "float8")
     if call.dtype != torch.float32:
         reasons.append(f"computes in float32, and lanes of this model are {str(call.dtype).removeprefix('torch.')}")
-    if call.head_size > MAX_HEAD:
-        reasons.append(f"holds heads of at most {MAX_HEAD} features, not {call.head_size}")
+    limit = MAX_HEAD_OFFICIAL if "official" in call.options else MAX_HEAD
+    if call.head_size > limit:
+        reasons.append(f"holds heads of at most {limit} features under these rules, not {call.head_size}")
     return reasons
