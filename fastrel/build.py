@@ -131,7 +131,7 @@ def compile_library(target: Path, part: Part = CPU, extra_flags: Sequence[str] =
 
         def to_object(source: Path) -> str:
             result = f"{scratch}/{source.stem}.o"
-            includes = [f"-I{folder}/include", f"-isystem{include}", f"-isystem{include}/torch/csrc/api/include"]
+            includes = [f"-I{folder}/include", "-isystem", f"{include}", "-isystem", f"{include}/torch/csrc/api/include"]
             _run([*compile_, *FLAGS, *part.flags, *extra_flags, *includes, "-c", str(source), "-o", result])
             return result
 

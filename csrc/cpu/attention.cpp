@@ -1,4 +1,5 @@
 // fastrel::attention_relevance (a head at a time), attention_update and rollout_row.
+#include <cmath>
 #include <cstring>
 
 #include "../binding.h"
@@ -24,6 +25,23 @@ Tensor lane_like(const Tensor& value, int64_t targets) {
   return torch::stable::transpose(memory, 2, 3);
 }
 
+// The relevance of Q and K, linear in that of the scores, scaled as `mask_factor` of fastrel.ops.attention says.
+template <class T>
+void scale_scores_lanes(const Tensor& mask_sums, const Tensor& rel_q, const Tensor& rel_k) {
+  const auto divide = [](double a, double b) { return b == 0 ? 0.0 : a / (b + 1e-9 == 0 ? 1e-9 : b + 1e-9); };
+  const int64_t samples = mask_sums.size(0) * mask_sums.size(1), heads = mask_sums.size(2);
+  for (int64_t i = 0; i < samples; ++i) {
+    double sums[3] = {0, 0, 0};
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t k = 0; k < 3; ++k) sums[k] += data<T>(mask_sums)[(i * heads + h) * 3 + k];
+    const double factor = divide(divide(std::abs(sums[0]), std::abs(sums[0]) + std::abs(sums[1])) * sums[2], sums[0]);
+    for (const Tensor* lane : {&rel_q, &rel_k}) {
+      const int64_t size = lane->numel() / samples;
+      kernels<T>().scale(size, T(factor), out<T>(*lane) + i * size);
+    }
+  }
+}
+
 template <class T>
 std::vector<Tensor> run(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, const OptionalTensor& rel,
@@ -45,6 +63,10 @@ std::vector<Tensor> run(
   // Every head's own part, summed afterwards in order: the result does not depend on the number of threads.
   const int64_t parts = batch * heads;
   Tensor through_parts = row ? empty_like_shape(q, {targets, parts, keys}) : none;
+
+  // A mask under the official rules takes a share of relevance by sums over the sample: every head leaves its part of them.
+  const bool shares_with_mask = mask && official && inputs && rel;
+  const Tensor mask_sums = shares_with_mask ? empty_like_shape(q, {targets, batch, heads, 3}) : none;
 
   const auto head_of = [&](int64_t part) {
     const int64_t b = part / heads, h = part % heads;
@@ -114,9 +136,12 @@ std::vector<Tensor> run(
         head.row = data<T>(*weights) + (part / heads) * queries, head.row_target = batch * queries;
         head.through = out<T>(through_parts) + part * keys, head.through_target = parts * keys;
       }
+      if (shares_with_mask) head.mask_sums = out<T>(mask_sums) + part * 3, head.mask_sums_target = parts * 3;
       kernels<T>().attention_head(head, scratch);
     }
   });
+
+  if (shares_with_mask) scale_scores_lanes<T>(mask_sums, lanes[0], lanes[1]);
 
   Tensor through = none;
   if (row) {
@@ -141,7 +166,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
   const bool official = is_official(rules, "attention_relevance");
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "fastrel::attention_relevance takes q, k and v of rank 4");
   STD_TORCH_CHECK(q.size(3) == v.size(3) && k.size(1) == q.size(1), "fastrel::attention_relevance: q, k and v do not fit together");
-  STD_TORCH_CHECK(!(official && mask), "fastrel::attention_relevance has no kernel for a mask under the official rules");
   const OptionalTensor operands[] = {k, v, mask && mask->scalar_type() != ScalarType::Bool ? mask : std::nullopt};
   auto t = by_dtype(
       "attention_relevance", q, {&operands[0], &operands[1], &operands[2], &rel, &grad, &row}, [&]<class T>(T) {

@@ -14,17 +14,20 @@ struct Sizes {
   dim3 rows() const { return grid_of(queries, batch * heads); }
 };
 
+// Of a mask [batch, heads, queries, keys] with any strides.
+cuda::MaskStrides strides_of(const OptionalTensor& mask) {
+  return mask ? cuda::MaskStrides{mask->stride(0), mask->stride(1), mask->stride(2), mask->stride(3)} : cuda::MaskStrides{};
+}
+
 Tensor attention_softmax(Tensor products, OptionalTensor mask, double scale, bool causal, int64_t query_start) {
   const bool keeps = mask && mask->scalar_type() == ScalarType::Bool;
   const OptionalTensor bias = keeps ? std::nullopt : mask;
   return by_dtype("attention_softmax", products, {&bias}, [&]<class T>(T) {
     const Sizes s(products);
-    cuda::MaskStrides strides{};
-    if (mask) strides = {mask->stride(0), mask->stride(1), mask->stride(2), mask->stride(3)};
     const Context context(products);
     FASTREL_LAUNCH(
         context, cuda::softmax_kernel<T>, s.rows(), s.heads, s.queries, s.keys, T(scale), causal, query_start, data<T>(bias),
-        keeps ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr, strides, out<T>(products));
+        keeps ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr, strides_of(mask), out<T>(products));
     return products;
   });
 }
@@ -56,16 +59,19 @@ Tensor attention_through(
   });
 }
 
-Tensor attention_score_lanes(
-    Tensor attn, OptionalTensor products, OptionalTensor grad_product, OptionalTensor rel_product, double scale) {
+void attention_score_lanes(
+    Tensor attn, OptionalTensor products, OptionalTensor mask, OptionalTensor grad_product, OptionalTensor rel_product,
+    OptionalTensor sums, double scale) {
   STD_TORCH_CHECK(products || !rel_product, "fastrel_cuda::attention_score_lanes needs the products for their relevance");
-  return by_dtype("attention_score_lanes", attn, {&products, &grad_product, &rel_product}, [&]<class T>(T) {
+  const OptionalTensor bias = mask && mask->scalar_type() == ScalarType::Bool ? std::nullopt : mask;
+  by_dtype("attention_score_lanes", attn, {&products, &bias, &grad_product, &rel_product, &sums}, [&]<class T>(T) {
     const Sizes s(attn);
     const Context context(attn);
+    const auto pointer = [](const OptionalTensor& x) { return x ? out<T>(*x) : nullptr; };
     FASTREL_LAUNCH(
-        context, cuda::score_lanes_kernel<T>, s.rows(), s.queries, s.keys, T(scale), data<T>(attn), data<T>(products),
-        grad_product ? out<T>(*grad_product) : nullptr, rel_product ? out<T>(*rel_product) : nullptr);
-    return attn;
+        context, cuda::score_lanes_kernel<T>, s.rows(), s.heads, s.queries, s.keys, T(scale), data<T>(attn), data<T>(products),
+        data<T>(bias), strides_of(bias), pointer(grad_product), pointer(rel_product), pointer(sums));
+    return 0;
   });
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from fastrel import ops
 from fastrel.backends import native
 from fastrel.backends.common import Call, without_kernel
-from fastrel.ops.library import declare_cuda
+from fastrel.ops.library import CUDA_LIBRARY, FAKES, declare_cuda
+from fastrel.ops.attention import mask_factor
 from fastrel.ops.zplus_linear_reduced import FLOOR, reduced_matmul
 
 #: Numbers that the attention maps of a chunk of queries may have.
@@ -29,12 +31,26 @@ for _schema in (
     "attention_softmax_(Tensor(a!) products, Tensor? mask, float scale, bool causal, int query_start) -> Tensor(a!)",
     f"attention_sums({_FLOATS}, str update) -> Tensor",
     f"attention_through_(Tensor(a!) through, {_FLOATS}, Tensor weights, str update, bool add) -> Tensor(a!)",
-    "attention_score_lanes_(Tensor attn, Tensor? products, Tensor(a!)? grad_product, Tensor(b!)? rel_product, float scale)"
-    " -> Tensor",
+    "attention_score_lanes_(Tensor attn, Tensor? products, Tensor? mask, Tensor(a!)? grad_product, Tensor(b!)? rel_product,"
+    " Tensor(c!)? sums, float scale) -> ()",
 ):
     declare_cuda(_schema)
 
 passes = torch.ops.fastrel_cuda
+
+
+def _like(name: str, shape: Callable[..., Any]) -> None:
+    torch.library.register_fake(f"fastrel_cuda::{name}", shape, lib=CUDA_LIBRARY)
+
+
+_like("zplus_ratio", lambda signed, bias, magnitude, rel, least, official: rel.new_empty(rel.shape))
+_like("zplus_combine", lambda x, c, c_abs: c.new_empty(c.shape))
+_like("attention_softmax_", lambda products, *_: products)
+_like("attention_sums", lambda attn, *_: attn.new_empty(attn.shape[:3]))
+_like("attention_through_", lambda through, *_: through)
+_like("attention_score_lanes_", lambda *_: None)
+for _op in (ops.residual_add, ops.layer_norm_backward, ops.attention_update, ops.rollout_row):
+    _like(_op._schema.name.removeprefix("fastrel::"), FAKES[_op])
 
 
 @functools.cache
@@ -145,15 +161,15 @@ def attention_relevance(
     through = none if row is None else q.new_empty(targets, batch, heads, keys)
     kept = none if row is None or not normalize else torch.empty_like(row)
     full_mask = None if mask is None else mask.expand(batch, heads, queries, keys)
+    mask_sums = q.new_zeros(targets, batch, 3) if mask is not None and wants_rel and official else none
     step = max(16, CHUNK // (batch * heads * keys))
     for start in range(0, queries, step):
         chunk = slice(start, min(start + step, queries))
         q_chunk = q[:, :, chunk]
         products = q_chunk @ k.mT
         attn = (products.clone() if official else products).contiguous()
-        passes.attention_softmax_(
-            attn, None if full_mask is None else full_mask[:, :, chunk], scale, is_causal, query_start + start
-        )
+        mask_chunk = None if full_mask is None else full_mask[:, :, chunk]
+        passes.attention_softmax_(attn, mask_chunk, scale, is_causal, query_start + start)
         out = attn @ relevant if rel is not None else none
         for t in range(targets):
             rel_product = grad_product = s = None
@@ -174,7 +190,11 @@ def attention_relevance(
                 grad_v[t] += attn.mT @ grad[t, :, :, chunk]
             shared = rel_product if wants_rel and official else None
             if (grad_product is not None and wants_grad) or shared is not None:
-                passes.attention_score_lanes_(attn, products, grad_product if wants_grad else None, shared, scale)
+                lanes = (grad_product if wants_grad else None, shared)
+                sums = q.new_empty(*attn.shape[:3], 3) if mask_sums.numel() else None
+                passes.attention_score_lanes_(attn, products, mask_chunk, *lanes, sums, scale)
+                if sums is not None:
+                    mask_sums[t] += sums.sum((1, 2))
             if grad_product is not None and wants_grad:
                 grad_q[t, :, :, chunk] = grad_product @ k
                 grad_k[t] += grad_product.mT @ q_chunk
@@ -184,6 +204,7 @@ def attention_relevance(
     if wants_rel:
         rel_v *= relevant * 0.5 if official else relevant
         if official:
-            rel_q *= q * 0.5
-            rel_k *= k * 0.5
+            factor = mask_factor(mask_sums)[:, :, None, None, None] if mask_sums.numel() else 1.0
+            rel_q *= q * (0.5 * factor)
+            rel_k *= k * (0.5 * factor)
     return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, none if row is None else through.sum(2)

@@ -12,10 +12,13 @@ import torch
 
 _LIBRARY = torch.library.Library("fastrel", "DEF")
 _CPU_LIBRARY = torch.library.Library("fastrel_cpu", "DEF")
-_CUDA_LIBRARY = torch.library.Library("fastrel_cuda", "DEF")
+CUDA_LIBRARY = torch.library.Library("fastrel_cuda", "DEF")
 
 #: The implementation in plain PyTorch of every operator.
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+
+#: The shape function of every operator.
+FAKES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 #: The operator of `fastrel_cpu::` that does the same; it runs once its library is loaded (fastrel.backends.native).
 CPU_KERNELS: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}
@@ -37,7 +40,7 @@ def define(
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastrel::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastrel, name).default
-    REFERENCES[op] = reference
+    REFERENCES[op], FAKES[op] = reference, fake
     if cpu_kernel:
         declare(schema)
         torch.library.register_fake(f"fastrel_cpu::{name}", cpu_fake or fake, lib=_CPU_LIBRARY)
@@ -52,4 +55,4 @@ def declare(schema: str) -> None:
 
 def declare_cuda(schema: str) -> None:
     """A pass that only the CUDA library implements."""
-    _CUDA_LIBRARY.define(schema)
+    CUDA_LIBRARY.define(schema)

@@ -84,10 +84,14 @@ __global__ void through_kernel(
 }
 
 // In place, a block per row: grad_product becomes D = scale A ⊙ (G − Σ_k A ⊙ G); official rel_product becomes R_A ⊘ products.
+// A mask takes its share of R_A first (residual add): what is left to the scores is not yet scaled; `sums` [rows, 3] gets what their
+// factor is made of, Σ u S, Σ bias S and Σ R_A, S = R_A ⊘ (u + bias), u = scale · products.
 template <class T>
 __global__ void score_lanes_kernel(
-    int64_t queries, int64_t keys, T scale, const T* attn, const T* products, T* grad_product, T* rel_product) {
-  const int64_t at = (blockIdx.y * queries + blockIdx.x) * keys;
+    int64_t heads, int64_t queries, int64_t keys, T scale, const T* attn, const T* products, const T* bias, MaskStrides mask,
+    T* grad_product, T* rel_product, T* sums) {
+  const int64_t query = blockIdx.x, part = blockIdx.y, row = part * queries + query, at = row * keys;
+  const int64_t masked = (part / heads) * mask.batch + (part % heads) * mask.head + query * mask.row;
   if (grad_product) {
     T sum = 0;
     for (int64_t j = threadIdx.x; j < keys; j += blockDim.x) sum += attn[at + j] * grad_product[at + j];
@@ -95,9 +99,22 @@ __global__ void score_lanes_kernel(
     for (int64_t j = threadIdx.x; j < keys; j += blockDim.x)
       grad_product[at + j] = scale * attn[at + j] * (grad_product[at + j] - sum);
   }
-  if (rel_product)
-    for (int64_t j = threadIdx.x; j < keys; j += blockDim.x)
-      rel_product[at + j] = safe_divide(T(0.5) * attn[at + j] * rel_product[at + j], products[at + j], true);
+  if (!rel_product) return;
+  T own = 0, of_mask = 0, all = 0;
+  for (int64_t j = threadIdx.x; j < keys; j += blockDim.x) {
+    T rel = T(0.5) * attn[at + j] * rel_product[at + j];
+    if (sums && rel != T(0)) {
+      const T u = scale * products[at + j], b = bias ? bias[masked + j * mask.col] : T(0), s = safe_divide(rel, u + b, true);
+      all += rel;
+      of_mask += b * s;
+      rel = u * s;
+      own += rel;
+    }
+    rel_product[at + j] = safe_divide(rel, products[at + j], true);
+  }
+  if (!sums) return;
+  own = block_sum(own), of_mask = block_sum(of_mask), all = block_sum(all);
+  if (threadIdx.x == 0) sums[row * 3] = own, sums[row * 3 + 1] = of_mask, sums[row * 3 + 2] = all;
 }
 
 // M of whole maps [maps, heads, size]: the mean over heads; attn has `attn_maps` of them.

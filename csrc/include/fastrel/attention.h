@@ -3,7 +3,7 @@
 // Per tile, with A = softmax(scale Q Kᵀ + mask) recomputed and V' = V⁺ (positive) or V (official):
 //   S = R ⊘ (A V')      R_A = ½ A ⊙ (S V'ᵀ)       R_V += V' ⊙ (Aᵀ S), halved under official
 //   G = g Vᵀ            g_V += Aᵀ g               D = scale A ⊙ (G − Σ_k A ⊙ G),  g_Q = D K,  g_K += Dᵀ Q
-//   official:           S₂ = R_A ⊘ (Q Kᵀ),        R_Q = ½ Q ⊙ (S₂ K),  R_K += ½ K ⊙ (S₂ᵀ Q)
+//   official:           (R_A less a mask's share,) S₂ = R_A ⊘ (Q Kᵀ),        R_Q = ½ Q ⊙ (S₂ K),  R_K += ½ K ⊙ (S₂ᵀ Q)
 //   through += Σ_q row_q M_q,  M = (G ⊙ R_A)⁺ / heads, or what `Update` names.
 // Memory: O((tile + d) keys), never queries × keys.
 #pragma once
@@ -120,6 +120,24 @@ void softmax(const AttentionHead<T>& h, int64_t q0, int64_t m, T* tile) {
   }
 }
 
+// The mask's share taken off R_A: u ⊙ S is left, S = R_A ⊘ (u + bias), u = scale · products; not scaled, `sums` says how.
+template <class T>
+void share_with_mask(const AttentionHead<T>& h, int64_t q0, int64_t m, const T* products, T* rel_attn, T* sums) {
+  const int64_t padded = round_up<T>(h.keys);
+  if (q0 == 0) sums[0] = sums[1] = sums[2] = 0;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < h.keys; ++j) {
+      T& rel = rel_attn[i * padded + j];
+      if (rel == T(0)) continue;
+      const T bias = h.mask_bias ? h.mask_bias[(q0 + i) * h.mask_row + j * h.mask_col] : T(0);
+      const T u = h.scale * products[i * padded + j], s = safe_divide<T, true>(rel, u + bias);
+      sums[1] += bias * s;
+      sums[2] += rel;
+      rel = u * s;
+      sums[0] += rel;
+    }
+}
+
 // M of one row into `through`, weighted; returns its sum over keys.
 template <class T>
 T update_row(Update update, int64_t padded, const T* attn, const T* grad, const T* rel, T weight, T* through) {
@@ -221,6 +239,7 @@ void attention_head(const AttentionHead<T>& h, std::vector<T>& memory) {
         gemm(keys, d, m, b.grad_attn, int64_t(1), padded, b.packed_q, b.sum_grad_k + sums, width, more);
       }
       if (h.rel_q) {
+        if (h.mask_sums) share_with_mask(h, q0, m, b.scores, b.rel_attn, h.mask_sums + t * h.mask_sums_target);
         for (int64_t j = 0; j < m * padded; ++j) b.rel_attn[j] = safe_divide<T, true>(b.rel_attn[j], b.scores[j]);
         gemm(m, d, keys, b.rel_attn, padded, int64_t(1), b.keys, b.share, width, false);
         write(m, d, b.share, h.rel_q + t * h.q_target + q0 * h.out_row, h.out_row, [&](int64_t i, int64_t c, T x) {

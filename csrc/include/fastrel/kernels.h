@@ -33,6 +33,8 @@ struct AttentionHead {
   int64_t through_target;
   T* row_sum;  // [queries], this head's part of Σ_k M
   int64_t row_sum_target;
+  T* mask_sums;  // [3]: Σ u S, Σ bias S, Σ R_A of the official rules with a mask, whose share is taken off before Q and K
+  int64_t mask_sums_target;
 };
 
 template <class T>

@@ -5,7 +5,6 @@ Collected only in a process with TRITON_INTERPRET=1: tests/test_triton.py starts
 
 from __future__ import annotations
 
-import itertools
 import os
 from typing import Any
 
@@ -23,12 +22,12 @@ from fastrel.ops.library import REFERENCES
 from fastrel.triton_kernels import math as kernel_math
 from tests import golden_files as golden
 from tests import models
-from tests.interpreted.guards import Guards, guards  # noqa: F401  (a fixture)
+from tests.devices import cases
+from tests.devices.guards import Guards, guards  # noqa: F401  (a fixture)
 
 #: Of values; lanes are float32. bfloat16 is upcast right after the load, which is all that the interpreter gets right of it.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-RULES = ["positive", "official"]
-UPDATES = [name for name in ops.UPDATES if name != "gradcam"]
+RULES, UPDATES = cases.RULES, cases.UPDATES
 
 
 @pytest.fixture(autouse=True)
@@ -36,22 +35,8 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def values(x: Any, to: torch.dtype) -> Any:
-    return x.to(to) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
 def compare(guards: Guards, op: torch._ops.OpOverload, *args: Any) -> None:  # noqa: F811
-    """Within twice the error of plain PyTorch in float32, or 5e-6, of float64."""
-    given = [guards.around(x) if isinstance(x, Tensor) else x for x in args]
-    ours = triton.kernels()[op](*given)
-    plain, exact = (REFERENCES[op](*(values(x, dtype) for x in args)) for dtype in (torch.float32, torch.float64))
-    ours, plain, exact = ((x,) if isinstance(x, Tensor) else x for x in (ours, plain, exact))
-    for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
-        assert a.shape == c.shape, f"output {i} of {op}"
-        assert a.isfinite().all(), f"output {i} of {op}"
-        if a.numel():
-            limit = max(2 * golden.relative_error(b.double(), c), 5e-6)
-            assert golden.relative_error(a.double(), c) <= limit, f"output {i} of {op}"
+    cases.compare(triton.kernels()[op], op, *args, around=guards.around)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,7 +72,7 @@ def test_reduced_products_err_as_their_rounding_does(guards: Guards, purpose: st
     y, rel, grad = x @ weight.mT + bias, torch.rand(2, 2, 37, 70), torch.randn(2, 2, 37, 70)
     prepared = REFERENCES[ops.reduced_weight](weight, purpose)
     w_grad = REFERENCES[ops.reduced_weight](weight, "gradient")[0]
-    wide = [values(x, torch.float64) for x in (x, weight, y, bias, rel, grad)]
+    wide = [cases.cast(x, torch.float64) for x in (x, weight, y, bias, rel, grad)]
     exact = REFERENCES[ops.zplus_linear](*wide, "positive")
     plain = REFERENCES[ops.zplus_linear_reduced](x, *prepared, w_grad, y, bias, rel, grad)
     ours = triton.kernels()[ops.zplus_linear_reduced](x, *prepared, w_grad, y, bias, rel, grad)
@@ -98,26 +83,15 @@ def test_reduced_products_err_as_their_rounding_does(guards: Guards, purpose: st
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize(("queries", "keys", "d"), [(1, 1, 16), (1, 50, 128), (5, 7, 24), (63, 70, 80), (70, 33, 64)])
-@pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
+@pytest.mark.parametrize(("queries", "keys", "d"), cases.ATTENTION_SIZES)
+@pytest.mark.parametrize("mask", cases.MASKS)
 def test_attention_relevance(
     guards: Guards, dtype: torch.dtype, rules: str, queries: int, keys: int, d: int, mask: str  # noqa: F811
 ) -> None:
     if dtype != torch.float32 and queries > 5:
         pytest.skip("the tails are the same")
-    # Under official, denominators are signed sums: positive operands keep them from zero, where all digits are rounding.
-    draw = torch.rand if rules == "official" else torch.randn
-    q, k, v = (draw(2, t, 2, d).to(dtype).transpose(1, 2) for t in (queries, keys, keys))
-    given = {"none": None, "causal": None, "bool": torch.rand(2, 1, queries, keys) > 0.3, "float": torch.randn(2, 1, 1, keys)}[mask]
-    if mask == "bool":
-        given[0, 0, 0] = rules == "official"  # type: ignore[index]  # a row that attends to nothing
-    if mask == "float" and rules == "official":
-        given = given.abs()  # type: ignore[union-attr]
-    rel, grad = (f(2, 2, queries, 2, d).transpose(2, 3) for f in (torch.rand, torch.randn))
-    row = torch.rand(2, 2, queries)
-    for inputs, normalize in ((True, False), (False, True)):
-        options = (d**-0.5, mask == "causal", max(0, keys - queries), rules, "gradient_relevance", normalize, inputs)
-        compare(guards, ops.attention_relevance, q, k, v, given, rel, grad, row, *options)
+    for args in cases.attention(dtype, rules, queries, keys, d, mask):
+        compare(guards, ops.attention_relevance, *args)
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -261,4 +235,4 @@ def test_lanes_of_all_kinds_are_reproducible() -> None:
     lane, row = torch.rand(1, 1, 2, 40, 16), torch.rand(1, 1, 40)
     options = (0.25, False, 0, "official", "gradient_relevance", True, True)
     runs = [triton.kernels()[ops.attention_relevance](q, k, v, None, lane, lane - 0.5, row, *options) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in itertools.starmap(lambda a, b: (a, b), zip(*runs, strict=True)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

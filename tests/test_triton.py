@@ -1,0 +1,81 @@
+"""The Triton half without a GPU: its kernels under the interpreter, and compiled for GPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import compiled
+from fastrel import Explainer
+from fastrel.backends import BACKENDS
+from tests import golden_files as golden
+from tests import models
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPECTED = json.loads(compiled.TABLE.read_text())
+
+
+def test_kernels_under_the_interpreter() -> None:
+    """In a process of its own, because Triton decides at import."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/devices/test_triton_interpreted.py"]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def resources() -> dict[str, dict[str, compiled.Resources]]:
+    return compiled.table(list(compiled.TARGETS))
+
+
+@pytest.mark.parametrize("target", compiled.TARGETS)
+def test_kernels_compile_within_their_limits(resources: Any, target: str) -> None:
+    """No spills, shared memory that is there, products in tensor cores; no more registers or memory than were written down.
+
+    `python -m benchmarks.compiled --write` writes down what there is now.
+    """
+    assert set(resources[target]) == set(EXPECTED[target])
+    for case in compiled.cases(target):
+        used, expected = resources[target][case.name], EXPECTED[target][case.name]
+        assert used.spills == 0, f"{case.name} on {target} spills {used.spills} bytes"
+        assert used.shared <= compiled.SHARED_LIMIT[target] * 1024, case.name
+        assert used.tensor_cores > 0 or not case.dots, f"{case.name} on {target} has no tensor-core instruction"
+        assert used.registers <= 1.1 * expected["registers"], case.name
+        assert used.shared <= 1.1 * expected["shared"], case.name
+
+
+def test_the_wheel_holds_the_kernels_and_claims_no_name_of_others(tmp_path: Path) -> None:
+    """`triton_kernels` at the top level of site-packages is another project."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, env={**os.environ, "FASTREL_BUILD": "skip"})
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"fastrel"}
+    for wanted in ("triton_kernels/zplus_linear.py", "csrc/cuda/linear.cu", "csrc/include/fastrel/device.cuh", "csrc/binding.h"):
+        assert f"fastrel/{wanted}" in names
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("rules", ["positive", "official"])
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_on_a_device(name: str, rules: str, backend: str) -> None:
+    """Every family in float32 on the GPU against float64 in plain PyTorch, relative to plain PyTorch's own float32 error."""
+    if reason := BACKENDS[backend].unavailable():
+        pytest.skip(reason)
+    model, given = models.build(name), models.inputs(name)
+    exact = Explainer(model, rules=rules, backend="torch")(**given, target=1).relevance
+    model.float().cuda()
+    moved = {key: (x.float() if x.is_floating_point() else x).cuda() for key, x in given.items()}
+    plain = Explainer(model, rules=rules, backend="torch")(**moved, target=1).relevance.cpu()
+    explainer = Explainer(model, rules=rules, backend=backend)
+    ours = explainer(**moved, target=1).relevance
+    assert golden.map_error(ours.cpu(), exact) <= max(2 * golden.map_error(plain, exact), 1e-4)
+    assert torch.equal(ours, explainer(**moved, target=1).relevance)  # the same bits at every run
