@@ -145,7 +145,11 @@ def cases(target: str) -> Iterator[Case]:
                 pointers,
                 dots,
             )
-            lanes = {"": (True, True)} if precision == "tf32" and rules == "positive" else {" gradient": (True, False), " relevance": (False, True)}
+            lanes = (
+                {"": (True, True)}
+                if precision == "tf32" and rules == "positive"
+                else {" gradient": (True, False), " relevance": (False, True)}
+            )
             for kind, (grad, rel) in lanes.items():
                 sweep = {**common, "GRAD_IN": grad, "REL_IN": rel, "GRAD": grad, "SUMS": grad, "ROW": grad, "UPDATE": 0}
                 for part in ("queries", "keys"):

@@ -6,6 +6,7 @@ from pathlib import Path as _Path
 if not (_Path(__file__).parent / "triton_kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
+from fastrel.eager import propagation
 from fastrel.errors import CaptureError, FastrelError, InputError, UnsupportedModelError
 from fastrel.explainer import Explainer, Prediction
 from fastrel.explanation import BlockTrace, Explanation
@@ -21,4 +22,5 @@ __all__ = [
     "InputError",
     "Prediction",
     "UnsupportedModelError",
+    "propagation",
 ]

@@ -90,7 +90,9 @@ def cuda_archs() -> tuple[str, ...]:
     if asked:
         return tuple(asked.split(";"))
     if torch.cuda.is_available():
-        return tuple(sorted({"".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())}))
+        return tuple(
+            sorted({"".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())})
+        )
     return CUDA_ARCHS
 
 

@@ -162,7 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=verify.run)
 
     sub = commands.add_parser("build", parents=[common], help="compile the kernels now instead of at first use")
-    sub.add_argument("--cuda", action="store_true", help="the CUDA passes, for GPUs without Triton, instead of the CPU kernels")
+    sub.add_argument(
+        "--cuda", action="store_true", help="the CUDA passes, for GPUs without Triton, instead of the CPU kernels"
+    )
     sub.set_defaults(run=build.run)
 
     sub = commands.add_parser("doctor", parents=[common], help="versions, devices and backends, with reasons")

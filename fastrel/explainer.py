@@ -23,6 +23,7 @@ from fastrel.targets import Seeds, Target, class_seeds, function_seeds
 from fastrel.transform import Program, transform
 
 if TYPE_CHECKING:
+    from fastrel.graphed import Graphed
     from fastrel.verification import Verification
 
 RULES = get_args(Rules)
@@ -82,9 +83,17 @@ class Explainer:
         self._lock = threading.Lock()
         self._captured: dict[Signature, list[Captured]] = {}
         self._programs: dict[tuple[int, tuple[int, ...], bool], Program] = {}
+        self._plain: Explainer | None = None
 
-    def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Explanation:
-        """Explain `model(*args, **kwargs)`: `predict(...)` and `explain(target)` in one, in less memory."""
+    def __call__(self, *args: Any, target: Target = None, create_graph: bool = False, **kwargs: Any) -> Explanation:
+        """Explain `model(*args, **kwargs)`: `predict(...)` and `explain(target)` in one, in less memory.
+
+        With `create_graph`, logits and relevance are differentiable with respect to parameters and inputs, so that a map can be
+        a part of a training loss; everything then runs in plain PyTorch and keeps its intermediate values. The model still
+        predicts as in eval mode.
+        """
+        if create_graph:
+            return self._differentiable(args, kwargs, target)
         return self.predict(*args, **kwargs)._explain(target, once=True)
 
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
@@ -99,6 +108,34 @@ class Explainer:
         """
         captured, values, tensors = self._enter(args, kwargs)
         return self._run(captured, self._program(captured, (captured.logits_index,)), values, tensors)
+
+    def graphed(self, *args: Any, targets: int = 0, **kwargs: Any) -> Graphed:
+        """Predictions and explanations of inputs of these very sizes as one CUDA graph; see `fastrel.graphed`.
+
+        Args:
+            targets: how many classes per sample will be explained; 0 for the predicted one.
+
+        Raises:
+            InputError: the model is not on a CUDA device, or this method cannot be captured.
+        """
+        from fastrel.graphed import Graphed
+
+        return Graphed(self, args, kwargs, targets)
+
+    def _differentiable(self, args: Any, kwargs: Any, target: Target) -> Explanation:
+        """An explanation with its graph of autograd, by the plain PyTorch of every operator."""
+        if self.method.reading == "steps" or callable(target):
+            raise InputError("create_graph needs class targets and a method other than integrated_gradients")
+        plain = self._plain = self._plain or self.using(
+            self.method.name, rules=self.rules, start_layer=self.method.start_layer, normalize_rollout=self.method.normalize
+        )
+        plain.backend, plain.precision = "torch", "float32"
+        captured, values, tensors = plain._enter(args, kwargs)
+        program = plain._program(captured, (captured.logits_index,))
+        with torch.enable_grad():
+            outputs, saved = program.forward(*values)
+            prediction = Prediction(plain, captured, program, list(outputs), saved, values, tensors)
+            return prediction._explain(target, once=True, create_graph=True)
 
     def trace(self, *args: Any, target: Target = None, **kwargs: Any) -> list[BlockTrace]:
         """The attention, gradient and relevance of every block from `start_layer` on; slower, for study and tests."""
@@ -204,7 +241,11 @@ class Explainer:
                         ),
                     )
                     backends.lower(
-                        program.reverse, self.backend, value.device, lane_dtype(value.dtype), keep_weights=self.memory == "normal"
+                        program.reverse,
+                        self.backend,
+                        value.device,
+                        lane_dtype(value.dtype),
+                        keep_weights=self.memory == "normal",
                     )
                     self._programs[key] = program
         return self._programs[key]
@@ -255,7 +296,7 @@ class Prediction:
         """
         return self._explain(target, once=False)
 
-    def _explain(self, target: Target, once: bool) -> Explanation:
+    def _explain(self, target: Target, once: bool, create_graph: bool = False) -> Explanation:
         """`explain`; if it happens only once, what was saved for it is freed as the reverse pass goes."""
         check_finite("the model's output", self.logits)
         seeds, program, saved = self._seed(target)
@@ -266,7 +307,7 @@ class Prediction:
             del saved
             if once:
                 self._saved = ()
-            with torch.no_grad():
+            with torch.set_grad_enabled(create_graph):
                 row, grid, _ = self._run_reverse(program, arguments)
         relevance = row.flatten(2).transpose(0, 1)
         check_finite("the explanation", relevance)

@@ -24,7 +24,11 @@ class Products:
 
 
 def products(
-    precision: str, rules: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None, backend: str = "auto"
+    precision: str,
+    rules: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    backend: str = "auto",
 ) -> Products:
     """The products of a model whose lanes are of this dtype, on this device.
 

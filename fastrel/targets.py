@@ -36,12 +36,13 @@ def class_seeds(logits: Tensor, target: Target) -> Seeds:
     Raises:
         InputError: the target's type, shape or range does not fit the logits.
     """
-    classes = _classes(logits, target)
+    classes = classes_of(logits, target)
     one_hot = F.one_hot(classes.reshape(len(logits), -1).T, logits.shape[1]).to(lane_dtype(logits.dtype))  # [K, B, C]
     return Seeds([one_hot], [one_hot], classes, classes.dim() == 2)
 
 
-def _classes(logits: Tensor, target: Any) -> Tensor:
+def classes_of(logits: Tensor, target: Any) -> Tensor:
+    """The classes that a target other than a function names, [B] or [B, K]; InputError where it does not fit logits [B, C]."""
     if logits.dim() != 2:
         raise InputError(
             f"the model's output has shape {tuple(logits.shape)}, not [B, C], so a class cannot be picked from it; pass "

@@ -16,7 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
 #: The same sources for the host: one fiber per CUDA thread, blocks of 64 to keep it quick.
 SHIM = build.Part(
-    "CUDA shim", "_C_cuda", "cuda/*.cu", ("-fPIC", "-xc++", "-Wno-psabi", "-DFASTREL_THREADS=64", f"-I{ROOT}/tests/shim"), ("-ltorch_cpu",)
+    "CUDA shim",
+    "_C_cuda",
+    "cuda/*.cu",
+    ("-fPIC", "-xc++", "-Wno-psabi", "-DFASTREL_THREADS=64", f"-I{ROOT}/tests/shim"),
+    ("-ltorch_cpu",),
 )
 
 

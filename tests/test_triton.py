@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import compiled
-from fastrel import Explainer
+from fastrel import Explainer, InputError
 from fastrel.backends import BACKENDS
+from fastrel.graphed import run
 from tests import golden_files as golden
 from tests import models
 
@@ -57,7 +59,12 @@ def test_the_wheel_holds_the_kernels_and_claims_no_name_of_others(tmp_path: Path
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"fastrel"}
-    for wanted in ("triton_kernels/zplus_linear.py", "csrc/cuda/linear.cu", "csrc/include/fastrel/device.cuh", "csrc/binding.h"):
+    for wanted in (
+        "triton_kernels/zplus_linear.py",
+        "csrc/cuda/linear.cu",
+        "csrc/include/fastrel/device.cuh",
+        "csrc/binding.h",
+    ):
         assert f"fastrel/{wanted}" in names
 
 
@@ -79,3 +86,33 @@ def test_on_a_device(name: str, rules: str, backend: str) -> None:
     ours = explainer(**moved, target=1).relevance
     assert golden.map_error(ours.cpu(), exact) <= max(2 * golden.map_error(plain, exact), 1e-4)
     assert torch.equal(ours, explainer(**moved, target=1).relevance)  # the same bits at every run
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_bert", "timm_deit_distilled"])
+def test_nothing_between_inputs_and_map_looks_at_values(name: str) -> None:
+    """What a CUDA graph holds runs on fake tensors, which have none; and gives what the explainer gives."""
+    model, given = models.build(name), models.inputs(name)
+    explainer = Explainer(model, backend="torch")
+    expected = explainer(**given)
+    captured, values, _ = explainer._enter((), given)
+    (program,) = explainer._programs.values()
+    outputs, classes, relevance, _ = run(program, values, None)
+    assert torch.equal(relevance[:, 0], expected.relevance)
+    assert torch.equal(classes[:, 0], expected.target)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in values]
+        shapes = run(program, fake, mode.from_tensor(classes))
+    assert shapes[2].shape == relevance.shape
+    with pytest.raises(InputError, match="a CUDA graph needs a model on a CUDA device, and this one is on cpu"):
+        explainer.graphed(**given)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_replays_the_same_explanation() -> None:
+    model, given = models.build("timm_vit").float().cuda(), models.inputs("timm_vit")["x"].float().cuda()
+    explainer = Explainer(model)
+    graphed = explainer.graphed(given, targets=2)
+    for images in (given, given.flip(0)):
+        expected = explainer(images, target=[[1, 2]] * len(images))
+        assert torch.equal(graphed(images, target=[[1, 2]] * len(images)).relevance, expected.relevance)

@@ -85,7 +85,14 @@ def choose(call: Call, allowed: list[Backend]) -> tuple[Backend, list[str]]:
     return BACKENDS["torch"], against
 
 
-def lower(reverse: fx.GraphModule, backend: str, device: torch.device, dtype: torch.dtype, keep_weights: bool = True) -> None:
+def function_for(op: Any, x: torch.Tensor, *options: str) -> Callable[..., Any]:
+    """What computes an operator for values like x best."""
+    return choose(Call(op, options, x.dtype), candidates("auto", x.device))[0].kernels()[op]
+
+
+def lower(
+    reverse: fx.GraphModule, backend: str, device: torch.device, dtype: torch.dtype, keep_weights: bool = True
+) -> None:
     """Choose, once and for every operator of a reverse graph with lanes of `dtype`, what computes it on this device.
 
     Weights in reduced precision are kept from call to call (`fastrel.weights`) if `keep_weights`.
@@ -101,7 +108,9 @@ def lower(reverse: fx.GraphModule, backend: str, device: torch.device, dtype: to
         op = node.target
         chosen, against = choose(Call.of(node, dtype), allowed)
         if against and backend != "auto":
-            raise UnsupportedModelError(f"backend {backend!r} cannot run: {op} {'; '.join(against)}; with 'auto', torch does it")
+            raise UnsupportedModelError(
+                f"backend {backend!r} cannot run: {op} {'; '.join(against)}; with 'auto', torch does it"
+            )
         if chosen.narrow:
             node.args = tuple(_as_the_model_has_it(x) for x in node.args)
         node.target = chosen.kernels()[op]
@@ -113,6 +122,11 @@ def lower(reverse: fx.GraphModule, backend: str, device: torch.device, dtype: to
 
 def _as_the_model_has_it(x: Any) -> Any:
     """A saved 16-bit value without its cast to float32."""
-    if isinstance(x, fx.Node) and x.target is aten.to.dtype and isinstance(x.args[0], fx.Node) and x.args[0].op == "placeholder":
+    if (
+        isinstance(x, fx.Node)
+        and x.target is aten.to.dtype
+        and isinstance(x.args[0], fx.Node)
+        and x.args[0].op == "placeholder"
+    ):
         return x.args[0]
     return x

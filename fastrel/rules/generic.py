@@ -74,14 +74,18 @@ def _places(t: Transform, node: fx.Node) -> list[tuple[int, int | None, fx.Node]
 def vjp(op: Any, lane: Tensor, argument: int, place: int | None, kwargs: tuple[tuple[str, Any], ...], *args: Any) -> Tensor:
     """lane [K, *out] through op, to one of its arguments [K, *in]."""
     x = args[argument] if place is None else args[argument][place]
+    keep = torch.is_grad_enabled() and (lane.requires_grad or any(isinstance(a, Tensor) and a.requires_grad for a in args))
     with torch.enable_grad():
-        leaf = x.detach().to(lane.dtype).requires_grad_()
+        leaf = x.to(lane.dtype) if keep and x.requires_grad else x.detach().to(lane.dtype).requires_grad_()
         given = list(args)
         given[argument] = leaf if place is None else [*args[argument][:place], leaf, *args[argument][place + 1 :]]
         out = op(*given, **dict(kwargs))
         out = out[0] if isinstance(out, tuple) else out
-        results = [torch.autograd.grad(out, leaf, g, retain_graph=True, allow_unused=True)[0] for g in lane]
-    return torch.stack([torch.zeros_like(leaf) if r is None else r for r in results]).detach()
+        results = [
+            torch.autograd.grad(out, leaf, g, retain_graph=True, create_graph=keep, allow_unused=True)[0] for g in lane
+        ]
+        stacked = torch.stack([torch.zeros_like(leaf) if r is None else r for r in results])
+    return stacked if keep else stacked.detach()
 
 
 def _arguments(t: Transform, node: fx.Node) -> tuple[Any, ...]:

@@ -31,9 +31,10 @@ def identity(t: Transform, node: fx.Node, out: Lanes) -> None:
 
 def activation_grad(op: Any, lane: Tensor, x: Tensor, *args: Any) -> Tensor:
     """lane ⊙ op'(x), for lanes [K, *] of a pointwise op of x [*]."""
+    keep = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(op(leaf, *args).sum(), leaf)
+        leaf = x if keep else x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(op(leaf, *args).sum(), leaf, create_graph=keep)
     return lane * slope
 
 

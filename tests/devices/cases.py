@@ -23,7 +23,9 @@ def cast(x: Any, to: torch.dtype) -> Any:
     return x.to(to) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def compare(kernel: Callable[..., Any], op: torch._ops.OpOverload, *args: Any, around: Callable[[Tensor], Tensor] | None = None) -> None:
+def compare(
+    kernel: Callable[..., Any], op: torch._ops.OpOverload, *args: Any, around: Callable[[Tensor], Tensor] | None = None
+) -> None:
     """float64 within 1e-10 of plain PyTorch; else within twice the error of plain PyTorch in float32, or 5e-6."""
     given = [around(x) if around and isinstance(x, Tensor) else x for x in args]
     ours = kernel(*given)

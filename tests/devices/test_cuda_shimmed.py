@@ -67,7 +67,9 @@ def test_reduced_products_err_as_their_rounding_does() -> None:
     ours = cuda.zplus_linear_reduced(x, *prepared, prepared[0], y, bias, rel, grad)
     for mine, rounded, wanted in zip(ours, plain, exact, strict=True):
         error = golden.relative_error(mine.double(), wanted)
-        assert 1e-6 < error < 2 * golden.relative_error(rounded.double(), wanted) + 4e-3  # sums are rounded to bfloat16 here
+        assert (
+            1e-6 < error < 2 * golden.relative_error(rounded.double(), wanted) + 4e-3
+        )  # sums are rounded to bfloat16 here
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -86,7 +86,13 @@ def test_reduced_products_err_as_their_rounding_does(guards: Guards, purpose: st
 @pytest.mark.parametrize(("queries", "keys", "d"), cases.ATTENTION_SIZES)
 @pytest.mark.parametrize("mask", cases.MASKS)
 def test_attention_relevance(
-    guards: Guards, dtype: torch.dtype, rules: str, queries: int, keys: int, d: int, mask: str  # noqa: F811
+    guards: Guards,
+    dtype: torch.dtype,
+    rules: str,
+    queries: int,
+    keys: int,
+    d: int,
+    mask: str,  # noqa: F811
 ) -> None:
     if dtype != torch.float32 and queries > 5:
         pytest.skip("the tails are the same")
@@ -102,7 +108,24 @@ def test_attention_relevance_of_other_methods(guards: Guards, update: str, lanes
         pytest.skip("the update needs a lane that is not there")
     q, k, v, lane = (torch.randn(*s) for s in ((2, 3, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8), (4, 2, 3, 9, 8)))
     rel, grad = lane.abs() if lanes in ("both", "rel") else None, lane if lanes in ("both", "grad") else None
-    compare(guards, ops.attention_relevance, q, k, v, None, rel, grad, torch.rand(4, 2, 9), 0.3, False, 0, "positive", update, True, True)
+    compare(
+        guards,
+        ops.attention_relevance,
+        q,
+        k,
+        v,
+        None,
+        rel,
+        grad,
+        torch.rand(4, 2, 9),
+        0.3,
+        False,
+        0,
+        "positive",
+        update,
+        True,
+        True,
+    )
 
 
 def test_attention_over_some_queries_is_that_part_of_all(guards: Guards) -> None:  # noqa: F811
@@ -221,7 +244,9 @@ def test_reduced_precisions_by_triton(precision: str) -> None:
 
 
 def test_an_explicit_backend_that_cannot_run_lists_its_reasons() -> None:
-    with pytest.raises(fastrel.UnsupportedModelError, match=r"backend 'triton' cannot run: .* lanes of this model are float64"):
+    with pytest.raises(
+        fastrel.UnsupportedModelError, match=r"backend 'triton' cannot run: .* lanes of this model are float64"
+    ):
         fastrel.Explainer(models.build("timm_vit"), backend="triton")(**models.inputs("timm_vit"))
     model = models.build("timm_vit").float()
     images = models.inputs("timm_vit")["x"].float()

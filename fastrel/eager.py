@@ -1,0 +1,286 @@
+"""Relevance through an eager model, without export and without touching it: the second path, independent of the first.
+
+    with fastrel.propagation() as tape:
+        logits = model(images.requires_grad_())
+    relevance = torch.autograd.grad(logits, tape.attention, one_hot)   # of every attention map, from the input to the output
+
+Inside, torch's functions are replaced by those of `fastrel.functional`, and whatever only moves numbers is left to autograd. An
+activation is a tensor that requires grad and is no parameter: images must require it, embeddings of token ids do of themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastrel import functional
+from fastrel.errors import UnsupportedModelError
+from fastrel.reference import rules as R
+
+#: Functions of one activation that pass relevance unchanged, by name.
+_UNCHANGED = {
+    "gelu", "relu", "relu_", "relu6", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "mish",
+    "softplus", "softmax", "log_softmax", "layer_norm", "group_norm", "rms_norm", "batch_norm", "exp", "sqrt", "rsqrt", "square", "pow",
+    "neg", "__neg__", "abs", "log", "erf", "clamp", "normalize", "dropout", "to", "float", "double", "type_as", "__pow__", "reciprocal",
+}  # fmt: skip
+#: Functions that only move numbers: autograd's own backward sends relevance back to where they came from.
+_MOVES = {
+    "view", "reshape", "permute", "transpose", "transpose_", "flatten", "unflatten", "squeeze", "unsqueeze", "__getitem__", "select",
+    "narrow", "chunk", "split", "tensor_split", "unbind", "cat", "concat", "stack", "expand", "expand_as", "contiguous", "clone", "roll",
+    "pad", "movedim", "t", "view_as", "swapaxes", "swapdims", "repeat", "repeat_interleave", "flip", "gather", "index_select", "_pad",
+    "__get__", "masked_fill", "where", "pixel_shuffle", "unfold", "tile", "broadcast_to",
+}  # fmt: skip
+#: What Tensor.__get__ may be asked for of an activation's entries; other attributes describe it.
+_VIEWS = {"mT", "T", "mH", "H"}
+
+
+class propagation(TorchFunctionMode):
+    """The context in which an eager model propagates relevance backwards.
+
+    Attributes:
+        attention: the attention maps [B, h, Tq, Tk] that the forward pass made, as tensors of its graph.
+
+    Raises:
+        UnsupportedModelError: inside, at a function of activations that has no rule here.
+    """
+
+    def __init__(self, rules: R.Rules = "positive") -> None:
+        super().__init__()
+        self.rules: R.Rules = rules
+        self.attention: list[Tensor] = []
+        self._maps: dict[int, Tensor] = {}  # softmax outputs, which a product with values may follow
+        self._roots: dict[int, tuple[Tensor, Tensor]] = {}  # pointwise functions of one activation, and it
+        self._scales: dict[int, Tensor] = {}  # statistics of an activation, as norms spelled out divide by
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """One call of torch's."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        found = [x for x in pytree.tree_leaves((args, kwargs)) if self._is_activation(x)]
+        if name == "embedding":
+            return self._embedding(func, args, kwargs)
+        if not found:
+            # What depends on parameters alone is a constant.
+            with torch.no_grad() if not _inplace_flag(name) else torch.enable_grad():
+                return func(*args, **kwargs)
+        handler = getattr(self, f"_on_{name.strip('_')}", None)
+        if handler is not None:
+            return handler(func, *args, **kwargs)
+        if name == "__get__" and getattr(func.__self__, "__name__", "") not in _VIEWS:
+            return func(*args, **kwargs)
+        if name in _UNCHANGED:
+            return self._unchanged(func, found[0], args, kwargs)
+        result = func(*args, **kwargs) if name in _MOVES else None
+        if result is not None:
+            return self._follow_map(result, args)
+        with torch.no_grad():
+            plain = func(*args, **kwargs)
+        if any(isinstance(x, Tensor) and x.is_floating_point() for x in pytree.tree_leaves(plain)):
+            raise UnsupportedModelError(f"no relevance function for {name}; fastrel.Explainer knows more operators")
+        return plain
+
+    @staticmethod
+    def _is_activation(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.requires_grad and not isinstance(x, nn.Parameter)
+
+    def _embedding(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            out = func(*args, **kwargs)
+        return out.requires_grad_()
+
+    def _unchanged(self, func: Callable[..., Tensor], x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            value = func(*args, **kwargs)
+        if value is x:
+            return x
+        out = functional.identity(value, x)
+        if value.shape == x.shape:
+            self._roots[id(out)] = (self._root(x), out)
+        if getattr(func, "__name__", "") == "softmax":
+            self._maps[id(out)] = out
+        elif id(x) in self._maps:
+            self._maps[id(out)] = out
+        if id(x) in self._scales:
+            self._scales[id(out)] = out
+        return out
+
+    def _root(self, x: Tensor) -> Tensor:
+        return self._roots.get(id(x), (x, x))[0]
+
+    def _follow_map(self, result: Any, args: Any) -> Any:
+        """A softmax that was copied or reshaped is still one."""
+        if isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
+            for kept in (self._maps, self._scales):
+                if id(args[0]) in kept and result.dim():
+                    kept[id(result)] = result
+        return result
+
+    # One method per function, by its name without underscores.
+
+    def _on_linear(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return functional.linear(x, weight, bias, self.rules)
+
+    def _on_addmm(self, func: Any, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.linear(x, weight.t(), bias, self.rules)
+
+    def _on_add(self, func: Any, u: Any, v: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("alpha", 1) != 1:
+            raise UnsupportedModelError(f"no relevance function for add with alpha={kwargs['alpha']}")
+        if self._is_activation(u) and self._is_activation(v):
+            if self._root(u) is self._root(v):
+                return self._of_root(u.detach() + v.detach(), u)
+            return functional.add(u, v, self.rules)
+        x, other = (u, v) if self._is_activation(u) else (v, u)
+        if isinstance(other, Tensor) and self.rules != "positive":
+            # The published code's constants take their share, which is dropped.
+            return functional.add(x, other.detach().expand(torch.broadcast_shapes(x.shape, other.shape)), self.rules)
+        return self._keep_scale(functional.identity(x.detach() + other, x), x)
+
+    _on_iadd = _on_radd = _on_add
+
+    def _on_sub(self, func: Any, u: Any, v: Any) -> Tensor:
+        if self._is_activation(u) and self._is_activation(v):
+            return functional.add(u, functional.identity(-v.detach(), v), self.rules)
+        x = u if self._is_activation(u) else v
+        with torch.no_grad():
+            value = u - v
+        return functional.identity(value, x)
+
+    _on_rsub = _on_sub
+
+    def _on_mul(self, func: Any, u: Any, v: Any) -> Tensor:
+        if not (self._is_activation(u) and self._is_activation(v)):
+            x, factor = (u, v) if self._is_activation(u) else (v, u)
+            out = functional.multiply_constant(x, factor)
+            if out.shape == x.shape:
+                self._roots[id(out)] = (self._root(x), out)
+            return self._keep_scale(self._keep_map(out, x), x)
+        if self._root(u) is self._root(v):
+            return self._of_root(u.detach() * v.detach(), u)
+        for x, scale in ((u, v), (v, u)):
+            if id(scale) in self._scales and id(x) not in self._scales:
+                return functional.identity(x.detach() * scale.detach(), x)
+        return functional.mul(u, v)
+
+    _on_imul = _on_rmul = _on_mul
+
+    def _on_truediv(self, func: Any, u: Any, v: Any) -> Tensor:
+        if not self._is_activation(u) or (self._is_activation(v) and id(v) not in self._scales):
+            raise UnsupportedModelError("no relevance function for a division by an activation")
+        value = u.detach() / (v.detach() if isinstance(v, Tensor) else v)
+        return self._keep_scale(functional.identity(value, u), u)
+
+    _on_div = _on_idiv = _on_itruediv = _on_truediv
+
+    def _of_root(self, value: Tensor, x: Tensor) -> Tensor:
+        root = self._root(x)
+        out = functional.identity(value, root)
+        self._roots[id(out)] = (root, out)
+        return out
+
+    def _keep_map(self, out: Tensor, x: Tensor) -> Tensor:
+        if id(x) in self._maps:
+            self._maps[id(out)] = out
+        return out
+
+    def _keep_scale(self, out: Tensor, x: Tensor) -> Tensor:
+        if id(x) in self._scales:
+            self._scales[id(out)] = out
+        return out
+
+    def _on_matmul(self, func: Any, a: Tensor, b: Tensor) -> Tensor:
+        if not self._is_activation(b):
+            return functional.linear(a, b.detach().mT, None, self.rules)
+        if id(a) in self._maps:
+            attn = functional.end(a, self.rules)
+            self.attention.append(attn)
+            return functional.matmul(attn, b, self.rules, attention=True)
+        a = a if self._is_activation(a) else a.detach()
+        return functional.matmul(a, b, self.rules)
+
+    _on_bmm = _on_rmatmul = _on_matmul
+
+    def _on_scaled_dot_product_attention(
+        self, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, rules=self.rules, maps=self.attention
+        )
+
+    def _on_multi_head_attention_forward(
+        self, func: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        _, heads, in_weight, in_bias, _, _, _, _, out_weight, out_bias, *_ = args
+        if (
+            query is not key
+            or key is not value
+            or kwargs.get("attn_mask") is not None
+            or kwargs.get("key_padding_mask") is not None
+        ):
+            raise UnsupportedModelError("no relevance function for nn.MultiheadAttention but self-attention without a mask")
+        tokens, batch, _ = query.shape
+        projected = functional.linear(query, in_weight, in_bias, self.rules)
+        q, k, v = projected.unflatten(-1, (3, heads, -1)).permute(2, 1, 3, 0, 4)
+        out = functional.scaled_dot_product_attention(q, k, v, rules=self.rules, maps=self.attention)
+        merged = out.permute(2, 0, 1, 3).flatten(2)
+        return functional.linear(merged, out_weight, out_bias, self.rules), None
+
+    def _on_mean(self, func: Any, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
+        dims = [dim] if isinstance(dim, int) else list(range(x.dim())) if dim is None else list(dim)
+        if keepdim and [d % x.dim() for d in dims] == [x.dim() - 1]:
+            # The statistic of a norm that is spelled out: relevance ends here, what it scales takes all.
+            out = x.detach().mean(dims, keepdim).requires_grad_()
+            self._scales[id(out)] = out
+            return out
+        return functional.mean(x, dims, keepdim, self.rules)
+
+    def _on_conv2d(
+        self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        with torch.no_grad():
+            value = func(x, weight, bias, *args, **kwargs)
+        return _Convolution.apply(x, weight.detach(), value, func, args, kwargs, self.rules)
+
+    _on_conv1d = _on_conv2d
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution by eq. (5), also the one that reads the image."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, value: Tensor, func: Any, args: Any, kwargs: Any, rules: R.Rules
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.call = func, args, kwargs, rules
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        func, args, kwargs, rules = ctx.call
+        parts = [(x.clamp(min=0), weight.clamp(min=0)), (x.clamp(max=0), weight.clamp(max=0))]
+        with torch.enable_grad():
+            leaves = [part.detach().requires_grad_() for part, _ in parts]
+            products = [func(leaf, w, None, *args, **kwargs) for leaf, (_, w) in zip(leaves, parts, strict=True)]
+            s = R.safe_divide(rel, sum(p.detach() for p in products), rules)
+            back = torch.autograd.grad(products, leaves, [s, s])
+        return sum(part * b for (part, _), b in zip(parts, back, strict=True)), None, None, None, None, None, None
+
+
+def _inplace_flag(name: str) -> bool:
+    """Calls that set whether gradients are recorded must not be made where they are not."""
+    return name in ("requires_grad_", "retain_grad", "__set__", "_set_grad_enabled", "set_grad_enabled")
+
+
+__all__ = ["propagation"]

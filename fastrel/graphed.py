@@ -1,0 +1,109 @@
+"""An explanation as one CUDA graph: at small batches the host, not the GPU, is what takes time.
+
+    graphed = explainer.graphed(images, targets=1)   # warms up and captures: sizes, targets per sample and weights' places are fixed
+    explanation = graphed(images, target=[281, 207])
+
+Nothing in it waits for the device or depends on data: forward pass, seeds and reverse pass are launched once and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastrel.emit import lane_dtype
+from fastrel.errors import InputError
+from fastrel.explanation import Explanation, check_finite
+from fastrel.targets import Target, classes_of
+
+if TYPE_CHECKING:
+    from fastrel.explainer import Explainer
+    from fastrel.transform import Program
+
+#: Runs before the capture: kernels are compiled and memory is taken in them.
+WARM_UP = 3
+
+
+def run(
+    program: Program, values: Sequence[Any], classes: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
+    """Prediction and explanation without a look at any value: what a CUDA graph can hold.
+
+    classes [B, K], or None for the predicted ones. Returns the model's outputs, the classes [B, K], relevance [B, K, T] and
+    the patches [B, K, gh, gw] or None.
+    """
+    outputs, saved = program.forward(*values)
+    logits = outputs[program.leaves[0]]
+    chosen = logits.argmax(1, keepdim=True) if classes is None else classes
+    seed = torch.zeros(chosen.shape[1], *logits.shape, dtype=lane_dtype(logits.dtype), device=logits.device)
+    seed = seed.scatter(2, chosen.T[:, :, None], 1.0)
+    row = seed.sum([dim + 1 for dim in program.leaf_features[0]], keepdim=True)
+    relevance, grid, _ = program.reverse([seed, seed, row, *saved])
+    return list(outputs), chosen, relevance.flatten(2).transpose(0, 1), None if grid is None else grid.transpose(0, 1)
+
+
+class Graphed:
+    """Predictions and explanations by replay. Not for several threads at a time: inputs and results have one place each."""
+
+    def __init__(self, explainer: Explainer, args: Any, kwargs: dict[str, Any], targets: int) -> None:
+        args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+        captured, values, self._inputs = explainer._enter(args, kwargs)
+        device = captured.outputs[captured.logits_index].meta["val"].device
+        if device.type != "cuda":
+            raise InputError(f"a CUDA graph needs a model on a CUDA device, and this one is on {device}")
+        if explainer.method.reading in ("steps", "maps") or targets < 0:
+            raise InputError(f"method {explainer.method.name!r} with targets={targets} cannot be captured as a CUDA graph")
+        self._program = explainer._program(captured, (captured.logits_index,))
+        self._spec = captured.out_spec
+        batch = len(self._inputs[0])
+        self._classes = torch.zeros(batch, targets, dtype=torch.long, device=device) if targets else None
+        with torch.no_grad(), torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    run(self._program, values, self._classes)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._results = run(self._program, values, self._classes)
+
+    def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Explanation:
+        """Explain inputs of the captured sizes, for as many classes per sample as were captured.
+
+        Raises:
+            InputError: inputs or targets of other sizes than captured; NaN in them or in the result.
+        """
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        shapes, expected = ([tuple(x.shape) for x in xs] for xs in (given, self._inputs))
+        if shapes != expected:
+            raise InputError(f"inputs of shapes {shapes} do not fit the captured graph, which takes {expected}")
+        if (target is None) != (self._classes is None):
+            raise InputError(
+                "a graph captured with targets=0 explains the predicted class; with targets=K it needs target=[B, K]"
+            )
+        if self._classes is not None:
+            logits = self._results[0][self._program.leaves[0]]
+            classes = classes_of(logits, target).reshape(len(logits), -1)
+            if classes.shape != self._classes.shape:
+                raise InputError(
+                    f"target of shape {tuple(classes.shape)} does not fit the captured {tuple(self._classes.shape)}"
+                )
+            self._classes.copy_(classes)
+        for place, x in zip(self._inputs, given, strict=True):
+            place.copy_(x)
+        self._graph.replay()
+        outputs, classes, relevance, grid = pytree.tree_map(
+            lambda x: x.clone() if isinstance(x, Tensor) else x, self._results
+        )
+        check_finite("the explanation", relevance)
+        if self._classes is None or self._classes.shape[1] == 1:
+            classes, relevance, grid = classes[:, 0], relevance[:, 0], None if grid is None else grid[:, 0]
+        images = [x for x in self._inputs if x.dim() == 4 and x.is_floating_point()]
+        size = (images[0].shape[2], images[0].shape[3]) if images else None
+        output = pytree.tree_unflatten(outputs, self._spec)
+        return Explanation(outputs[self._program.leaves[0]], classes, relevance, grid, size, output, self._program.generic)
