@@ -19,10 +19,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from fastrel.backends import triton as triton_backend
 from fastrel.triton_kernels import (
     attention_relevance,
     attention_update,
@@ -32,6 +28,10 @@ from fastrel.triton_kernels import (
     rollout_row,
     zplus_linear,
 )
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastrel.backends import triton as triton_backend
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "golden" / "triton_resources.json"
 
@@ -131,7 +131,8 @@ def cases(target: str) -> Iterator[Case]:
             if width > attention_relevance.MAX_TF32X3 and precision == full:
                 precision = "ieee"
             common = {
-                "REL": True, "GRAD": True, "MASK": mask, "CAUSAL": False, "OFFICIAL": rules == "official", "PRECISION": precision, "D": width,
+                "REL": True, "GRAD": True, "MASK": mask, "CAUSAL": False, "OFFICIAL": rules == "official",
+                "PRECISION": precision, "D": width,
             }  # fmt: skip
             pointers = {"q_ptr": value, "k_ptr": value, "v_ptr": value}
             dots = precision == "tf32"
@@ -180,7 +181,7 @@ def _tiled(
 def compiled(case: Case, target: str) -> Any:
     """The binary and all its stages."""
     # As Triton specialises a launch at usual sizes: unit strides are constants, sizes and other strides multiples of 16.
-    unit = {name: 1 for name in ("w_col", "w_grad_col", "mask_col")}
+    unit = dict.fromkeys(("w_col", "w_grad_col", "mask_col"), 1)
     constants = {name: value for name, value in (unit | case.constants).items() if name in case.kernel.arg_names}
     signature = {}
     for name in case.kernel.arg_names:

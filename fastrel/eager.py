@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -25,16 +24,18 @@ from fastrel.reference import rules as R
 
 #: Functions of one activation that pass relevance unchanged, by name.
 _UNCHANGED = {
-    "gelu", "relu", "relu_", "relu6", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "mish",
-    "softplus", "softmax", "log_softmax", "layer_norm", "group_norm", "rms_norm", "batch_norm", "exp", "sqrt", "rsqrt", "square", "pow",
-    "neg", "__neg__", "abs", "log", "erf", "clamp", "normalize", "dropout", "to", "float", "double", "type_as", "__pow__", "reciprocal",
+    "gelu", "relu", "relu_", "relu6", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu",
+    "elu", "mish", "softplus", "softmax", "log_softmax", "layer_norm", "group_norm", "rms_norm", "batch_norm", "exp",
+    "sqrt", "rsqrt", "square", "pow", "neg", "__neg__", "abs", "log", "erf", "clamp", "normalize", "dropout", "to",
+    "float", "double", "type_as", "__pow__", "reciprocal",
 }  # fmt: skip
 #: Functions that only move numbers: autograd's own backward sends relevance back to where they came from.
 _MOVES = {
-    "view", "reshape", "permute", "transpose", "transpose_", "flatten", "unflatten", "squeeze", "unsqueeze", "__getitem__", "select",
-    "narrow", "chunk", "split", "tensor_split", "unbind", "cat", "concat", "stack", "expand", "expand_as", "contiguous", "clone", "roll",
-    "pad", "movedim", "t", "view_as", "swapaxes", "swapdims", "repeat", "repeat_interleave", "flip", "gather", "index_select", "_pad",
-    "__get__", "masked_fill", "where", "pixel_shuffle", "unfold", "tile", "broadcast_to",
+    "view", "reshape", "permute", "transpose", "transpose_", "flatten", "unflatten", "squeeze", "unsqueeze",
+    "__getitem__", "select", "narrow", "chunk", "split", "tensor_split", "unbind", "cat", "concat", "stack", "expand",
+    "expand_as", "contiguous", "clone", "roll", "pad", "movedim", "t", "view_as", "swapaxes", "swapdims", "repeat",
+    "repeat_interleave", "flip", "gather", "index_select", "_pad", "__get__", "masked_fill", "where", "pixel_shuffle",
+    "unfold", "tile", "broadcast_to",
 }  # fmt: skip
 #: What Tensor.__get__ may be asked for of an activation's entries; other attributes describe it.
 _VIEWS = {"mT", "T", "mH", "H"}
@@ -102,9 +103,7 @@ class propagation(TorchFunctionMode):
         out = functional.identity(value, x)
         if value.shape == x.shape:
             self._roots[id(out)] = (self._root(x), out)
-        if getattr(func, "__name__", "") == "softmax":
-            self._maps[id(out)] = out
-        elif id(x) in self._maps:
+        if getattr(func, "__name__", "") == "softmax" or id(x) in self._maps:
             self._maps[id(out)] = out
         if id(x) in self._scales:
             self._scales[id(out)] = out
@@ -228,7 +227,6 @@ class propagation(TorchFunctionMode):
             or kwargs.get("key_padding_mask") is not None
         ):
             raise UnsupportedModelError("no relevance function for nn.MultiheadAttention but self-attention without a mask")
-        tokens, batch, _ = query.shape
         projected = functional.linear(query, in_weight, in_bias, self.rules)
         q, k, v = projected.unflatten(-1, (3, heads, -1)).permute(2, 1, 3, 0, 4)
         out = functional.scaled_dot_product_attention(q, k, v, rules=self.rules, maps=self.attention)

@@ -94,7 +94,8 @@ class _AttentionValue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        return *R.attention_value(*ctx.saved_tensors, rel, ctx.rules), None
+        attn, v = ctx.saved_tensors
+        return *R.attention_value(attn, v, rel, ctx.rules), None
 
 
 class _QueryKey(torch.autograd.Function):

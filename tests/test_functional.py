@@ -1,5 +1,6 @@
 """Relevance by autograd: each function against the reference, whole eager models against the transformed program."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -133,6 +134,20 @@ def test_functions_without_a_rule_are_refused_by_name() -> None:
         Odd()(random(2, 3).requires_grad_())
 
 
+def _linear_of(rules: str, x: Tensor, weight: Tensor, rel: Tensor, grad: Tensor) -> Any:
+    return ops.zplus_linear(x, weight, None, None, rel, grad, rules)
+
+
+def _add_of(rules: str, u: Tensor, v: Tensor, rel: Tensor) -> Any:
+    return ops.residual_add(u, v, rel, 0, rules)
+
+
+def _attention_of(rules: str, *args: Tensor) -> Any:
+    q, k, v, rel, grad, row = args
+    options = (0.5, False, 0, rules, "gradient_relevance", True, True)
+    return tuple(x for x in ops.attention_relevance(q, k, v, None, rel, grad, row, *options) if x.numel())
+
+
 def test_gradients_through_the_fused_operators() -> None:
     """gradcheck in float64: a relevance map may be a part of a loss."""
 
@@ -146,13 +161,12 @@ def test_gradients_through_the_fused_operators() -> None:
         assert torch.autograd.gradcheck(function, args)
 
     for rules in RULES:
-        check(lambda x, w, r, g: ops.zplus_linear(x, w, None, None, r, g, rules), leaf(2, 3, 4), leaf(5, 4), positive(1, 2, 3, 5), leaf(1, 2, 3, 5))  # noqa: B023  # fmt: skip
-        check(lambda u, v, r: ops.residual_add(u, v, r, 0, rules), positive(2, 6), positive(2, 6), positive(1, 2, 6))  # noqa: B023  # fmt: skip
-        options = (0.5, False, 0, rules, "gradient_relevance", True, True)
-        check(
-            lambda q, k, v, r, g, row: tuple(x for x in ops.attention_relevance(q, k, v, None, r, g, row, *options) if x.numel()),  # noqa: B023
-            positive(1, 2, 3, 4), positive(1, 2, 3, 4), positive(1, 2, 3, 4), positive(1, 1, 2, 3, 4), leaf(1, 1, 2, 3, 4), positive(1, 1, 3),
-        )  # fmt: skip
+        linear = functools.partial(_linear_of, rules)
+        check(linear, leaf(2, 3, 4), leaf(5, 4), positive(1, 2, 3, 5), leaf(1, 2, 3, 5))
+        add = functools.partial(_add_of, rules)
+        check(add, positive(2, 6), positive(2, 6), positive(1, 2, 6))
+        lanes = (positive(1, 1, 2, 3, 4), leaf(1, 1, 2, 3, 4), positive(1, 1, 3))
+        check(functools.partial(_attention_of, rules), *(positive(1, 2, 3, 4) for _ in range(3)), *lanes)
     check(lambda g, x, w: ops.layer_norm_backward(g, x, w, 1, 1e-5), leaf(1, 2, 3, 4), leaf(2, 3, 4), leaf(4))
     check(lambda g, r: ops.attention_update(None, g, r, "gradient_relevance"), leaf(1, 2, 3, 4, 4), positive(1, 2, 3, 4, 4))
     check(lambda row, m: ops.rollout_row(row, m, True), positive(1, 2, 3), positive(1, 2, 3, 3))

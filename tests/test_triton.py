@@ -94,9 +94,9 @@ def test_nothing_between_inputs_and_map_looks_at_values(name: str) -> None:
     model, given = models.build(name), models.inputs(name)
     explainer = Explainer(model, backend="torch")
     expected = explainer(**given)
-    captured, values, _ = explainer._enter((), given)
+    _, values, _ = explainer._enter((), given)
     (program,) = explainer._programs.values()
-    outputs, classes, relevance, _ = run(program, values, None)
+    _, classes, relevance, _ = run(program, values, None)
     assert torch.equal(relevance[:, 0], expected.relevance)
     assert torch.equal(classes[:, 0], expected.target)
     with FakeTensorMode() as mode:

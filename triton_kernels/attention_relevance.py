@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from fastrel.ops.attention import mask_factor
 from fastrel.triton_kernels import configs
 from fastrel.triton_kernels.launch import ALL_REGISTERS, blocks, capability, precision, with_unit_stride
 from fastrel.triton_kernels.math import UPDATES, positive, safe_divide, update_of
+from torch import Tensor
+
+from fastrel.ops.attention import mask_factor
 
 #: Largest head for which three TF32 products fit into registers; larger ones are multiplied in float32 itself.
 MAX_TF32X3 = 64
@@ -149,8 +149,9 @@ def attention_queries_kernel(
     heads, queries, keys, d, scale, query_start,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
-    REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, SUMS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+    REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, SUMS: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     part, t = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -221,8 +222,9 @@ def attention_keys_kernel(
     heads, queries, keys, d, scale, query_start,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
-    REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, ROW: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+    REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, ROW: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part, t = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)

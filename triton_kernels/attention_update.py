@@ -3,10 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastrel.triton_kernels.launch import blocks
 from fastrel.triton_kernels.math import UPDATES, update_of
+from torch import Tensor
 
 BLOCK = 1024
 

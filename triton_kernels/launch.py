@@ -2,10 +2,9 @@
 
 import torch
 import triton
+from fastrel.triton_kernels import math
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
-
-from fastrel.triton_kernels import math
 
 #: Whether kernels are run by Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 before the first import).
 INTERPRETED = isinstance(math.safe_divide, InterpretedFunction)

@@ -6,10 +6,9 @@ The chunks' sums lie side by side and are added up in order: no atomics, the sam
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastrel.triton_kernels.launch import blocks
 from fastrel.triton_kernels.math import safe_divide, share
+from torch import Tensor
 
 BLOCK = 1024
 #: Blocks that one program of the summing pass adds up.

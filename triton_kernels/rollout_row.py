@@ -3,9 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastrel.triton_kernels.launch import ALL_REGISTERS, blocks
+from torch import Tensor
 
 BLOCK_Q, BLOCK_K = 32, 64
 

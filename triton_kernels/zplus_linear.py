@@ -7,11 +7,10 @@ R' = x⁺ ⊙ (S W⁺) + x⁻ ⊙ (S W⁻). Operands are cast to `DOT` as they a
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastrel.triton_kernels import configs
 from fastrel.triton_kernels.launch import INTERPRETED, blocks, capability, precision, with_unit_stride
 from fastrel.triton_kernels.math import ROUNDING, negative, positive, safe_divide
+from torch import Tensor
 
 #: Largest number of float8_e4m3fn.
 FLOAT8_MAX = 448.0

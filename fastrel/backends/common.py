@@ -11,7 +11,7 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a fused operator: its rules, update, purpose and 8-bit dtype; the dtype of its lanes; of attention, the size of a head."""
+    """A call of a fused operator: its rules, update, purpose and 8-bit dtype; the dtype of its lanes; the size of attention heads."""
 
     op: Any
     options: tuple[str, ...]

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastrel import ops
 from fastrel.backends import native
 from fastrel.backends.common import Call, without_kernel
-from fastrel.ops.library import CUDA_LIBRARY, FAKES, declare_cuda
 from fastrel.ops.attention import mask_factor
+from fastrel.ops.library import CUDA_LIBRARY, FAKES, declare_cuda
 from fastrel.ops.zplus_linear_reduced import FLOOR, reduced_matmul
 
 #: Numbers that the attention maps of a chunk of queries may have.

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start: tests/test_triton.py runs it", allow_module_level=True)
+
+from fastrel.triton_kernels import math as kernel_math
 
 import fastrel
 from fastrel import ops
 from fastrel.backends import triton
 from fastrel.ops.library import REFERENCES
-from fastrel.triton_kernels import math as kernel_math
 from tests import golden_files as golden
 from tests import models
 from tests.devices import cases
@@ -86,13 +86,13 @@ def test_reduced_products_err_as_their_rounding_does(guards: Guards, purpose: st
 @pytest.mark.parametrize(("queries", "keys", "d"), cases.ATTENTION_SIZES)
 @pytest.mark.parametrize("mask", cases.MASKS)
 def test_attention_relevance(
-    guards: Guards,
+    guards: Guards,  # noqa: F811
     dtype: torch.dtype,
     rules: str,
     queries: int,
     keys: int,
     d: int,
-    mask: str,  # noqa: F811
+    mask: str,
 ) -> None:
     if dtype != torch.float32 and queries > 5:
         pytest.skip("the tails are the same")
@@ -181,7 +181,7 @@ def test_helpers_are_the_references_equations() -> None:
     from fastrel.reference import rules
 
     @tr.jit
-    def divide(a_ptr, b_ptr, out_ptr, OFFICIAL: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    def divide(a_ptr, b_ptr, out_ptr, OFFICIAL: tl.constexpr):  # type: ignore[no-untyped-def]
         i = tl.arange(0, 8)
         tl.store(out_ptr + i, kernel_math.safe_divide(tl.load(a_ptr + i), tl.load(b_ptr + i), OFFICIAL))
 
