@@ -116,3 +116,12 @@ def test_a_graph_replays_the_same_explanation() -> None:
     for images in (given, given.flip(0)):
         expected = explainer(images, target=[[1, 2]] * len(images))
         assert torch.equal(graphed(images, target=[[1, 2]] * len(images)).relevance, expected.relevance)
+
+
+def test_the_roofline_predicts_and_says_so() -> None:
+    command = [sys.executable, "-m", "benchmarks.roofline", "--batch", "8"]
+    page = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert page.startswith("# Predicted, never measured")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith(("| A100 | ViT-B", "| H100 | ViT-B"))]
+    assert len(rows) == 7
+    assert all(1 < float(row[6]) < 20 for row in rows)  # an explanation takes longer than the forward pass it starts with
