@@ -108,7 +108,12 @@ class Analysis:
                 raise UnsupportedModelError(f"the output {leaf} does not depend on the input")
         sizes = axes_.Sizes({entry[0] for entry in captured.sizes if entry and isinstance(entry[0], str)})
         self.axes = axes_.label(nodes, self.active, sizes)
-        if _heads_beside_tokens(captured.graph, self.axes):
+        moved = [
+            _maps_on_the_left(captured.graph),
+            _heads_beside_tokens(captured.graph, self.axes),
+            _heads_in_dimension_one(captured.graph, self.axes),
+        ]
+        if any(moved):
             nodes = list(captured.graph.nodes)
             self.active = _active(captured, nodes)
             self.axes = axes_.label(nodes, self.active, sizes)
@@ -184,6 +189,75 @@ class Analysis:
         return found
 
 
+def _maps_on_the_left(graph: fx.Graph) -> bool:
+    """V Aᵀ becomes (A Vᵀ)ᵀ; whether there was any."""
+    found = False
+    for node in list(graph.nodes):
+        if node.target not in (aten.matmul.default, aten.bmm.default):
+            continue
+        v, turned = node.args
+        if not isinstance(turned, fx.Node) or turned.target is not aten.transpose.int:
+            continue
+        attn, ndim = turned.args[0], turned.meta["val"].dim()
+        if {dim % ndim for dim in turned.args[1:]} != {ndim - 2, ndim - 1} or not is_softmax_over_keys(attn):  # type: ignore[operator]
+            continue
+        with graph.inserting_before(node):
+            values = _inserted(graph, aten.transpose.int, v, -2, -1)
+            product = _inserted(graph, node.target, attn, values)
+            product.meta |= {k: x for k, x in node.meta.items() if k != "val"}
+            # In the layout that the model's own product has.
+            result = _inserted(graph, aten.contiguous.default, _inserted(graph, aten.transpose.int, product, -2, -1))
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        found = True
+    return found
+
+
+def _inserted(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    new = graph.call_function(target, args)
+    new.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return new
+
+
+def _heads_in_dimension_one(graph: fx.Graph, axes: dict[fx.Node, axes_.Axes]) -> bool:
+    """Give A·V spelled out the form [batch and windows, heads, T, ·]; whether there was any with heads elsewhere.
+
+    [B·h, windows, T, ·] and [B, h, windows, T, ·] have them elsewhere.
+    """
+    found = False
+    for node in list(graph.nodes):
+        if not is_attention_value(node) or node.args[0] not in axes or node.args[0].meta["val"].dim() < 4:
+            continue
+        lead = axes[node.args[0]][:-2]
+        plain = len(lead) == 2 and axes_.is_feature(lead[1]) and not any(role == "feature" for _, role in lead[0])
+        factors = [factor for axis in lead for factor in axis]
+        counts = [sum(role == "batch" for _, role in factors), *(isinstance(n, int) for n in node.meta["val"].shape[1:])]
+        if plain or counts[0] != 1 or not all(counts[1:]) or factors[0][1] != "batch":
+            continue
+        sizes = [-1, *(size for size, _ in factors[1:])]
+        order = sorted(range(len(factors)), key=lambda i: factors[i][1] == "feature")
+        heads = math.prod(size for size, role in factors if role == "feature")
+        rest, last = len(factors), node.meta["val"].shape
+        back = [order.index(i) for i in range(rest)]
+
+        def moved(x: Any, sizes: Any = sizes, order: Any = order, heads: int = heads, rest: int = rest) -> fx.Node:
+            ends = list(x.meta["val"].shape[-2:])
+            split = _inserted(graph, aten.reshape.default, x, [*sizes, *ends])
+            turned = _inserted(graph, aten.permute.default, split, [*order, rest, rest + 1])
+            return _inserted(graph, aten.reshape.default, turned, [-1, heads, *ends])
+
+        with graph.inserting_before(node):
+            product = _inserted(graph, node.target, moved(node.args[0]), moved(node.args[1]))
+            product.meta |= {k: x for k, x in node.meta.items() if k != "val"}
+            split = _inserted(graph, aten.reshape.default, product, [*(sizes[i] for i in order), *last[-2:]])
+            turned = _inserted(graph, aten.permute.default, split, [*back, rest, rest + 1])
+            result = _inserted(graph, aten.reshape.default, turned, [-1, *last[1:]])
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        found = True
+    return found
+
+
 def _heads_beside_tokens(graph: fx.Graph, axes: dict[fx.Node, axes_.Axes]) -> bool:
     """Give fused attention its heads next to its tokens; whether there was any that had them elsewhere.
 
@@ -195,7 +269,8 @@ def _heads_beside_tokens(graph: fx.Graph, axes: dict[fx.Node, axes_.Axes]) -> bo
             continue
         q = axes[node.args[0]]
         merged = [size for size, role in q[0] if role != "batch"]
-        if len(q) == 5 and axes_.is_feature(q[1]) and not axes_.is_feature(q[2]) and len(node.args) == 3:
+        windows = len(q) == 5 and (not q[2] or not axes_.is_feature(q[2]))  # a single window has size 1
+        if windows and q[1] and axes_.is_feature(q[1]) and len(node.args) == 3:
             there: Any = (aten.transpose.int, 1, 2)
             back = there
         elif len(q) == 3 and merged and q[0][0][1] == "batch":
@@ -269,12 +344,21 @@ def is_attention_value(node: fx.Node) -> bool:
     """Whether a matrix product is A·V: its left operand is a softmax over keys, possibly copied or reshaped."""
     if node.target not in (aten.matmul.default, aten.bmm.default):
         return False
-    attn = node.args[0]
-    while isinstance(attn, fx.Node) and (attn.target in IDENTITIES or attn.target in axes_.RESHAPES):
+    return is_softmax_over_keys(node.args[0])
+
+
+def is_softmax_over_keys(attn: Any) -> bool:
+    """Whether a value is a softmax over its last dimension, possibly copied or reshaped."""
+    while isinstance(attn, fx.Node) and (attn.target in IDENTITIES or attn.target in axes_.RESHAPES or _keeps_keys(attn)):
         attn = attn.args[0]
     if not isinstance(attn, fx.Node) or attn.target not in (aten.softmax.int, aten._softmax.default):
         return False
     return attn.args[1] in (-1, attn.meta["val"].dim() - 1)
+
+
+def _keeps_keys(node: fx.Node) -> bool:
+    """Whether a value is a permutation of another one's dimensions that leaves the last where it is."""
+    return node.target is aten.permute.default and node.args[1][-1] in (-1, len(node.args[1]) - 1)  # type: ignore
 
 
 def is_talking_heads_value(node: fx.Node) -> bool:

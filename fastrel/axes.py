@@ -78,6 +78,11 @@ def is_feature(axis: Axis) -> bool:
     return all(role == "feature" for _, role in axis)
 
 
+def is_readable(axes: Axes) -> bool:
+    """Whether samples have a dimension of their own, and no dimension holds tokens and features at once."""
+    return all(len({role for _, role in axis}) < 2 for axis in axes)
+
+
 def size_of(axis: Axis) -> int:
     """Number of entries along a dimension."""
     return math.prod(size for size, _ in axis)
@@ -162,7 +167,17 @@ def _label(node: fx.Node, axes: dict[fx.Node, Axes], sizes: Sizes) -> Axes | Non
         roles += ["token"] * (len(shape) - 1 - len(roles))
         return (*(((size, role),) for size, role in zip(shape, roles, strict=False)), ((shape[-1], "feature"),))
     if target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
-        return (((shape[0], "batch"),), ((shape[1], "feature"),), *(((size, "token"),) for size in shape[2:]))
+        first = x[0] if x is not None and len(x) == len(shape) else ((shape[0], "batch"),)
+        return (first, ((shape[1], "feature"),), *(((size, "token"),) for size in shape[2:]))
+    if target is aten.im2col.default and x is not None:  # [B, C, H, W] -> [B, C · window, windows]
+        window = math.prod(args[1])
+        return (x[0], ((shape[1] // window, "feature"), (window, "token")), ((shape[2], "token"),))
+    if target is aten.col2im.default and x is not None:
+        return (x[0], ((shape[1], "feature"),), *(((size, "token"),) for size in shape[2:]))
+    if target is aten.unfold.default and x is not None:  # one dimension -> windows there, and their entries at the end
+        dim = args[1] % len(x)
+        windows = _resize(x[dim], shape[dim])
+        return (*x[:dim], windows, *x[dim + 1 :], _resize(x[dim], shape[-1]))
     if x is None and target in (aten.matmul.default, aten.bmm.default) and len(shape) > 2:
         right = axes.get(args[1])  # learned queries times keys, say
         return (*right[:-2], ((shape[-2], "token"),), right[-1]) if right and len(right) == len(shape) else None

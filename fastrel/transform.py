@@ -220,10 +220,10 @@ class Transform:
                 result = (node, self._reading(node, lanes))
                 break
             if lanes.row and not self._blocks_left and not any(p.row for p in self._pending.values()):
-                if not pixels:
+                if not pixels and axes_.is_readable(self.axes(node)):
                     result = (node, self._reading(node, lanes))
                     break
-                lanes = lanes._replace(row=None)
+                lanes = lanes._replace(row=None) if pixels else lanes
             rule = rule_for(node)
             if rule is None and pixels and node.target is aten.embedding.default:
                 break
@@ -242,7 +242,8 @@ class Transform:
                 else "the attention maps of this model do not lead back to one sequence of tokens"
             )
         row = self._squeeze(*result)
-        grid = row if pixels else self._grid(nodes[nodes.index(result[0]) :], *result)
+        on_image = result[0].op == "placeholder" and result[0].meta["val"].dim() == 4
+        grid = row if pixels or on_image else self._grid(nodes[nodes.index(result[0]) :], *result)
         self.emit.output((row, grid, [node for _, node in self.records]))
         forward, reverse = self.emit.modules(self.captured.outputs)
         leaves = tuple(self.captured.outputs.index(leaf) for leaf in self.analysis.leaves)

@@ -247,7 +247,10 @@ def _merged_heads(t: Transform, node: fx.Node) -> int | None:
     factors = t.axes(node)[0] if node.meta["val"].dim() == 3 else ()
     if not factors or factors[0][1] != "batch" or any(role == "batch" for _, role in factors[1:]):
         raise UnsupportedModelError(f"{describe(node)}: an attention map without a dimension of heads")
-    return math.prod(size for size, _ in factors[1:])
+    roles = [role for _, role in factors[1:]]
+    if roles != sorted(roles, reverse=True):  # windows of tokens, then heads
+        raise UnsupportedModelError(f"{describe(node)}: heads outside of windows, both merged with the batch")
+    return math.prod(size for size, role in factors[1:] if role == "feature")
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

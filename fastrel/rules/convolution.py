@@ -73,6 +73,8 @@ def conv_relevance(op: Any, rel: Tensor, x: Tensor, weight: Tensor, rules: str, 
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool1d.default,
     aten.upsample_bilinear2d.vec,
+    aten.upsample_bicubic2d.vec,
+    aten.upsample_nearest2d.vec,
 )
 def pooling(t: Transform, node: fx.Node, out: Lanes) -> None:
     """Averages over windows: relevance by share among what has the average's sign, as in the mean over all tokens."""

@@ -49,6 +49,8 @@ INDEX_MAPS = {
     aten.tril.default,
     aten.triu.default,
     aten.narrow.default,
+    aten.slice_scatter.default,
+    aten.select_scatter.default,
     aten.diagonal.default,
     aten.amax.default,
     aten.amin.default,
