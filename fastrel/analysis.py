@@ -154,8 +154,9 @@ class Analysis:
         """Whether a product is A·V with A a map over tokens: maps over channels are no attention blocks of the method."""
         if not is_attention_value(node) and not is_talking_heads_value(node):
             return False
-        maps = self.axes.get(node.args[0])  # type: ignore[arg-type]
-        return maps is None or not axes_.is_feature(maps[-1])
+        maps, values = (self.axes.get(x) for x in node.args[:2])  # type: ignore[arg-type]
+        over_tokens = values is not None and len(values) > 1 and not axes_.is_feature(values[-2])
+        return maps is None or not axes_.is_feature(maps[-1]) or over_tokens
 
     def recomputed(self, memory: str) -> Callable[[fx.Node], bool]:
         """Which values the reverse pass computes again instead of keeping them.

@@ -190,6 +190,9 @@ def _label(node: fx.Node, axes: dict[fx.Node, Axes], sizes: Sizes) -> Axes | Non
         return (*x[:-1], values[-1] if values else ((shape[-1], "feature"),))
     if target in (aten.matmul.default, aten.bmm.default):
         other = axes.get(args[1]) if isinstance(args[1], fx.Node) else None
+        if other and len(other) == len(x) and is_feature(x[-1]) and is_feature(x[-2]) and not is_feature(other[-2]):
+            # A map over tokens that a linear layer made (outlook attention): its rows are tokens where its columns are.
+            x = (*x[:-2], other[-2] if size_of(other[-2]) == shape[-2] else x[-2], x[-1])
         return (*x[:-1], other[-1]) if other and len(other) == len(x) else (*x[:-1], ((shape[-1], "feature"),))
     if target in RESHAPES:
         return regroup(x, shape)

@@ -9,7 +9,7 @@ from fastrel.errors import UnsupportedModelError
 from fastrel.lanes import Lane, Lanes, arguments
 from fastrel.reference import rules as reference
 from fastrel.rules import rule
-from fastrel.rules.generic import vjp
+from fastrel.rules.generic import spread_row, vjp
 from fastrel.transform import Transform, describe
 
 aten = torch.ops.aten
@@ -101,7 +101,29 @@ def pooling(t: Transform, node: fx.Node, out: Lanes) -> None:
 
 def pool_row(op: Any, row: Tensor, shape: list[int], kwargs: Any, *options: Any) -> Tensor:
     """A row in equal parts over the tokens of each window."""
-    return vjp(op, row, 0, None, kwargs, row.new_ones(shape), *options)
+    ones = row.new_ones(shape)
+    return vjp(op, row / op(ones, *options, **dict(kwargs)), 0, None, kwargs, ones, *options)
+
+
+@rule(aten.col2im.default)
+def overlapping_sum(t: Transform, node: fx.Node, out: Lanes) -> None:
+    """Windows added up where they overlap: relevance by share among what has the sum's sign, a row in equal parts."""
+    x, *options = arguments(node, count=len(node.args))
+    grad = rel = row = None
+    if t.wants(x):
+        if out.grad:
+            grad = Lane(t.emit.call(vjp, node.target, t.dense(out.grad, node).node, 0, None, (), t.value(x), *options))
+        if out.rel:
+            rel = Lane(t.emit.call(pool_relevance, node.target, t.dense(out.rel, node).node, t.value(x), (), *options))
+    if out.row:
+        full, sizes = t.shape(node), t.shape(x)
+
+        def back(lane: Lane) -> Lane:
+            spread = t.emit.call(spread_row, t.dense(lane, node, is_row=True).node, *full)
+            return Lane(t.emit.call(pool_row, node.target, spread, list(sizes), (), *options))
+
+        row = t.map_row(out.row, back)
+    t.give(x, grad, rel, row)
 
 
 def pool_relevance(op: Any, rel: Tensor, x: Tensor, kwargs: Any, *options: Any) -> Tensor:

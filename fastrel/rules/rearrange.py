@@ -206,7 +206,40 @@ def getitem(t: Transform, node: fx.Node, out: Lanes) -> None:
         lengths = [part.shape[dim] for part in whole.meta["val"]]
         if all(isinstance(length, int) for length in lengths):
             return _narrow(t, node, x, out, dim, sum(lengths[:index]), lengths[index])
+    if whole.target in (aten.max.dim, aten.min.dim) and index == 0:
+        return _extreme(t, node, whole, out)
     raise UnsupportedModelError(f"no relevance rule for {describe(whole)}")
+
+
+def _extreme(t: Transform, node: fx.Node, whole: fx.Node, out: Lanes) -> None:
+    """The largest entry along a dimension: nothing reaches the others. A row goes where its features' relevance does."""
+    from fastrel.rules.generic import vjp
+
+    x, *options = arguments(whole, count=len(whole.args))
+
+    def back(lane: fx.Node) -> fx.Node:
+        return t.emit.call(vjp, whole.target, lane, 0, None, (), t.value(x), *options)
+
+    lanes = [Lane(back(t.dense(lane, node).node)) if lane and t.wants(x) else None for lane in (out.grad, out.rel)]
+    row = out.row
+    if row:
+        weights = out.rel or out.grad
+        by = t.dense(weights, node).node if weights else None
+        features = [dim + 1 for dim, axis in enumerate(t.axes(node)) if axes_.is_feature(axis)]
+        own = [dim + 1 for dim, axis in enumerate(t.axes(x)) if axes_.is_feature(axis)]
+        full = t.emit.call(weighted_row, t.dense(row.lane, node, is_row=True).node, by, features, *t.shape(node))
+        moved = back(full)
+        row = t.map_row(row, lambda _: Lane(t.emit.call(aten.sum.dim_IntList, moved, own, True) if own else moved))
+    t.give(x, *lanes, row)
+
+
+def weighted_row(row: torch.Tensor, by: torch.Tensor | None, features: list[int], *shape: int) -> torch.Tensor:
+    """A row [K, *], size 1 in `features`, divided among them in proportion to |by|, equally without it."""
+    full = row.expand(row.shape[0], *shape)
+    weights = torch.ones_like(full) if by is None else by.abs()
+    total = weights.sum(features, keepdim=True) if features else weights
+    equal = torch.ones_like(full) if not features else torch.ones_like(full) / full[0].numel() * total[0].numel()
+    return full * torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), equal)
 
 
 @rule(aten.cat.default)
