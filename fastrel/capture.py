@@ -332,7 +332,9 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
                 value = _insert(graph, scatter, whole, value, *view.args[1:])
             view = whole
     if _is_view(view):
-        raise CaptureError(f"{node.target} overwrites a part of {view} in place, which cannot be explained; write it without")
+        raise CaptureError(
+            f"{node.target} overwrites a part of {view} in place, which cannot be explained; write it without"
+        )
     view.replace_all_uses_with(value, delete_user_cb=lambda user: user > node)
     node.replace_all_uses_with(value)
     graph.erase_node(node)

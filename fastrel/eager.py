@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from fastrel import functional
 from fastrel.errors import UnsupportedModelError
 from fastrel.reference import rules as R
+from fastrel.rules.convolution import pool_relevance
 
 #: Functions of one activation that pass relevance unchanged, by name.
 _UNCHANGED = {
@@ -45,7 +46,8 @@ class propagation(TorchFunctionMode):
     """The context in which an eager model propagates relevance backwards.
 
     Attributes:
-        attention: the attention maps [B, h, Tq, Tk] that the forward pass made, as tensors of its graph.
+        attention: the attention maps [B, h, Tq, Tk] that the forward pass made, as tensors of its graph; maps over channels too.
+        generic: functions without a rule of their own, which took the generic one, x ⊙ vjp(R ⊘ f(x)).
 
     Raises:
         UnsupportedModelError: inside, at a function of activations that has no rule here.
@@ -55,6 +57,7 @@ class propagation(TorchFunctionMode):
         super().__init__()
         self.rules: R.Rules = rules
         self.attention: list[Tensor] = []
+        self.generic: list[str] = []
         self._maps: dict[int, Tensor] = {}  # softmax outputs, which a product with values may follow
         self._roots: dict[int, tuple[Tensor, Tensor]] = {}  # pointwise functions of one activation, and it
         self._scales: dict[int, Tensor] = {}  # statistics of an activation, as norms spelled out divide by
@@ -82,6 +85,9 @@ class propagation(TorchFunctionMode):
             return self._follow_map(result, args)
         with torch.no_grad():
             plain = func(*args, **kwargs)
+        if isinstance(plain, Tensor) and plain.is_floating_point():
+            self.generic.append(name)
+            return _Generic.apply(plain, func, args, kwargs, *found)
         if any(isinstance(x, Tensor) and x.is_floating_point() for x in pytree.tree_leaves(plain)):
             raise UnsupportedModelError(f"no relevance function for {name}; fastrel.Explainer knows more operators")
         return plain
@@ -123,6 +129,10 @@ class propagation(TorchFunctionMode):
     # One method per function, by its name without underscores.
 
     def _on_linear(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if id(x) in self._maps:
+            raise UnsupportedModelError(
+                "no relevance function for attention maps mixed over heads; fastrel.Explainer has a rule"
+            )
         return functional.linear(x, weight, bias, self.rules)
 
     def _on_addmm(self, func: Any, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -242,6 +252,13 @@ class propagation(TorchFunctionMode):
             return out
         return functional.mean(x, dims, keepdim, self.rules)
 
+    def _on_adaptive_avg_pool1d(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            value = func(x, *args, **kwargs)
+        return _Pooling.apply(x, value, func, args, kwargs)
+
+    _on_adaptive_avg_pool2d = _on_avg_pool2d = _on_avg_pool1d = _on_adaptive_avg_pool1d
+
     def _on_conv2d(
         self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -250,6 +267,46 @@ class propagation(TorchFunctionMode):
         return _Convolution.apply(x, weight.detach(), value, func, args, kwargs, self.rules)
 
     _on_conv1d = _on_conv2d
+
+
+class _Pooling(torch.autograd.Function):
+    """Averages over windows: by share among what has the average's sign."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.call = func, args, tuple(kwargs.items())
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
+        func, args, kwargs = ctx.call
+        return pool_relevance(func, rel[None], ctx.saved_tensors[0], kwargs, *args)[0], None, None, None, None
+
+
+class _Generic(torch.autograd.Function):
+    """Any differentiable function: R' = x ⊙ vjp(R ⊘ f(x)), in equal parts to several activations."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, func: Any, args: Any, kwargs: Any, *xs: Tensor) -> Tensor:
+        ctx.call = func, args, kwargs, xs
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
+        func, args, kwargs, xs = ctx.call
+        leaves = {id(x): x.detach().requires_grad_() for x in xs}
+        with torch.enable_grad():
+            call = pytree.tree_map(lambda x: leaves.get(id(x), x), (args, kwargs))
+            y = func(*call[0], **call[1])
+            parts = torch.autograd.grad(
+                y, list(leaves.values()), R.safe_divide(rel, y.detach(), "official"), allow_unused=True
+            )
+        shares = {
+            key: 0.0 if part is None else leaf.detach() * part / len(leaves)
+            for (key, leaf), part in zip(leaves.items(), parts, strict=True)
+        }
+        return None, None, None, None, *(shares.pop(id(x), None) for x in xs)
 
 
 class _Convolution(torch.autograd.Function):
