@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fastrel import axes as axes_
-from fastrel.capture import Captured
+from fastrel.capture import Captured, insert_call
 from fastrel.errors import InputError, UnsupportedModelError
 
 aten = torch.ops.aten
@@ -200,24 +200,18 @@ def _maps_on_the_left(graph: fx.Graph) -> bool:
         if not isinstance(turned, fx.Node) or turned.target is not aten.transpose.int:
             continue
         attn, ndim = turned.args[0], turned.meta["val"].dim()
-        if {dim % ndim for dim in turned.args[1:]} != {ndim - 2, ndim - 1} or not is_softmax_over_keys(attn):  # type: ignore[operator]
+        if {dim % ndim for dim in turned.args[1:]} != {ndim - 2, ndim - 1} or not is_softmax_over_keys(attn):
             continue
         with graph.inserting_before(node):
-            values = _inserted(graph, aten.transpose.int, v, -2, -1)
-            product = _inserted(graph, node.target, attn, values)
+            values = insert_call(graph, aten.transpose.int, v, -2, -1)
+            product = insert_call(graph, node.target, attn, values)
             product.meta |= {k: x for k, x in node.meta.items() if k != "val"}
             # In the layout that the model's own product has.
-            result = _inserted(graph, aten.contiguous.default, _inserted(graph, aten.transpose.int, product, -2, -1))
+            result = insert_call(graph, aten.contiguous.default, insert_call(graph, aten.transpose.int, product, -2, -1))
         node.replace_all_uses_with(result)
         graph.erase_node(node)
         found = True
     return found
-
-
-def _inserted(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    new = graph.call_function(target, args)
-    new.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-    return new
 
 
 def _heads_in_dimension_one(graph: fx.Graph, axes: dict[fx.Node, axes_.Axes]) -> bool:
@@ -243,16 +237,16 @@ def _heads_in_dimension_one(graph: fx.Graph, axes: dict[fx.Node, axes_.Axes]) ->
 
         def moved(x: Any, sizes: Any = sizes, order: Any = order, heads: int = heads, rest: int = rest) -> fx.Node:
             ends = list(x.meta["val"].shape[-2:])
-            split = _inserted(graph, aten.reshape.default, x, [*sizes, *ends])
-            turned = _inserted(graph, aten.permute.default, split, [*order, rest, rest + 1])
-            return _inserted(graph, aten.reshape.default, turned, [-1, heads, *ends])
+            split = insert_call(graph, aten.reshape.default, x, [*sizes, *ends])
+            turned = insert_call(graph, aten.permute.default, split, [*order, rest, rest + 1])
+            return insert_call(graph, aten.reshape.default, turned, [-1, heads, *ends])
 
         with graph.inserting_before(node):
-            product = _inserted(graph, node.target, moved(node.args[0]), moved(node.args[1]))
+            product = insert_call(graph, node.target, moved(node.args[0]), moved(node.args[1]))
             product.meta |= {k: x for k, x in node.meta.items() if k != "val"}
-            split = _inserted(graph, aten.reshape.default, product, [*(sizes[i] for i in order), *last[-2:]])
-            turned = _inserted(graph, aten.permute.default, split, [*back, rest, rest + 1])
-            result = _inserted(graph, aten.reshape.default, turned, [-1, *last[1:]])
+            split = insert_call(graph, aten.reshape.default, product, [*(sizes[i] for i in order), *last[-2:]])
+            turned = insert_call(graph, aten.permute.default, split, [*back, rest, rest + 1])
+            result = insert_call(graph, aten.reshape.default, turned, [-1, *last[1:]])
         node.replace_all_uses_with(result)
         graph.erase_node(node)
         found = True

@@ -321,6 +321,7 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
     """
     view, value = node.args[:2]
     assert isinstance(view, fx.Node)
+    assert isinstance(value, fx.Node)
     scatters = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
     with graph.inserting_before(node):
         while view.op == "call_function" and view.target in scatters:
@@ -328,8 +329,8 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
             if whole.meta["val"].shape != view.meta["val"].shape or value.meta["val"].shape != view.meta["val"].shape:
                 scatter: Any = scatters[view.target]
                 if value.meta["val"].shape != view.meta["val"].shape:
-                    value = _insert(graph, aten.expand.default, value, list(view.meta["val"].shape))
-                value = _insert(graph, scatter, whole, value, *view.args[1:])
+                    value = insert_call(graph, aten.expand.default, value, list(view.meta["val"].shape))
+                value = insert_call(graph, scatter, whole, value, *view.args[1:])
             view = whole
     if _is_view(view):
         raise CaptureError(
@@ -340,7 +341,8 @@ def _scatter(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _insert(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+def insert_call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """`target(*args)` where the graph inserts now, with the value that the captured ones have in their meta."""
     new = graph.call_function(target, args)
     new.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
     return new

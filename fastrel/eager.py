@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from fastrel import functional
 from fastrel.errors import UnsupportedModelError
 from fastrel.reference import rules as R
-from fastrel.rules.convolution import pool_relevance
+from fastrel.rules.convolution import conv_relevance, pool_relevance
 
 #: Functions of one activation that pass relevance unchanged, by name.
 _UNCHANGED = {
@@ -260,11 +260,10 @@ class propagation(TorchFunctionMode):
     _on_adaptive_avg_pool2d = _on_avg_pool2d = _on_avg_pool1d = _on_adaptive_avg_pool1d
 
     def _on_conv2d(
-        self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        with torch.no_grad():
-            value = func(x, weight, bias, *args, **kwargs)
-        return _Convolution.apply(x, weight.detach(), value, func, args, kwargs, self.rules)
+        self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:  # fmt: skip
+        return _Convolution.apply(x, weight.detach(), bias, func, (stride, padding, dilation, groups), self.rules)
 
     _on_conv1d = _on_conv2d
 
@@ -314,23 +313,17 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, value: Tensor, func: Any, args: Any, kwargs: Any, rules: R.Rules
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, func: Any, options: Any, rules: R.Rules
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.call = func, args, kwargs, rules
-        return value.view_as(value)
+        ctx.call = func, options, rules
+        return func(x, weight, bias, *options)
 
     @staticmethod
     def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        func, args, kwargs, rules = ctx.call
-        parts = [(x.clamp(min=0), weight.clamp(min=0)), (x.clamp(max=0), weight.clamp(max=0))]
-        with torch.enable_grad():
-            leaves = [part.detach().requires_grad_() for part, _ in parts]
-            products = [func(leaf, w, None, *args, **kwargs) for leaf, (_, w) in zip(leaves, parts, strict=True)]
-            s = R.safe_divide(rel, sum(p.detach() for p in products), rules)
-            back = torch.autograd.grad(products, leaves, [s, s])
-        return sum(part * b for (part, _), b in zip(parts, back, strict=True)), None, None, None, None, None, None
+        func, options, rules = ctx.call
+        return conv_relevance(func, rel[None], x, weight, rules, *options)[0], None, None, None, None, None
 
 
 def _inplace_flag(name: str) -> bool:

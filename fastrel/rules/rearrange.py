@@ -230,7 +230,7 @@ def _extreme(t: Transform, node: fx.Node, whole: fx.Node, out: Lanes) -> None:
         full = t.emit.call(weighted_row, t.dense(row.lane, node, is_row=True).node, by, features, *t.shape(node))
         moved = back(full)
         row = t.map_row(row, lambda _: Lane(t.emit.call(aten.sum.dim_IntList, moved, own, True) if own else moved))
-    t.give(x, *lanes, row)
+    t.give(x, lanes[0], lanes[1], row)
 
 
 def weighted_row(row: torch.Tensor, by: torch.Tensor | None, features: list[int], *shape: int) -> torch.Tensor:
