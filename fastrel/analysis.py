@@ -264,8 +264,8 @@ def _heads_beside_tokens(graph: fx.Graph, axes: dict[fx.Node, axes_.Axes]) -> bo
             continue
         q = axes[node.args[0]]
         merged = [size for size, role in q[0] if role != "batch"]
-        windows = len(q) == 5 and (not q[2] or not axes_.is_feature(q[2]))  # a single window has size 1
-        if windows and q[1] and axes_.is_feature(q[1]) and len(node.args) == 3:
+        windows = len(q) == 5 and axes_.is_feature(q[1]) and len(node.args) == 3
+        if windows and (not axes_.is_feature(q[2]) or (q[1] and not q[2])):  # a single window has size 1
             there: Any = (aten.transpose.int, 1, 2)
             back = there
         elif len(q) == 3 and merged and q[0][0][1] == "batch":

@@ -48,10 +48,11 @@ class Explainer:
             False for transformer attribution.
         precision: "float32": the model's own dtype throughout (16-bit models: lanes in float32). "mixed": matrix products
             of relevance and gradient in bfloat16, where the processor does that faster than float32. "low": those of
-            relevance in int8. Both need rules="positive"; the forward pass is the model's own.
+            relevance in int8, on a GPU in float8. Both need rules="positive"; the forward pass is the model's own.
         memory: "normal", or "low": between prediction and explanation only what the blocks pass on is kept, and each block
             is computed again when its turn comes, for the time of one more forward pass.
-        backend: "auto": compiled kernels where they can run, else torch. "torch": plain PyTorch. "cpp": C++, on a CPU.
+        backend: "auto": per operator the first that can compute it of "triton" and "cuda" on a GPU, "cpp" (C++) on a CPU, and
+            "torch", plain PyTorch. One that is named computes everything that it has kernels for, or says why it cannot.
 
     Raises:
         InputError: an option that does not exist; `backend` that cannot run, with the reason.
