@@ -137,18 +137,21 @@ class Analysis:
             if node.target in axes_.REDUCTIONS:
                 reduced = True
                 break
-            if not is_pointwise(node) and node.target not in (aten.expand.default, aten.expand_as.default):
+            moves = node.target in (aten.expand.default, aten.expand_as.default, aten.unsqueeze.default)
+            if not is_pointwise(node) and not moves:
                 return False
-            expanded = node.target in (aten.expand.default, aten.expand_as.default)
-            inputs = [node.args[0]] if expanded else node.all_input_nodes
-            sources = [n for n in inputs if n in self.active]
+            sources = [n for n in ([node.args[0]] if moves else node.all_input_nodes) if n in self.active]
             if len(sources) != 1:
                 return False
             node = sources[0]
         if not reduced:
             return False
         source, reduction = self.axes.get(node.args[0]), self.axes.get(node)
-        return source is not None and reduction is not None and len(source) == len(reduction) and not reduction[-1]
+        if source is None or reduction is None:
+            return False
+        if len(reduction) == len(source) - 1:  # without the dimension, which is put back later
+            return node.args[1] in ([-1], [len(source) - 1])
+        return len(source) == len(reduction) and not reduction[-1]
 
     def _mixes_tokens(self, node: fx.Node) -> bool:
         """Whether a product is A·V with A a map over tokens: maps over channels are no attention blocks of the method."""
@@ -343,12 +346,21 @@ def is_attention_value(node: fx.Node) -> bool:
 
 
 def is_softmax_over_keys(attn: Any) -> bool:
-    """Whether a value is a softmax over its last dimension, possibly copied or reshaped."""
+    """Whether a value is a softmax over its last dimension, possibly copied, reshaped or scaled by rows, or a sum of such."""
     while isinstance(attn, fx.Node) and (attn.target in IDENTITIES or attn.target in axes_.RESHAPES or _keeps_keys(attn)):
         attn = attn.args[0]
-    if not isinstance(attn, fx.Node) or attn.target not in (aten.softmax.int, aten._softmax.default):
+    if not isinstance(attn, fx.Node):
         return False
-    return attn.args[1] in (-1, attn.meta["val"].dim() - 1)
+    if attn.target in (aten.mul.Tensor, aten.div.Tensor):
+        return any(is_softmax_over_keys(x) and _one_per_row(other) for x, other in (attn.args[:2], attn.args[1::-1]))
+    if attn.target is aten.add.Tensor:
+        return all(is_softmax_over_keys(x) for x in attn.args[:2])
+    return attn.target in (aten.softmax.int, aten._softmax.default) and attn.args[1] in (-1, attn.meta["val"].dim() - 1)
+
+
+def _one_per_row(x: Any) -> bool:
+    """Whether a factor is the same for all keys."""
+    return not isinstance(x, fx.Node) or not x.meta["val"].dim() or x.meta["val"].shape[-1] == 1
 
 
 def _keeps_keys(node: fx.Node) -> bool:

@@ -112,6 +112,7 @@ def index_map(t: Transform, node: fx.Node, out: Lanes) -> None:
 
 
 @rule(
+    aten.sum.dim_IntList,
     aten.linalg_vector_norm.default,
     aten.norm.ScalarOpt_dim,
     aten.var.correction,
