@@ -109,6 +109,7 @@ class Analysis:
         sizes = axes_.Sizes({entry[0] for entry in captured.sizes if entry and isinstance(entry[0], str)})
         self.axes = axes_.label(nodes, self.active, sizes)
         moved = [
+            _einsums_as_products(captured.graph),
             _maps_on_the_left(captured.graph),
             _heads_beside_tokens(captured.graph, self.axes),
             _heads_in_dimension_one(captured.graph, self.axes),
@@ -191,6 +192,34 @@ class Analysis:
                 "no attention was found between the input and the prediction; fastrel explains transformers"
             )
         return found
+
+
+def _einsums_as_products(graph: fx.Graph) -> bool:
+    """einsum("bhlt,bhtv->bhlv", a, b) and ("bhlk,bhtk->bhlt") become matrix products; whether there was any."""
+    found = False
+    for node in list(graph.nodes):
+        if node.target is not aten.einsum.default or len(node.args[1]) != 2 or "." in node.args[0]:
+            continue
+        operands, _, result = node.args[0].replace(" ", "").partition("->")
+        left, _, right = operands.partition(",")
+        batch, i, j = result[:-2], result[-2:-1], result[-1:]
+        summed = set(left) & set(right) - set(result)
+        if (
+            len(result) < 3
+            or len(summed) != 1
+            or left != batch + i + (k := summed.pop())
+            or right not in (batch + k + j, batch + j + k)
+        ):
+            continue
+        a, b = node.args[1]
+        with graph.inserting_before(node):
+            b = b if right.endswith(k + j) else insert_call(graph, aten.transpose.int, b, -2, -1)
+            product = insert_call(graph, aten.matmul.default, a, b)
+            product.meta |= {name: x for name, x in node.meta.items() if name != "val"}
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+        found = True
+    return found
 
 
 def _maps_on_the_left(graph: fx.Graph) -> bool:
