@@ -55,7 +55,10 @@ _FLOATS = {"scale": "fp32", "eps": "fp32"}
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with the constants that it is launched with on a target; `pointers` names those that are not float32."""
+    """A kernel with the constants that it is launched with on a target.
+
+    `pointers` names those that are not float32; `dots`: it has products that belong in tensor cores.
+    """
 
     name: str
     kernel: Any
@@ -108,7 +111,7 @@ def cases(target: str) -> Iterator[Case]:
             tile.warps,
             tile.stages,
             pointers,
-            kind != "float32",
+            True,
         )
         tile = configs.of(configs.BACK[table_key], capability)
         back = {
@@ -116,9 +119,7 @@ def cases(target: str) -> Iterator[Case]:
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
         }  # fmt: skip
         pointers |= {"w_grad_ptr": "bf16" if kind == "float8" else weight}
-        yield Case(
-            f"zplus_back {kind}", zplus_linear.zplus_back_kernel, back, tile.warps, tile.stages, pointers, kind != "float32"
-        )
+        yield Case(f"zplus_back {kind}", zplus_linear.zplus_back_kernel, back, tile.warps, tile.stages, pointers, True)
     for width in (32, 64, 128):
         official = ("official", 2, full, "fp32"), ("official", 2, "tf32", "bf16")
         for rules, mask, precision, value in (
@@ -135,7 +136,7 @@ def cases(target: str) -> Iterator[Case]:
                 "PRECISION": precision, "D": width,
             }  # fmt: skip
             pointers = {"q_ptr": value, "k_ptr": value, "v_ptr": value}
-            dots = precision == "tf32"
+            dots = amd or precision != "ieee"
             label = f"{rules}{' masked' if mask else ''} d={width} {precision}"
             yield _tiled(
                 f"attention_rows {label}",
