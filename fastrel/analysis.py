@@ -194,6 +194,13 @@ class Analysis:
         return found
 
 
+def _product_like(node: fx.Node, target: Any, a: Any, b: Any) -> fx.Node:
+    """A product in the place of a node, found under the same line of the model."""
+    product = insert_call(node.graph, target, a, b)
+    product.meta |= {name: x for name, x in node.meta.items() if name != "val"}
+    return product
+
+
 def _einsums_as_products(graph: fx.Graph) -> bool:
     """einsum("bhlt,bhtv->bhlv", a, b) and ("bhlk,bhtk->bhlt") become matrix products; whether there was any."""
     found = False
@@ -214,8 +221,7 @@ def _einsums_as_products(graph: fx.Graph) -> bool:
         a, b = node.args[1]
         with graph.inserting_before(node):
             b = b if right.endswith(k + j) else insert_call(graph, aten.transpose.int, b, -2, -1)
-            product = insert_call(graph, aten.matmul.default, a, b)
-            product.meta |= {name: x for name, x in node.meta.items() if name != "val"}
+            product = _product_like(node, aten.matmul.default, a, b)
         node.replace_all_uses_with(product)
         graph.erase_node(node)
         found = True
@@ -236,8 +242,7 @@ def _maps_on_the_left(graph: fx.Graph) -> bool:
             continue
         with graph.inserting_before(node):
             values = insert_call(graph, aten.transpose.int, v, -2, -1)
-            product = insert_call(graph, node.target, attn, values)
-            product.meta |= {k: x for k, x in node.meta.items() if k != "val"}
+            product = _product_like(node, node.target, attn, values)
             # In the layout that the model's own product has.
             result = insert_call(graph, aten.contiguous.default, insert_call(graph, aten.transpose.int, product, -2, -1))
         node.replace_all_uses_with(result)
@@ -274,8 +279,7 @@ def _heads_in_dimension_one(graph: fx.Graph, axes: dict[fx.Node, axes_.Axes]) ->
             return insert_call(graph, aten.reshape.default, turned, [-1, heads, *ends])
 
         with graph.inserting_before(node):
-            product = insert_call(graph, node.target, moved(node.args[0]), moved(node.args[1]))
-            product.meta |= {k: x for k, x in node.meta.items() if k != "val"}
+            product = _product_like(node, node.target, moved(node.args[0]), moved(node.args[1]))
             split = insert_call(graph, aten.reshape.default, product, [*(sizes[i] for i in order), *last[-2:]])
             turned = insert_call(graph, aten.permute.default, split, [*back, rest, rest + 1])
             result = insert_call(graph, aten.reshape.default, turned, [-1, *last[1:]])

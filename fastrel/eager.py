@@ -82,7 +82,9 @@ class propagation(TorchFunctionMode):
             return self._unchanged(func, found[0], args, kwargs)
         result = func(*args, **kwargs) if name in _MOVES else None
         if result is not None:
-            return self._follow_map(result, args)
+            if isinstance(result, Tensor) and result.dim() and args and isinstance(args[0], Tensor):
+                self._follow(result, args[0], self._maps, self._scales)
+            return result
         with torch.no_grad():
             plain = func(*args, **kwargs)
         if isinstance(plain, Tensor) and plain.is_floating_point():
@@ -109,22 +111,19 @@ class propagation(TorchFunctionMode):
         out = functional.identity(value, x)
         if value.shape == x.shape:
             self._roots[id(out)] = (self._root(x), out)
-        if getattr(func, "__name__", "") == "softmax" or id(x) in self._maps:
+        if getattr(func, "__name__", "") == "softmax":
             self._maps[id(out)] = out
-        if id(x) in self._scales:
-            self._scales[id(out)] = out
-        return out
+        return self._follow(out, x, self._maps, self._scales)
 
     def _root(self, x: Tensor) -> Tensor:
         return self._roots.get(id(x), (x, x))[0]
 
-    def _follow_map(self, result: Any, args: Any) -> Any:
-        """A softmax that was copied or reshaped is still one."""
-        if isinstance(result, Tensor) and args and isinstance(args[0], Tensor):
-            for kept in (self._maps, self._scales):
-                if id(args[0]) in kept and result.dim():
-                    kept[id(result)] = result
-        return result
+    def _follow(self, out: Tensor, x: Tensor, *kept: dict[int, Tensor]) -> Tensor:
+        """`out`, which is still an attention map or a statistic where x is one."""
+        for known in kept:
+            if id(x) in known:
+                known[id(out)] = out
+        return out
 
     # One method per function, by its name without underscores.
 
@@ -149,7 +148,7 @@ class propagation(TorchFunctionMode):
         if isinstance(other, Tensor) and self.rules != "positive":
             # The published code's constants take their share, which is dropped.
             return functional.add(x, other.detach().expand(torch.broadcast_shapes(x.shape, other.shape)), self.rules)
-        return self._keep_scale(functional.identity(x.detach() + other, x), x)
+        return self._follow(functional.identity(x.detach() + other, x), x, self._scales)
 
     _on_iadd = _on_radd = _on_add
 
@@ -169,7 +168,7 @@ class propagation(TorchFunctionMode):
             out = functional.multiply_constant(x, factor)
             if out.shape == x.shape:
                 self._roots[id(out)] = (self._root(x), out)
-            return self._keep_scale(self._keep_map(out, x), x)
+            return self._follow(out, x, self._maps, self._scales)
         if self._root(u) is self._root(v):
             return self._of_root(u.detach() * v.detach(), u)
         for x, scale in ((u, v), (v, u)):
@@ -183,7 +182,7 @@ class propagation(TorchFunctionMode):
         if not self._is_activation(u) or (self._is_activation(v) and id(v) not in self._scales):
             raise UnsupportedModelError("no relevance function for a division by an activation")
         value = u.detach() / (v.detach() if isinstance(v, Tensor) else v)
-        return self._keep_scale(functional.identity(value, u), u)
+        return self._follow(functional.identity(value, u), u, self._scales)
 
     _on_div = _on_idiv = _on_itruediv = _on_truediv
 
@@ -191,16 +190,6 @@ class propagation(TorchFunctionMode):
         root = self._root(x)
         out = functional.identity(value, root)
         self._roots[id(out)] = (root, out)
-        return out
-
-    def _keep_map(self, out: Tensor, x: Tensor) -> Tensor:
-        if id(x) in self._maps:
-            self._maps[id(out)] = out
-        return out
-
-    def _keep_scale(self, out: Tensor, x: Tensor) -> Tensor:
-        if id(x) in self._scales:
-            self._scales[id(out)] = out
         return out
 
     def _on_matmul(self, func: Any, a: Tensor, b: Tensor) -> Tensor:

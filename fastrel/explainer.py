@@ -323,7 +323,7 @@ class Prediction:
             self._inputs,
             target if callable(target) else seeds.classes,
         )
-        size = _image_size(self._inputs)
+        size = image_size(self._inputs)
         return Explanation(self.logits, seeds.classes, relevance, patches, size, self.output, program.generic, perturbed)
 
     def _run_reverse(self, program: Program, arguments: list[Any]) -> Any:
@@ -418,6 +418,7 @@ def _check_inputs(tensors: list[Tensor]) -> None:
             check_finite(f"input {position}", x)
 
 
-def _image_size(inputs: list[Tensor]) -> tuple[int, int] | None:
+def image_size(inputs: list[Tensor]) -> tuple[int, int] | None:
+    """Height and width of the images among a model's inputs."""
     images = [x for x in inputs if x.dim() == 4 and x.is_floating_point()]
     return (images[0].shape[2], images[0].shape[3]) if images else None

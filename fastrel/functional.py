@@ -85,31 +85,20 @@ def mul(u: Tensor, v: Tensor) -> Tensor:
     return _Mul.apply(u, v)
 
 
-class _AttentionValue(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, attn: Tensor, v: Tensor, rules: Rules) -> Tensor:
-        ctx.save_for_backward(attn, v)
-        ctx.rules = rules
-        return attn @ v
-
-    @staticmethod
-    def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        attn, v = ctx.saved_tensors
-        return *R.attention_value(attn, v, rel, ctx.rules), None
-
-
-class _QueryKey(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, rules: Rules) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, rules: Rules, attention: bool) -> Tensor:
         ctx.save_for_backward(a, b)
-        ctx.rules = rules
+        ctx.rules, ctx.attention = rules, attention
         return a @ b
 
     @staticmethod
     def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
+        if ctx.attention:
+            return *R.attention_value(a, b, rel, ctx.rules), None, None
         rel_a, rel_b = R.query_key(a, b.mT, rel, ctx.rules)
-        return rel_a, rel_b.mT, None
+        return rel_a, rel_b.mT, None, None
 
 
 class _End(torch.autograd.Function):
@@ -130,7 +119,7 @@ def matmul(a: Tensor, b: Tensor, rules: Rules = "positive", *, attention: bool =
 
     Under the positive rules all relevance of A·V goes to V, and what A gets is for reading: see `end`.
     """
-    return (_AttentionValue if attention else _QueryKey).apply(a, b, rules)
+    return _Product.apply(a, b, rules, attention)
 
 
 def end(attn: Tensor, rules: Rules = "positive") -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastrel.emit import lane_dtype
 from fastrel.errors import InputError
+from fastrel.explainer import image_size
 from fastrel.explanation import Explanation, check_finite
 from fastrel.targets import Target, classes_of
 
@@ -103,7 +104,6 @@ class Graphed:
         check_finite("the explanation", relevance)
         if self._classes is None or self._classes.shape[1] == 1:
             classes, relevance, grid = classes[:, 0], relevance[:, 0], None if grid is None else grid[:, 0]
-        images = [x for x in self._inputs if x.dim() == 4 and x.is_floating_point()]
-        size = (images[0].shape[2], images[0].shape[3]) if images else None
+        size = image_size(self._inputs)
         output = pytree.tree_unflatten(outputs, self._spec)
         return Explanation(outputs[self._program.leaves[0]], classes, relevance, grid, size, output, self._program.generic)

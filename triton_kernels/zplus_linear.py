@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from fastrel.triton_kernels import configs
-from fastrel.triton_kernels.launch import INTERPRETED, blocks, capability, precision, with_unit_stride
+from fastrel.triton_kernels.launch import INTERPRETED, blocks, capability, precision
 from fastrel.triton_kernels.math import ROUNDING, negative, positive, safe_divide
 from torch import Tensor
 
@@ -224,7 +224,7 @@ def _launch(
     own = w_grad is None or w_grad is w
     gradient_weight = w if w_grad is None else w_grad
     zplus_back_kernel[blocks(lanes, tile.m), blocks(ins, tile.n)](
-        x, s, none if grad is None else with_unit_stride(grad).contiguous(), w, gradient_weight, rel_in, grad_in, s_scale,
+        x, s, none if grad is None else grad.contiguous(), w, gradient_weight, rel_in, grad_in, s_scale,
         lanes, n, outs, ins, *w.stride(), *gradient_weight.stride(),
         HAS_GRAD=grad is not None, OWN_WEIGHT=own, SCALED=scaled, DOT=dot, DOT_GRAD=dot_grad, PRECISION=multiply,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,

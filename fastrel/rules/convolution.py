@@ -75,9 +75,10 @@ def conv_relevance(op: Any, rel: Tensor, x: Tensor, weight: Tensor, rules: str, 
     aten.upsample_bilinear2d.vec,
     aten.upsample_bicubic2d.vec,
     aten.upsample_nearest2d.vec,
+    aten.col2im.default,
 )
 def pooling(t: Transform, node: fx.Node, out: Lanes) -> None:
-    """Averages over windows: relevance by share among what has the average's sign, as in the mean over all tokens."""
+    """Averages over windows, or windows added up: relevance by share among what has the result's sign, as in a mean."""
     x, *options = arguments(node, count=len(node.args))
     kwargs = tuple(node.kwargs.items())
     grad = rel = row = None
@@ -89,10 +90,13 @@ def pooling(t: Transform, node: fx.Node, out: Lanes) -> None:
             dense = t.dense(out.rel, node).node
             rel = Lane(t.emit.call(pool_relevance, node.target, dense, value, kwargs, *options))
     if out.row:
-        sizes = t.row_shape(x)
+        # The entries of a window lie with the features, where a row has their full number.
+        windows = node.target is aten.col2im.default
+        sizes, full = t.shape(x) if windows else t.row_shape(x), t.shape(node) if windows else ()
 
         def back(lane: Lane) -> Lane:
             dense = t.dense(lane, node, is_row=True).node
+            dense = t.emit.call(spread_row, dense, *full) if windows else dense
             return Lane(t.emit.call(pool_row, node.target, dense, list(sizes), kwargs, *options))
 
         row = t.map_row(out.row, back)
@@ -103,27 +107,6 @@ def pool_row(op: Any, row: Tensor, shape: list[int], kwargs: Any, *options: Any)
     """A row in equal parts over the tokens of each window."""
     ones = row.new_ones(shape)
     return vjp(op, row / op(ones, *options, **dict(kwargs)), 0, None, kwargs, ones, *options)
-
-
-@rule(aten.col2im.default)
-def overlapping_sum(t: Transform, node: fx.Node, out: Lanes) -> None:
-    """Windows added up where they overlap: relevance by share among what has the sum's sign, a row in equal parts."""
-    x, *options = arguments(node, count=len(node.args))
-    grad = rel = row = None
-    if t.wants(x):
-        if out.grad:
-            grad = Lane(t.emit.call(vjp, node.target, t.dense(out.grad, node).node, 0, None, (), t.value(x), *options))
-        if out.rel:
-            rel = Lane(t.emit.call(pool_relevance, node.target, t.dense(out.rel, node).node, t.value(x), (), *options))
-    if out.row:
-        full, sizes = t.shape(node), t.shape(x)
-
-        def back(lane: Lane) -> Lane:
-            spread = t.emit.call(spread_row, t.dense(lane, node, is_row=True).node, *full)
-            return Lane(t.emit.call(pool_row, node.target, spread, list(sizes), (), *options))
-
-        row = t.map_row(out.row, back)
-    t.give(x, grad, rel, row)
 
 
 def pool_relevance(op: Any, rel: Tensor, x: Tensor, kwargs: Any, *options: Any) -> Tensor:
