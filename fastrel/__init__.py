@@ -8,8 +8,13 @@ if not (_Path(__file__).parent / "triton_kernels").is_dir():
 
 from fastrel.eager import propagation
 from fastrel.errors import CaptureError, FastrelError, InputError, UnsupportedModelError
-from fastrel.explainer import Explainer, Prediction
-from fastrel.explanation import BlockTrace, Explanation
+from fastrel.explainer import Explainer
+from fastrel.explanation import Explanation
+from fastrel.maps import TokenMap
+from fastrel.options import Options
+from fastrel.prediction import Prediction
+from fastrel.trace import BlockTrace
+from fastrel.transform.method import Method
 
 __version__ = "0.1.0"
 
@@ -20,7 +25,10 @@ __all__ = [
     "Explanation",
     "FastrelError",
     "InputError",
+    "Method",
+    "Options",
     "Prediction",
+    "TokenMap",
     "UnsupportedModelError",
     "propagation",
 ]

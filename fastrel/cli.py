@@ -10,7 +10,7 @@ from fastrel import __version__, data, methods
 from fastrel.commands import build, compare, demo, doctor, evaluate, explain, verify
 from fastrel.errors import FastrelError
 from fastrel.evaluation import scorers
-from fastrel.explainer import RULES
+from fastrel.options import RULES
 
 EPILOG = """\
 exit codes: 0 all went well, 1 some inputs could not be explained (the others were), 2 nothing could be done

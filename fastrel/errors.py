@@ -10,7 +10,15 @@ class InputError(FastrelError, ValueError):
 
 
 class CaptureError(FastrelError, RuntimeError):
-    """The model cannot be captured as a graph."""
+    """The model cannot be captured as a graph.
+
+    Attributes:
+        details: what torch said while it tried, in full; empty if nothing.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class UnsupportedModelError(FastrelError, RuntimeError):

@@ -1,36 +1,30 @@
-"""What an explanation is: relevance over tokens, and its views on images and text."""
+"""What an explanation is: relevance over the tokens of each input, and its views on images and text."""
 
 from __future__ import annotations
 
-import functools
 import os
-import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastrel.errors import InputError
-
-#: Above this noise floor a map is said to be in the noise.
-NOISY = 0.01
+from fastrel.maps import TokenMap
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Explanation:
     """The explanation of a batch of predictions. Tensors live on the model's device, in its dtype (maps of 16-bit models in
-    float32).
+    float32). It holds neither the model nor its inputs: it can be pickled, copied and sent.
 
     Attributes:
         logits: the model's prediction, [B, C] (or the shape of its first output).
         target: the classes explained, [B] or [B, K]; None if the target was a function.
-        relevance: the map over all tokens, raw: [B, T], or [B, K, T] for K targets per sample. Only ratios within one map
-            have a meaning. Where tokens lie on a grid all along (no CLS token), T runs over it row by row.
-        grid: the part of it that lies on image patches, [B, gh, gw] or [B, K, gh, gw]; None for text.
-        image_size: (height, width) in pixels of the images explained; None for text.
+        maps: for each input that holds tokens its map, by the input's name. Only ratios have a meaning; what the maps of one
+            sample hold adds up, so that they tell by how much each input counts.
         output: what the model returned.
         report: operators of the model that have no relevance rule of their own and took the generic one, whose sums have
             signs; empty for most transformers.
@@ -38,87 +32,122 @@ class Explanation:
 
     logits: Tensor
     target: Tensor | None
-    relevance: Tensor
-    grid: Tensor | None
-    image_size: tuple[int, int] | None
+    maps: dict[str, TokenMap]
     output: Any
     report: tuple[str, ...] = ()
-    _perturbed: Callable[[int], Explanation] | None = field(default=None, repr=False, compare=False)
+    _prediction: weakref.ref[Any] | None = field(default=None, repr=False)
+    _asked: Any = field(default=None, repr=False)
 
     def __len__(self) -> int:
-        return len(self.relevance)
+        return len(self.logits)
 
-    def __getitem__(self, index: int) -> Explanation:
-        """The explanation of one sample, as a batch of one."""
-        if not -len(self) <= index < len(self):
+    def __iter__(self) -> Iterator[Explanation]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int | slice) -> Explanation:
+        """The explanation of one sample, as a batch of one, or of a run of them. Holds copies: the batch may go."""
+        if isinstance(index, slice):
+            part = index
+        elif -len(self) <= int(index) < len(self):
+            part = slice(int(index), int(index) + 1 or None)
+        else:
             raise IndexError(f"sample {index} of {len(self)}")
-        one = slice(index, index + 1 or None)
-        target = None if self.target is None else self.target[one]
-        grid = None if self.grid is None else self.grid[one]
-        perturbed = None if self._perturbed is None else functools.partial(_sample, self._perturbed, index)
+        batch = len(self)
+
+        def cut(x: Any) -> Any:
+            return x[part].clone() if isinstance(x, Tensor) and x.dim() and len(x) == batch else x
+
         return replace(
-            self, logits=self.logits[one], target=target, relevance=self.relevance[one], grid=grid, _perturbed=perturbed
+            self,
+            logits=cut(self.logits),
+            target=cut(self.target),
+            maps={name: one.map(cut) for name, one in self.maps.items()},
+            output=pytree.tree_map(cut, self.output),
+            _prediction=None,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prediction": None, "_asked": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def to(self, *args: Any, **kwargs: Any) -> Explanation:
+        """The explanation with its tensors moved as by `Tensor.to`."""
+
+        def moved(x: Any) -> Any:
+            return x.to(*args, **kwargs) if isinstance(x, Tensor) else x
+
+        return replace(
+            self,
+            logits=moved(self.logits),
+            target=None if self.target is None else self.target.to(moved(self.logits).device),
+            maps={name: one.map(moved) for name, one in self.maps.items()},
+            output=pytree.tree_map(moved, self.output),
+            _prediction=None,
+        )
+
+    def cpu(self) -> Explanation:
+        """The explanation in the processor's memory."""
+        return self.to("cpu")
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {tuple(one.relevance.shape)}" for name, one in self.maps.items())
+        classes = "a function" if self.target is None else self.target.tolist()
+        return f"Explanation(target={classes}, maps={{{shapes}}})"
+
+    @property
+    def only(self) -> TokenMap:
+        """The map of the only input that holds tokens.
+
+        Raises:
+            InputError: there are several; the message names them.
+        """
+        if len(self.maps) != 1:
+            names = ", ".join(repr(name) for name in self.maps)
+            raise InputError(f"this explanation has {len(self.maps)} maps; choose one: explanation.maps[name] with {names}")
+        return next(iter(self.maps.values()))
+
+    @property
+    def relevance(self) -> Tensor:
+        """The map over all tokens of the only sequence, raw: [B, T] or [B, K, T]. Where tokens lie on a grid all along (no CLS
+        token), T runs over it row by row."""
+        return self.only.relevance
+
+    @property
+    def grid(self) -> Tensor | None:
+        """The part of the map that lies on image patches, [B, gh, gw] or [B, K, gh, gw]; None for text."""
+        return self.only.grid
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels of the images explained; None for text."""
+        return self.only.image_size
+
+    @property
+    def patches(self) -> Tensor:
+        """Relevance of the image patches, [B, gh, gw] or [B, K, gh, gw]; see `TokenMap.patches`."""
+        return self.only.patches
+
+    def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:
+        """The patches scaled up to pixels, [B, H, W] or [B, K, H, W]; see `TokenMap.heatmap`."""
+        return self.only.heatmap(size)
 
     def noise_floor(self, draws: int = 2) -> Tensor:
         """How far each map moves when every input and parameter changes by as little as its dtype can tell, [B] or [B, K].
 
-        The largest relative L2 distance, over `draws` random perturbations (factors 1 ± eps), between this map and the
-        perturbed one. Over the patches of an image; for text over all tokens but the highest, which in a rollout is
-        usually the one that the head reads, holding its own 1. Costs `draws` explanations and a copy of the parameters.
-
-        Warns where a map moves by more than 1 %: it then shows rounding as much as the model.
+        See `fastrel.noise`. Needs the prediction that this explains, which holds model and inputs: an explanation does not.
 
         Raises:
-            InputError: the explanation was not made by an Explainer (it was loaded, say), or draws < 1.
+            InputError: that prediction is gone (keep it: `prediction = explainer.predict(x)`), or changed; or draws < 1.
         """
-        if self._perturbed is None or draws < 1:
-            raise InputError(f"noise_floor needs an explanation as an Explainer made it, and draws >= 1 (got {draws})")
-        kept = self._without_highest(self.relevance, self.relevance) if self.grid is None else self.grid.flatten(-2)
-        floor = torch.zeros(kept.shape[:-1], dtype=kept.dtype, device=kept.device)
-        for seed in range(draws):
-            other = self._perturbed(seed)
-            moved = self._without_highest(other.relevance, self.relevance) if other.grid is None else other.grid.flatten(-2)
-            norm = kept.norm(dim=-1)
-            floor = torch.maximum(floor, (moved - kept).norm(dim=-1) / norm.where(norm > 0, 1))
-        if bool((floor > NOISY).any()):
-            warnings.warn(
-                f"this map moves by {float(floor.max()):.1%} under perturbations of rounding size, so its details "
-                'are noise; rules="positive" and float64 models move less',
-                stacklevel=2,
+        prediction = None if self._prediction is None else self._prediction()
+        if prediction is None:
+            raise InputError(
+                "noise_floor needs the prediction, which holds model and inputs: prediction = explainer.predict(x), "
+                "then prediction.noise_floor(target)"
             )
-        return floor
-
-    @staticmethod
-    def _without_highest(relevance: Tensor, by: Tensor) -> Tensor:
-        return relevance.scatter(-1, by.argmax(-1, keepdim=True), 0.0)
-
-    @property
-    def patches(self) -> Tensor:
-        """Relevance of the image patches, [B, gh, gw] or [B, K, gh, gw].
-
-        Raises:
-            InputError: the tokens of this model do not come from a grid of patches.
-        """
-        if self.grid is None:
-            raise InputError("this model's tokens do not lie on an image; use `relevance`, one value per token")
-        return self.grid
-
-    def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:
-        """The patches scaled up bilinearly to `size` (height, width) pixels, default that of the input image.
-
-        Returns [B, H, W] or [B, K, H, W].
-
-        Raises:
-            InputError: the tokens of this model do not come from a grid of patches.
-        """
-        patches = self.patches
-        target = self.image_size if size is None else (size, size) if isinstance(size, int) else tuple(size)
-        if target is None:
-            raise InputError("the size of the image is not known; pass size=(height, width)")
-        flat = patches.reshape(-1, 1, *patches.shape[-2:])
-        scaled = F.interpolate(flat, size=target, mode="bilinear", align_corners=False)
-        return scaled.reshape(*patches.shape[:-2], *target)
+        return prediction.noise_of(self.maps, self._asked, draws)
 
     def save(
         self,
@@ -169,30 +198,3 @@ class Explanation:
         if self.target is None:
             return [""] * count if count == 1 else [f"target {i}" for i in range(count)]
         return [f"class {int(c)}" for c in self.target.flatten()]
-
-
-@dataclass(frozen=True)
-class BlockTrace:
-    """What passed through one attention block, for study and tests. Lanes carry a leading K, the number of targets.
-
-    attention [B, h, Tq, Tk]; gradient and relevance of it [K, B, h, Tq, Tk]; value_relevance [K, B, h, Tk, d];
-    input_relevance: relevance of what the block reads [K, B, T, D]. Where the head reads one token, the last block has
-    Tq = 1: the other rows are exactly zero and are never computed.
-    """
-
-    attention: Tensor
-    gradient: Tensor | None
-    relevance: Tensor | None
-    value_relevance: Tensor | None
-    input_relevance: Tensor | None
-
-
-def _sample(perturbed: Callable[[int], Explanation], index: int, seed: int) -> Explanation:
-    return perturbed(seed)[index]
-
-
-def check_finite(name: str, x: Tensor) -> None:
-    """Raise InputError if x [B, …] holds NaN or infinity, naming the first sample that does."""
-    if not bool(torch.isfinite(x).all()):
-        bad = (~torch.isfinite(x)).reshape(len(x), -1).any(1) if x.dim() else torch.ones(1)
-        raise InputError(f"{name} holds NaN or infinity in sample {int(bad.nonzero()[0, 0])}")

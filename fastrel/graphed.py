@@ -9,21 +9,24 @@ Nothing in it waits for the device or depends on data: forward pass, seeds and r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastrel.emit import lane_dtype
+from fastrel.engine import Engine
 from fastrel.errors import InputError
-from fastrel.explainer import image_size
-from fastrel.explanation import Explanation, check_finite
+from fastrel.explanation import Explanation
+from fastrel.graph.capture import in_order
+from fastrel.inputs import check_finite, image_size
+from fastrel.maps import TokenMap
+from fastrel.options import Options
+from fastrel.outputs import logits_index
 from fastrel.targets import Target, classes_of
-
-if TYPE_CHECKING:
-    from fastrel.explainer import Explainer
-    from fastrel.transform import Program
+from fastrel.transform.lanes import lane_dtype
+from fastrel.transform.method import AllMaps, PathIntegral
+from fastrel.transform.program import Program
 
 #: Runs before the capture: kernels are compiled and memory is taken in them.
 WARM_UP = 3
@@ -31,11 +34,11 @@ WARM_UP = 3
 
 def run(
     program: Program, values: Sequence[Any], classes: Tensor | None
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
+) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor | None]]:
     """Prediction and explanation without a look at any value: what a CUDA graph can hold.
 
-    classes [B, K], or None for the predicted ones. Returns the model's outputs, the classes [B, K], relevance [B, K, T] and
-    the patches [B, K, gh, gw] or None.
+    classes [B, K], or None for the predicted ones. Returns the model's outputs, the classes [B, K], and for each map of the
+    program relevance [B, K, T] and the patches [B, K, gh, gw] or None.
     """
     outputs, saved = program.forward(*values)
     logits = outputs[program.leaves[0]]
@@ -43,23 +46,28 @@ def run(
     seed = torch.zeros(chosen.shape[1], *logits.shape, dtype=lane_dtype(logits.dtype), device=logits.device)
     seed = seed.scatter(2, chosen.T[:, :, None], 1.0)
     row = seed.sum([dim + 1 for dim in program.leaf_features[0]], keepdim=True)
-    relevance, grid, _ = program.reverse([seed, seed, row, *saved])
-    return list(outputs), chosen, relevance.flatten(2).transpose(0, 1), None if grid is None else grid.transpose(0, 1)
+    rows, grids, _ = program.reverse([seed, seed, row, *saved])
+    relevance = [one.flatten(2).transpose(0, 1) for one in rows]
+    return list(outputs), chosen, relevance, [None if grid is None else grid.transpose(0, 1) for grid in grids]
 
 
 class Graphed:
     """Predictions and explanations by replay. Not for several threads at a time: inputs and results have one place each."""
 
-    def __init__(self, explainer: Explainer, args: Any, kwargs: dict[str, Any], targets: int) -> None:
+    def __init__(self, engine: Engine, options: Options, args: Any, kwargs: dict[str, Any], targets: int) -> None:
         args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
-        captured, values, self._inputs = explainer._enter(args, kwargs)
-        device = captured.outputs[captured.logits_index].meta["val"].device
+        self._model = engine.model
+        call = engine.enter(args, kwargs)
+        captured, values, self._inputs = call.captured, call.values, call.tensors
+        logits = logits_index(captured)
+        device = captured.outputs[logits].meta["val"].device
         if device.type != "cuda":
             raise InputError(f"a CUDA graph needs a model on a CUDA device, and this one is on {device}")
-        if explainer.method.reading in ("steps", "maps") or targets < 0:
-            raise InputError(f"method {explainer.method.name!r} with targets={targets} cannot be captured as a CUDA graph")
-        self._program = explainer._program(captured, (captured.logits_index,))
-        self._spec = captured.out_spec
+        if isinstance(options.method.reading, (AllMaps, PathIntegral)) or targets < 0:
+            raise InputError(f"method {options.method.name!r} with targets={targets} cannot be captured as a CUDA graph")
+        self._program = engine.program(call.entry, options, (logits,))
+        self._spec, self._names = captured.out_spec, [call.names[one.input] for one in self._program.maps]
+        self._images = [values[len(captured.owners) + one.input] for one in self._program.maps]
         batch = len(self._inputs[0])
         self._classes = torch.zeros(batch, targets, dtype=torch.long, device=device) if targets else None
         with torch.no_grad(), torch.cuda.device(device):
@@ -79,10 +87,11 @@ class Graphed:
         Raises:
             InputError: inputs or targets of other sizes than captured; NaN in them or in the result.
         """
-        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        shapes, expected = ([tuple(x.shape) for x in xs] for xs in (given, self._inputs))
+        ordered = in_order(self._model, args, kwargs)
+        given = [x for x in pytree.tree_leaves((args, ordered)) if isinstance(x, Tensor)]
+        shapes, expected = ([(tuple(x.shape), x.dtype) for x in xs] for xs in (given, self._inputs))
         if shapes != expected:
-            raise InputError(f"inputs of shapes {shapes} do not fit the captured graph, which takes {expected}")
+            raise InputError(f"inputs of shapes and dtypes {shapes} do not fit the captured graph, which takes {expected}")
         if (target is None) != (self._classes is None):
             raise InputError(
                 "a graph captured with targets=0 explains the predicted class; with targets=K it needs target=[B, K]"
@@ -98,12 +107,15 @@ class Graphed:
         for place, x in zip(self._inputs, given, strict=True):
             place.copy_(x)
         self._graph.replay()
-        outputs, classes, relevance, grid = pytree.tree_map(
+        outputs, classes, relevance, grids = pytree.tree_map(
             lambda x: x.clone() if isinstance(x, Tensor) else x, self._results
         )
-        check_finite("the explanation", relevance)
-        if self._classes is None or self._classes.shape[1] == 1:
-            classes, relevance, grid = classes[:, 0], relevance[:, 0], None if grid is None else grid[:, 0]
-        size = image_size(self._inputs)
+        one = self._classes is None or self._classes.shape[1] == 1
+        maps: dict[str, TokenMap] = {}
+        for name, image, row, grid in zip(self._names, self._images, relevance, grids, strict=True):
+            check_finite("the explanation", row)
+            grid = grid[:, 0] if one and grid is not None else grid
+            maps[name] = TokenMap(row[:, 0] if one else row, grid, image_size(image))
         output = pytree.tree_unflatten(outputs, self._spec)
-        return Explanation(outputs[self._program.leaves[0]], classes, relevance, grid, size, output, self._program.generic)
+        classes = classes[:, 0] if one else classes
+        return Explanation(outputs[self._program.leaves[0]], classes, maps, output, self._program.generic)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from fastrel.backends import triton
 from fastrel.errors import InputError
 
-PRECISIONS = ("float32", "mixed", "low")
+Precision = Literal["float32", "mixed", "low"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Products:
 
 
 def products(
-    precision: str,
+    precision: Precision,
     rules: str,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrel.emit import lane_dtype
 from fastrel.errors import InputError
+from fastrel.inputs import check_finite
+from fastrel.transform.lanes import lane_dtype
 
 #: None (predicted class) · int · [B] · [B, K] · callable(output) -> [B] or [B, K]
 Target: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | Callable[[Any], Tensor] | None
@@ -21,8 +22,11 @@ Target: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | Cal
 class Seeds:
     """Where the reverse pass starts: ∂y/∂leaf and the relevance of each leaf, [K, B, …] each.
 
-    `classes` is [B] or [B, K], or None for a callable; `several` says whether the caller asked for a dimension K.
+    `outputs` says which of the model's outputs the leaves are. `classes` is [B] or [B, K], or None for a callable; `several` says
+    whether the caller asked for a dimension K.
     """
+
+    outputs: tuple[int, ...]
 
     gradient: list[Tensor]
     relevance: list[Tensor]
@@ -30,15 +34,18 @@ class Seeds:
     several: bool
 
 
-def class_seeds(logits: Tensor, target: Target) -> Seeds:
-    """Seeds for classes of logits [B, C]: a one-hot vector (value 1, not the logit).
+def class_seeds(logits: Tensor, index: int, target: Target) -> Seeds:
+    """Seeds for classes of logits [B, C], which are output `index`: a one-hot vector (value 1, not the logit).
 
     Raises:
-        InputError: the target's type, shape or range does not fit the logits.
+        InputError: the target's type, shape or range does not fit the logits, or these hold NaN.
     """
+    check_finite("the model's output", logits, allowed=-torch.inf)
     classes = classes_of(logits, target)
-    one_hot = F.one_hot(classes.reshape(len(logits), -1).T, logits.shape[1]).to(lane_dtype(logits.dtype))  # [K, B, C]
-    return Seeds([one_hot], [one_hot], classes, classes.dim() == 2)
+    columns = classes.reshape(len(logits), -1)
+    check_finite("the model's output for the target", logits.gather(1, columns))
+    one_hot = F.one_hot(columns.T, logits.shape[1]).to(lane_dtype(logits.dtype))  # [K, B, C]
+    return Seeds((index,), [one_hot], [one_hot], classes, classes.dim() == 2)
 
 
 def classes_of(logits: Tensor, target: Any) -> Tensor:
@@ -51,11 +58,17 @@ def classes_of(logits: Tensor, target: Any) -> Tensor:
     batch, count = logits.shape
     if target is None:
         return logits.argmax(1)
-    if isinstance(target, int) and not isinstance(target, bool):
-        target = [target] * batch
-    classes = torch.as_tensor(target, device=logits.device)
+    try:
+        classes = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"target must be a class, [{batch}] classes, [{batch}, K] classes or a function, not {target!r}"
+        ) from error
+    classes = classes.to(logits.device)
     if classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex():
         raise InputError(f"target must hold class indices, not {classes.dtype}: {target!r}")
+    if classes.dim() == 0:
+        classes = classes.expand(batch)
     if classes.dim() not in (1, 2) or len(classes) != batch or classes.numel() == 0:
         raise InputError(
             f"target of shape {tuple(classes.shape)} does not fit a batch of {batch}: pass one class, [{batch}] classes, "
@@ -67,24 +80,24 @@ def classes_of(logits: Tensor, target: Any) -> Tensor:
     return classes.long()
 
 
-def function_seeds(outputs: list[Tensor], rebuild: Callable[[list[Tensor]], Any], function: Any) -> tuple[Seeds, list[int]]:
-    """Seeds for a function of the model's output, and which outputs it depends on.
+def function_seeds(outputs: list[Any], rebuild: Callable[[list[Any]], Any], function: Any, batch: int) -> Seeds:
+    """Seeds for a function of the model's output.
 
-    The gradient is ∂f/∂output; the relevance is the same scaled to absolute sum 1 per sample, so that a class picked by
-    a function is explained like the class itself.
+    The sign lives in the gradient, w = ∂f/∂output; the relevance is |w| / Σ|w| per sample, a share of attention to pay: so a
+    class picked by a function is explained like the class itself, and f and −f are evidence for and against.
 
     Raises:
-        InputError: f does not return one floating-point value (or K) per sample, or does not depend on the output.
+        InputError: f does not return one finite floating-point value (or K) per sample, or does not depend on the output.
     """
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in outputs]
+        leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in outputs]
         value = function(rebuild(leaves))
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise InputError(f"the target function must return a floating-point tensor, not {type(value).__name__}")
-        batch = len(outputs[0])
         if value.dim() not in (1, 2) or len(value) != batch:
             raise InputError(f"the target function returned shape {tuple(value.shape)}; expected [{batch}] or [{batch}, K]")
-        floats = [i for i, x in enumerate(leaves) if x.requires_grad]
+        check_finite("what the target function returned", value)
+        floats = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         columns = value.reshape(batch, -1).unbind(1)
         per_target = [_gradients(column, [leaves[i] for i in floats]) for column in columns]
     used = [j for j in range(len(floats)) if any(grads[j] is not None for grads in per_target)]
@@ -92,13 +105,15 @@ def function_seeds(outputs: list[Tensor], rebuild: Callable[[list[Tensor]], Any]
         raise InputError("the target function does not depend on the model's output, so there is nothing to explain")
     gradient = [torch.stack([_or_zeros(grads[j], leaves[floats[j]]) for grads in per_target]) for j in used]
     gradient = [g.to(lane_dtype(g.dtype)) for g in gradient]
-    scale = sum(g.abs().flatten(2).sum(2) for g in gradient)  # [K, B]
+    for g in gradient:
+        check_finite("the gradient of the target function", g.transpose(0, 1))
+    scale = sum(g.abs().reshape(*g.shape[:2], -1).sum(2) for g in gradient)  # [K, B]
     assert isinstance(scale, Tensor)
     if not bool((scale > 0).all()):
         sample = int((scale == 0).nonzero()[0, 1])
         raise InputError(f"the target function has a zero gradient for sample {sample}, so there is nothing to explain")
-    relevance = [g / scale.reshape(*scale.shape, *([1] * (g.dim() - 2))) for g in gradient]
-    return Seeds(gradient, relevance, None, value.dim() == 2), [floats[j] for j in used]
+    relevance = [g.abs() / scale.reshape(*scale.shape, *([1] * (g.dim() - 2))) for g in gradient]
+    return Seeds(tuple(floats[j] for j in used), gradient, relevance, None, value.dim() == 2)
 
 
 def _gradients(column: Tensor, leaves: list[Tensor]) -> Sequence[Tensor | None]:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
 
+from fastrel import methods
+from fastrel.comparison import difference
+from fastrel.eager import propagation
+from fastrel.engine import Call, Engine, plainly
 from fastrel.errors import FastrelError
-from fastrel.explanation import NOISY
-
-if TYPE_CHECKING:
-    from fastrel.explainer import Explainer, Prediction
+from fastrel.explanation import Explanation
+from fastrel.maps import TokenMap
+from fastrel.noise import NOISY
+from fastrel.options import Options
+from fastrel.outputs import logits_index
+from fastrel.prediction import Prediction
+from fastrel.targets import Target, classes_of
+from fastrel.trace import BlockTrace
+from fastrel.transform.method import Chain
 
 
 @dataclass(frozen=True)
@@ -39,13 +50,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The report of `Explainer.verify`: checks, what took the generic rule, the shape of the map."""
+    """The report of `Explainer.verify`: checks, what took the generic rule, and the shape of each input's map."""
 
     checks: tuple[Check, ...]
     generic: tuple[str, ...]
     blocks: int
-    tokens: tuple[int, ...]
-    grid: tuple[int, ...] | None
+    maps: dict[str, str]
 
     @property
     def ok(self) -> bool:
@@ -53,105 +63,195 @@ class Verification:
         return all(check.ok for check in self.checks)
 
     def __str__(self) -> str:
-        grid = f", on a grid of {self.grid[0]} × {self.grid[1]} patches" if self.grid else ""
-        lines = [f"{self.blocks} attention blocks, {self.tokens[0]} tokens{grid}", *(str(check) for check in self.checks)]
+        lines = [f"{self.blocks} attention blocks", *(f"   {name}: {shape}" for name, shape in self.maps.items())]
+        lines += [str(check) for check in self.checks]
         lines += [f"   generic rule: {name}" for name in self.generic]
         return "\n".join([*lines, "verified" if self.ok else "NOT verified"])
 
 
-def verify(explainer: Explainer, args: Sequence[Any], kwargs: dict[str, Any]) -> Verification:
-    """Check, for the predicted classes of one batch:
+@dataclass(frozen=True)
+class _Subject:
+    """One explained call, and how to explain it in other ways."""
 
-    - gradient: the engine's gradient lane where the map is read, times the value there and summed over features, against
-      torch.autograd through the captured forward graph (L2, relative to the sums of absolute terms);
-    - exactness: the map against the same in float64 by the plain PyTorch backend (relative L2 without the highest token);
+    engine: Engine
+    options: Options
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    target: Target
+    call: Call
+    prediction: Prediction
+    explanation: Explanation
+
+    @classmethod
+    def of(cls, engine: Engine, options: Options, args: Sequence[Any], kwargs: dict[str, Any], target: Target) -> _Subject:
+        call = engine.enter(args, kwargs)
+        prediction = _predict(engine, options, call)
+        explanation = prediction.explain(target)
+        fixed = target if callable(target) else explanation.target
+        return cls(engine, options, args, kwargs, fixed, call, prediction, explanation)
+
+    def explain(self, **changes: Any) -> Explanation:
+        """The same call, explained with other options."""
+        options = replace(self.options, **changes)
+        return _predict(self.engine, options, self.call).explain(self.target)
+
+    @property
+    def official(self) -> bool:
+        """Whether the rules are those whose maps depend on rounding."""
+        return self.options.rules != "positive"
+
+    def limit(self, wide: float, single: float, low: float) -> float:
+        """What may be off in float64, in float32, and in 16-bit models."""
+        dtypes = {x.dtype for x in self.call.values if isinstance(x, Tensor) and x.is_floating_point()}
+        if dtypes & {torch.float16, torch.bfloat16}:
+            return low
+        return wide if dtypes == {torch.float64} else single
+
+
+def verify(engine: Engine, options: Options, args: Sequence[Any], kwargs: dict[str, Any], target: Target) -> Verification:
+    """Check the explanation of one batch, for its predicted classes or any target:
+
+    - prediction: the captured graph's outputs against the live model's, on these inputs;
+    - finite: entries of the maps that are not;
+    - relevance: that of every attention map, in float64, against the second path, `fastrel.propagation`, which runs the model
+      itself and shares formulas with nobody but `fastrel.reference` (relative L2, the worst map);
+    - gradient: the engine's gradient lane times the value where a map is read, summed over features, against torch.autograd
+      through the captured forward graph (L2, relative to the sums of absolute terms);
+    - rows: a block adds I + M to the rollout, so that with M = A, whose rows sum to 1, it at most doubles it: by how much
+      more it grew;
+    - exactness: the maps against the same in float64 by the plain PyTorch backend (relative L2 without the highest token);
     - batch: the map of the first sample alone against the batch;
-    - rounding: `Explanation.noise_floor`;
-    - finite: entries of the map that are not;
+    - rounding: `fastrel.noise`;
     - relevance that arrives: the sum of relevance where the map is read, of 1 at the logits. Under the positive rules none
       is created, and what is missing met sums of 0 or constants.
+
+    A check that cannot be made on this model says why.
     """
-    prediction = explainer.predict(*args, **kwargs)
-    explanation = prediction.explain()
-    tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)]
-    single = tensors[0].dtype if tensors[0].is_floating_point() else torch.float32
-    wide = torch.float64 in (explanation.relevance.dtype, single)
-    low = any(p.dtype in (torch.float16, torch.bfloat16) for p in explainer.model.parameters())
-    official = explainer.rules != "positive"
-    target = explanation.target
-    limit = 1e-9 if wide else 2e-2 if low else 1e-3
-    first = dict(zip(kwargs, _first(kwargs.values()), strict=True))
-    alone = explainer(*_first(args), target=None if target is None else target[:1], **first)
-    moved = _distance(explanation.relevance[:1], alone.relevance)
-    checks = [
-        Check("finite", float((~explanation.relevance.isfinite()).sum()), 0, "entries of the map that are not finite"),
-        Check("gradient", _gradient(explainer, prediction, target), limit, "against torch.autograd"),
-        Check("batch", moved, None if official else limit, "one sample alone"),
-    ]
-    bound = None if official else (1e-8 if wide else 5e-2 if low else 1e-3)
-    meaning = "against float64 in plain PyTorch"
-    try:
-        moved = _distance(explanation.relevance, _exactly(explainer, args, kwargs, target))
-    except (RuntimeError, ValueError) as error:
-        moved, bound, meaning = (
-            float("nan"),
-            None,
-            f"not to be had, the model does not run in float64: {str(error).splitlines()[0]}",
-        )
-    checks.append(Check("exactness", moved, bound, meaning))
-    noise = _noise(explanation)
-    checks.append(Check("rounding", noise, None if official or low else NOISY, "how far rounding moves the map"))
-    checks.append(Check("relevance that arrives", _arriving(explainer, prediction, target), None, "of 1 at the logits"))
-    program = prediction._program
-    grid = None if explanation.grid is None else tuple(explanation.grid.shape[-2:])
-    return Verification(tuple(checks), program.generic, program.blocks, tuple(explanation.relevance.shape[1:]), grid)
+    subject = _Subject.of(engine, options, args, kwargs, target)
+    explanation = subject.explanation
+    program = engine.program(subject.call.entry, options, (logits_index(subject.call.captured),))
+    checks = [check for make in _CHECKS for check in make(subject)]
+    shapes = {
+        name: f"{tuple(one.relevance.shape[1:])} tokens"
+        + (f", on a grid of {' × '.join(map(str, one.grid.shape[-2:]))} patches" if one.grid is not None else "")
+        for name, one in explanation.maps.items()
+    }
+    return Verification(tuple(checks), program.generic, program.blocks, shapes)
 
 
-def _first(values: Any) -> list[Any]:
-    return [x[:1] if isinstance(x, Tensor) else x for x in values]
+def _predict(engine: Engine, options: Options, call: Call, trace: bool = False) -> Prediction:
+    program = engine.program(call.entry, options, (logits_index(call.captured),), trace)
+    return Prediction(engine, options, call, program)
 
 
-def _distance(ours: Tensor, theirs: Tensor) -> float:
-    """Relative L2 distance of maps over all tokens but the highest, the worst sample."""
-    a, b = ours.double().flatten(1), theirs.double().flatten(1)
-    highest = b.argmax(1, keepdim=True)
-    a, b = a.scatter(1, highest, 0.0), b.scatter(1, highest, 0.0)
-    norm = b.norm(dim=1)
-    return float(((a - b).norm(dim=1) / norm.where(norm > 0, 1)).max())
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _noise(explanation: Any) -> float:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(explanation.noise_floor(1).max())
-
-
-def _exactly(explainer: Explainer, args: Sequence[Any], kwargs: dict[str, Any], target: Any) -> Tensor:
-    from fastrel.explainer import Explainer
-
-    def widened(x: Any) -> Any:
-        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    method = explainer.method
-    other = Explainer(
-        copy.deepcopy(explainer.model).double(),
-        method.name,
-        rules=explainer.rules,
-        start_layer=method.start_layer,
-        normalize_rollout=method.normalize,
-        backend="torch",
+def _prediction(subject: _Subject) -> Iterator[Check]:
+    found = difference(
+        subject.engine.model, subject.call.captured, subject.call.values, tuple(subject.args), subject.kwargs
     )
-    return other(*map(widened, args), target=target, **{key: widened(x) for key, x in kwargs.items()}).relevance
+    yield Check("prediction", float(found is not None), 0, found or "the live model's, on these inputs")
+
+
+def _finite(subject: _Subject) -> Iterator[Check]:
+    bad = sum(int((~one.relevance.isfinite()).sum()) for one in subject.explanation.maps.values())
+    yield Check("finite", float(bad), 0, "entries of the map that are not finite")
+
+
+def _relevance(subject: _Subject) -> Iterator[Check]:
+    """The relevance of attention maps by the second path."""
+    meaning = "of attention maps, against propagation through the model itself"
+    try:
+        wide = _widened(subject)
+        options = replace(wide.options, base=methods.METHODS["transformer_attribution"], start_layer=0)
+        ours = _predict(wide.engine, options, wide.call, trace=True).trace(wide.target)
+        theirs = _second_path(wide)
+        if len(ours) != len(theirs):
+            raise FastrelError(f"it finds {len(theirs)} attention maps, the engine {len(ours)}")
+        worst = max(_maps_apart(a, b) for a, b in zip(ours, theirs, strict=True))
+    except (FastrelError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        yield Check("relevance", float("nan"), None, f"not checked, the second path does not take it: {_first_line(error)}")
+        return
+    yield Check("relevance", worst, 1e-4 if subject.official else 1e-7, meaning)
+
+
+def _second_path(wide: _Subject) -> list[Tensor]:
+    """The relevance [K, B, h, Tq, Tk] of every attention map, from the input, by autograd through the eager model."""
+
+    def entering(x: Any) -> Any:
+        return x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    args, kwargs = pytree.tree_map(entering, (tuple(wide.args), wide.kwargs))
+    with plainly(grad=True):
+        with propagation(wide.options.rules) as tape:
+            output = wide.engine.model(*args, **kwargs)
+        seeds = _relevance_seeds(wide, output)
+        leaves = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        found = []
+        for k in range(len(seeds[0][1])):
+            ends = [leaves[i] for i, _ in seeds]
+            given = [seed[k] for _, seed in seeds]
+            found.append(torch.autograd.grad(ends, tape.attention, given, retain_graph=True, allow_unused=True))
+    reached = [i for i, parts in enumerate(zip(*found, strict=True)) if any(part is not None for part in parts)]
+    return [
+        torch.stack([torch.zeros_like(tape.attention[i]) if parts[i] is None else parts[i] for parts in found])
+        for i in reached
+    ]
+
+
+def _relevance_seeds(wide: _Subject, output: Any) -> list[tuple[int, Tensor]]:
+    """The relevance of the outputs that the target reads, [K, B, …], by their place among the output's tensors."""
+    seeds = wide.prediction.seeds(wide.target)
+    return list(zip(seeds.outputs, seeds.relevance, strict=True))
+
+
+def _maps_apart(ours: BlockTrace, theirs: Tensor) -> float:
+    """Relative L2 distance; queries that nothing reads are zero in theirs and absent in ours."""
+    own = ours.relevance
+    if own is None or own.shape[-1] != theirs.shape[-1] or own.numel() > theirs.numel():
+        raise FastrelError(f"it finds a map {tuple(theirs.shape)} where the engine has another")
+    if own.shape[-2] < theirs.shape[-2]:
+        own, theirs = own.sum(-2), theirs.sum(-2)
+    norm = float(theirs.norm())
+    return float((own.reshape(theirs.shape) - theirs).norm()) / (norm or 1.0)
+
+
+def _gradient(subject: _Subject) -> Iterator[Check]:
+    """The gradient lane times the value, where a map is read, against autograd."""
+    base = methods.METHODS["input_x_gradient"]
+    try:
+        ours = subject.explain(base=base, start_layer=subject.options.method.start_layer)
+        options = replace(subject.options, base=base, start_layer=subject.options.method.start_layer)
+        program = subject.engine.program(subject.call.entry, options, subject.prediction.seeds(subject.target).outputs)
+    except FastrelError as error:
+        yield Check("gradient", float("nan"), None, f"not checked: {_first_line(error)}")
+        return
+    worst = 0.0
+    for where, one in zip(program.maps, ours.maps.values(), strict=True):
+        leaf = _Leaf(subject.call, where.node)
+        relative = leaf.times_gradient(subject, where.features)
+        own = one.relevance if one.relevance.dim() == 3 else one.relevance[:, None]
+        expected, size = (x.transpose(0, 1).flatten(2) for x in relative)
+        # Relative to the terms: their sum is nearly 0 before a layer norm.
+        worst = max(worst, float((own.double() - expected).norm() / size.norm().clamp_min(1e-300)))
+    yield Check("gradient", worst, subject.limit(1e-9, 1e-3, 2e-2), "against torch.autograd")
 
 
 class _Leaf(fx.Interpreter):
     """Runs the captured graph with one value as a leaf of autograd."""
 
-    def __init__(self, module: fx.GraphModule, name: str) -> None:
-        super().__init__(module)
-        self.name, self.leaf = name, torch.empty(0)
+    def __init__(self, call: Call, name: str) -> None:
+        graph: fx.Graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in call.captured.graph.nodes:
+            if node.op != "output":
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(fx.map_arg(tuple(call.captured.outputs), copies.__getitem__))
+        super().__init__(fx.GraphModule(nn.Module(), graph))
+        original = next(node for node in copies if node.name == name)
+        self.name, self.leaf, self.spec = copies[original].name, torch.empty(0), call.captured.out_spec
 
     def run_node(self, n: fx.Node) -> Any:
         """As usual, but for that value."""
@@ -160,36 +260,130 @@ class _Leaf(fx.Interpreter):
             value = self.leaf = value.detach().clone().requires_grad_()
         return value
 
-
-def _gradient(explainer: Explainer, prediction: Prediction, target: Any) -> float:
-    """The gradient lane times the value, where the map is read, against autograd."""
-    program = prediction._program
-    other = explainer.using("input_x_gradient", rules=explainer.rules)
-    other.backend = explainer.backend
-    read = other._program(prediction._captured, program.leaves)
-    ours = other._run(prediction._captured, read, prediction._values, prediction._inputs).explain(target).relevance
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.graph_copy(prediction._captured.graph, copies)
-    graph.output(tuple(copies[node] for node in prediction._captured.outputs))
-    runner = _Leaf(fx.GraphModule(torch.nn.Module(), graph), copies[read.read_at].name)
-    with torch.enable_grad():
-        outputs = runner.run(*prediction._values)
-        logits = outputs[program.leaves[0]]
-        chosen = logits if target is None else logits.gather(-1, target.reshape(-1, 1))
-        (grad,) = torch.autograd.grad(chosen.sum(), runner.leaf)
-    features = list(read.read_features)
-    product = (grad * runner.leaf).detach().double()
-    expected, size = (x.sum(features) if features else x for x in (product, product.abs()))
-    # Relative to the terms: their sum is nearly 0 before a layer norm.
-    return float((ours.double().flatten(1) - expected.flatten(1)).norm() / size.norm().clamp_min(1e-300))
+    def times_gradient(self, subject: _Subject, features: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Gradient of the target times the value, and its absolute values, summed over features: [K, B, …] each."""
+        with plainly(grad=True):
+            outputs = list(self.run(*subject.call.values))
+            scores = _scores(subject, outputs, pytree.tree_unflatten(outputs, self.spec))
+            grads = [torch.autograd.grad(score.sum(), self.leaf, retain_graph=True)[0] for score in scores.unbind(1)]
+        product = torch.stack([grad * self.leaf for grad in grads]).detach().double()
+        dims = [dim + 1 for dim in features]
+        return (product.sum(dims), product.abs().sum(dims)) if dims else (product, product.abs())
 
 
-def _arriving(explainer: Explainer, prediction: Prediction, target: Any) -> float:
-    other = explainer.using("lrp", rules=explainer.rules)
+def _scores(subject: _Subject, outputs: list[Any], output: Any) -> Tensor:
+    """What is explained, [B, K], from the model's outputs."""
+    if callable(subject.target):
+        value = subject.target(output)
+        return value.reshape(len(value), -1)
+    logits = outputs[logits_index(subject.call.captured)]
+    return logits.gather(1, classes_of(logits, subject.target).reshape(len(logits), -1))
+
+
+def _rows(subject: _Subject) -> Iterator[Check]:
+    """The sum of the rollout of attention maps as they are, at most doubled by every block."""
+    base = replace(methods.METHODS["rollout"], normalize=False)
     try:
-        read = other._program(prediction._captured, prediction._program.leaves)
-        lane = other._run(prediction._captured, read, prediction._values, prediction._inputs).explain(target).relevance
-    except FastrelError:
-        return float("nan")
-    return float(lane.sum(1).mean())
+        maps = subject.explain(base=base, start_layer=subject.options.method.start_layer, normalize_rollout=False).maps
+        raw = subject.explain(
+            base=replace(base, reading=Chain("attention", residual=False)), start_layer=-1, normalize_rollout=False
+        )
+    except FastrelError as error:
+        yield Check("rows", float("nan"), None, f"not checked: {_first_line(error)}")
+        return
+    program = subject.engine.program(subject.call.entry, subject.options, (logits_index(subject.call.captured),))
+    total, last = (sum(_total(one) for one in found.values()) for found in (maps, raw.maps))
+    expected = 2.0**program.blocks
+    excess = max(float((total / expected).max()), float(last.max())) - 1  # type: ignore[union-attr]
+    lost = 1 - float((total / expected).min())  # type: ignore[operator, union-attr]
+    meaning = f"the rollout of {program.blocks} attention maps adds up to 2ⁿ" + (
+        f", less {lost:.0%} that met constant tokens or blocks without a residual" if lost > 1e-3 else ""
+    )
+    yield Check("rows", max(excess, 0.0), subject.limit(1e-9, 1e-4, 2e-2), meaning)
+
+
+def _total(one: TokenMap) -> Tensor:
+    return one.relevance.double().sum(-1)
+
+
+def _widened(subject: _Subject) -> _Subject:
+    """The same in float64, by the plain PyTorch backend, on a copy of the model."""
+
+    def wide(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    model = copy.deepcopy(subject.engine.model).double()
+    for module in model.modules():
+        module.training = False
+    args, kwargs = pytree.tree_map(wide, (tuple(subject.args), subject.kwargs))
+    options = replace(subject.options, backend="torch", precision="float32", memory="normal")
+    return _Subject.of(Engine(model), options, args, kwargs, subject.target)
+
+
+def _exactness(subject: _Subject) -> Iterator[Check]:
+    bound, meaning = None if subject.official else subject.limit(1e-8, 1e-3, 5e-2), "against float64 in plain PyTorch"
+    try:
+        exact = _widened(subject).explanation
+    except (FastrelError, RuntimeError, ValueError) as error:
+        meaning = f"not to be had, the model does not run in float64: {_first_line(error)}"
+        yield Check("exactness", float("nan"), None, meaning)
+        return
+    yield Check("exactness", _farthest(subject.explanation, exact), bound, meaning)
+
+
+def _batch(subject: _Subject) -> Iterator[Check]:
+    def first(x: Any) -> Any:
+        return x[:1] if isinstance(x, Tensor) and x.dim() else x
+
+    args, kwargs = pytree.tree_map(first, (tuple(subject.args), subject.kwargs))
+    target = subject.target if callable(subject.target) else first(subject.target)
+    try:
+        alone = _Subject.of(subject.engine, subject.options, args, kwargs, target).explanation
+    except FastrelError as error:
+        yield Check("batch", float("nan"), None, f"not checked: {_first_line(error)}")
+        return
+    bound = None if subject.official else subject.limit(1e-9, 1e-3, 2e-2)
+    yield Check("batch", _farthest(subject.explanation[0], alone), bound, "one sample alone")
+
+
+def _rounding(subject: _Subject) -> Iterator[Check]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        noise = float(subject.explanation.noise_floor(1).max())
+    low = subject.limit(0, 0, 1) == 1
+    yield Check("rounding", noise, None if subject.official or low else NOISY, "how far rounding moves the map")
+
+
+def _arriving(subject: _Subject) -> Iterator[Check]:
+    try:
+        maps = subject.explain(base=methods.METHODS["lrp"], start_layer=subject.options.method.start_layer).maps
+        arrives = float(sum(_total(one) for one in maps.values()).mean())  # type: ignore[union-attr]
+    except FastrelError as error:
+        yield Check("relevance that arrives", float("nan"), None, f"not to be had: {_first_line(error)}")
+        return
+    yield Check("relevance that arrives", arrives, None, "of 1 at the logits")
+
+
+_CHECKS: tuple[Callable[[_Subject], Iterator[Check]], ...] = (
+    _prediction,
+    _finite,
+    _relevance,
+    _gradient,
+    _rows,
+    _exactness,
+    _batch,
+    _rounding,
+    _arriving,
+)
+
+
+def _farthest(ours: Explanation, theirs: Explanation) -> float:
+    """Relative L2 distance of maps over all tokens but the highest, the worst sample."""
+    worst = 0.0
+    for name, one in ours.maps.items():
+        a, b = (x.double().reshape(-1, x.shape[-1]) for x in (one.relevance, theirs.maps[name].relevance))
+        highest = b.argmax(1, keepdim=True)
+        a, b = a.scatter(1, highest, 0.0), b.scatter(1, highest, 0.0)
+        norm = b.norm(dim=1)
+        worst = max(worst, float(((a - b).norm(dim=1) / norm.where(norm > 0, 1)).max()))
+    return worst

@@ -7,22 +7,25 @@ import torch
 from torch import Tensor, fx
 
 from fastrel import ops
-from fastrel.analysis import is_attention_value, is_talking_heads_value
 from fastrel.errors import UnsupportedModelError
-from fastrel.lanes import Lane, Lanes, RowLane, Rows, arguments
+from fastrel.graph.nodes import arguments, describe
+from fastrel.graph.patterns import is_attention_value, is_talking_heads_value
 from fastrel.ops.attention import attention_probabilities, carries_scores
 from fastrel.ops.library import REFERENCES
 from fastrel.reference import rules as reference
-from fastrel.rules import rule
 from fastrel.rules.linear import times_parameter
 from fastrel.rules.pointwise import sum_to
-from fastrel.transform import Transform, describe
+from fastrel.rules.registry import rule
+from fastrel.transform.context import Context
+from fastrel.transform.lanes import Lane, Lanes, Part, Path, Row, Rows
+from fastrel.transform.method import AllMaps
+from fastrel.transform.rollout import settled_share
 
 aten = torch.ops.aten
 
 
 @rule(aten.scaled_dot_product_attention.default)
-def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> None:
+def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
     """A = softmax(scale QKᵀ + mask), A V, all lanes at once."""
     q, k, v, mask, _, is_causal = arguments(node, None, 0.0, False, count=6)
     mask, is_causal = node.kwargs.get("attn_mask", mask), node.kwargs.get("is_causal", is_causal)
@@ -37,11 +40,9 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
     rows = _common_rows(out, query_dim)
     grad, rel = (_restrict(t, lane, rows, node) for lane in (out.grad, out.rel))
     block = t.enter_block(node)
-    row_node, entering = None, None
+    row_node = None
     if block is not None and out.row:
-        entering = t.entering_row(out.row, node)
-        dense = t.dense(entering.lane, node, is_row=True)
-        row_node = _queries(t, dense.node, rows, query_dim)
+        row_node = _queries(t, t.whole_row(out.row, node).node, rows, query_dim)
         t.read_row = t.read_row or row_node
     mask_value: Any = None
     if isinstance(mask, fx.Node):
@@ -93,9 +94,10 @@ def scaled_dot_product_attention(t: Transform, node: fx.Node, out: Lanes) -> Non
             rows and Rows(mask.meta["val"].dim() - 2, rows.start, rows.length),
         )
         t.give(mask, grad=Lane(t.emit.call(sum_to, t.dense(lane, mask).node, *t.shape(mask))))
-    if entering:
-        _give_row(t, v, query_dim, rows, entering, kept, through)
-    if block is not None and t.method.reading == "maps":
+    if row_node and out.row:
+        queries = {path: part.lane and _queries(t, part.lane.node, rows, query_dim) for path, part in out.row.parts.items()}
+        _give_row(t, q, v, rows, out.row, queries, row_node, kept, through)
+    if block is not None and isinstance(t.method.reading, AllMaps):
         maps = t.emit.call(attention_maps, *attention, None, None, float(scale), bool(is_causal), start, t.rules)
         t.attention_maps.append(t.emit.parts(maps, 3)[0])
 
@@ -121,11 +123,11 @@ def _common_rows(out: Lanes, dim: int) -> Rows | None:
     return only if only and only.dim == dim else None
 
 
-def _restrict(t: Transform, lane: Lane | None, rows: Rows | None, node: fx.Node) -> Lane | None:
+def _restrict(t: Context, lane: Lane | None, rows: Rows | None, node: fx.Node) -> Lane | None:
     return lane if lane is None or lane.rows == rows else t.dense(lane, node)
 
 
-def _queries(t: Transform, row: fx.Node, rows: Rows | None, query_dim: int) -> fx.Node:
+def _queries(t: Context, row: fx.Node, rows: Rows | None, query_dim: int) -> fx.Node:
     """A row lane [K, *B, 1, Tq, 1] of the attention's output as [K, *B, Tq], only the given query rows."""
     squeezed = t.emit.call(aten.squeeze.dims, row, [query_dim, query_dim + 2])
     if rows is None:
@@ -134,27 +136,49 @@ def _queries(t: Transform, row: fx.Node, rows: Rows | None, query_dim: int) -> f
 
 
 def _give_row(
-    t: Transform,
+    t: Context,
+    q: fx.Node,
     v: fx.Node,
-    dim: int,
     rows: Rows | None,
-    entering: RowLane,
+    entering: Row,
+    queries: dict[Path, fx.Node | None],
+    whole: fx.Node,
     kept: fx.Node,
     through: fx.Node,
     heads: int | None = None,
 ) -> None:
-    """The row goes on to the tokens whose values are mixed."""
+    """r M goes on to the tokens whose values are mixed; where rows are normalised, what is left of r takes the place of I.
 
-    def lane(node: fx.Node, own_rows: Rows | None = None) -> Lane:
-        at = dim if heads is None else 2
+    queries, whole: the parts of the entering row and all of it, [K, *B, Tq]; kept, through: of the operator `rollout_row`.
+    """
+
+    def lane(x: fx.Node, node: fx.Node, own_rows: Rows | None = None) -> Lane:
+        at = x.meta["val"].dim() - 2 if heads is None else 2
         spread = t.emit.call(aten.unsqueeze.default, t.emit.call(aten.unsqueeze.default, node, at), at + 2)
         if heads is not None:
             spread = t.emit.call(merge_heads, spread, heads)
-        return t.dense(Lane(spread, own_rows), v, is_row=True)
+        return t.dense(Lane(spread, own_rows), x, is_row=True)
 
-    kept_lane = lane(kept, rows) if t.method.normalize and t.method.residual else None
-    row = RowLane(lane(through), t.new_origin(), entering.origin, kept_lane, drop=not t.method.residual)
-    t.give(v, row=row)
+    mixed = {(): Part(lane(v, through))}
+    inner = [path for path in entering.parts if path]
+    if t.method.residual and not t.method.normalize:
+        t.rollout.end(entering)
+        return t.give(v, row=Row(mixed))
+    left: dict[Path, Part] = {}
+    # Where keys are other tokens than queries (cross-attention, reduced keys), what is left goes back through the queries.
+    lengths = [t.facts.sizes.shape(x)[-2] for x in (q, v)]
+    across = t.is_active(q) and (t.facts.sources[q] != t.facts.sources[v] or lengths[0] != lengths[1])
+    for path in inner:
+        own = queries[path]
+        if not t.method.residual or own is None:
+            left[path] = Part(None, settled=True)
+        else:
+            share = kept if len(entering.parts) == 1 else t.emit.call(settled_share, own, whole, kept)
+            left[path] = Part(lane(q if across else v, share, rows), settled=True)
+    if across and left:
+        t.give(q, row=Row(left))
+        left = {}
+    t.give(v, row=Row({**mixed, **left}))
 
 
 def attention_maps(
@@ -178,7 +202,7 @@ def attention_maps(
 
 
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
-def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
+def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
     """A·V, or Q·Kᵀ, of which each operand takes half of the relevance, also one that does not depend on the input."""
     left, right = arguments(node, count=2)
     ndim = node.meta["val"].dim()
@@ -216,7 +240,7 @@ def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
         assert maps[0]
         t.attention_maps.append(maps[0])
         if out.row:
-            _roll(t, node, right, rows, out.row, t.emit.call(ops.attention_update, *maps, t.method.update), heads)
+            _roll(t, node, left, right, rows, out.row, t.emit.call(ops.attention_update, *maps, t.method.update), heads)
     ends = is_attention and not carries_scores(t.rules)
     if talking and ends and rel_b:
         rel_b = t.emit.call(torch.mul, rel_b, 2.0)
@@ -226,7 +250,7 @@ def matmul(t: Transform, node: fx.Node, out: Lanes) -> None:
     t.give(right, Lane(grad_b) if grad_b else None, Lane(rel_b) if rel_b else None)
 
 
-def _pass_row(t: Transform, node: fx.Node, operands: tuple[fx.Node, ...], row: RowLane) -> None:
+def _pass_row(t: Context, node: fx.Node, operands: tuple[fx.Node, ...], row: Row) -> None:
     """A product that mixes features (attention over channels): the row stays with the operand that holds the tokens."""
     for x in operands:
         if t.is_active(x) and t.row_shape(x) == t.row_shape(node):
@@ -240,7 +264,7 @@ def _left_right(a: Tensor, b: Tensor, rel: Tensor, rules: reference.Rules) -> tu
     return rel_a, rel_b.mT
 
 
-def _merged_heads(t: Transform, node: fx.Node) -> int | None:
+def _merged_heads(t: Context, node: fx.Node) -> int | None:
     """The number of heads where they share a dimension with the batch, [B·h, T, d]; None where they have their own."""
     if node.meta["val"].dim() == 4:
         return None
@@ -269,24 +293,32 @@ def mean_heads(row: Tensor, heads: int) -> Tensor:
 
 
 def _roll(
-    t: Transform, node: fx.Node, v: fx.Node, rows: Rows | None, row: RowLane, update: fx.Node, heads: int | None
+    t: Context,
+    node: fx.Node,
+    q: fx.Node,
+    v: fx.Node,
+    rows: Rows | None,
+    row: Row,
+    update: fx.Node,
+    heads: int | None,
 ) -> None:
-    entering = t.entering_row(row, node)
     dim = node.meta["val"].dim() - 2
-    dense = t.dense(entering.lane, node, is_row=True).node
-    if heads is None:
-        queries = _queries(t, dense, rows, dim)
-    else:
-        queries = t.emit.call(mean_heads, dense, heads)
-        if rows:
-            queries = t.emit.call(aten.narrow.default, queries, 2, rows.start, rows.length)
-    t.read_row = t.read_row or queries
-    kept, through = t.emit.parts(t.emit.call(ops.rollout_row, queries, update, t.method.normalize), 2)
-    _give_row(t, v, dim, rows, entering, kept, through, heads)
+
+    def queries(lane: fx.Node) -> fx.Node:
+        if heads is None:
+            return _queries(t, lane, rows, dim)
+        mean = t.emit.call(mean_heads, lane, heads)
+        return t.emit.call(aten.narrow.default, mean, 2, rows.start, rows.length) if rows else mean
+
+    whole = queries(t.whole_row(row, node).node)
+    t.read_row = t.read_row or whole
+    kept, through = t.emit.parts(t.emit.call(ops.rollout_row, whole, update, t.method.normalize), 2)
+    parts = {path: part.lane and queries(part.lane.node) for path, part in row.parts.items()}
+    _give_row(t, q, v, rows, row, parts, whole, kept, through, heads)
 
 
 @rule(aten.softmax.int, aten._softmax.default)
-def softmax(t: Transform, node: fx.Node, out: Lanes) -> None:
+def softmax(t: Context, node: fx.Node, out: Lanes) -> None:
     """Relevance passes unchanged."""
     x, dim = arguments(node, count=2)
     dim %= node.meta["val"].dim()

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor, fx
 
 from fastrel.errors import UnsupportedModelError
-from fastrel.lanes import Lane, Lanes, arguments
+from fastrel.graph.nodes import arguments, describe
 from fastrel.reference import rules as reference
-from fastrel.rules import rule
 from fastrel.rules.generic import spread_row, vjp
-from fastrel.transform import Transform, describe
+from fastrel.rules.registry import rule
+from fastrel.transform.context import Context
+from fastrel.transform.lanes import Lane, Lanes
 
 aten = torch.ops.aten
 
 
 @rule(aten.conv2d.default, aten.conv1d.default)
-def convolution(t: Transform, node: fx.Node, out: Lanes) -> None:
+def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
     """A linear layer over windows of tokens: eq. (5), and z^B for the first one, which reads the image itself."""
     one = [1] * (node.meta["val"].dim() - 2)
     x, weight, _, *options = arguments(node, None, one, [0] * len(one), one, 1, count=7)
@@ -37,7 +38,7 @@ def convolution(t: Transform, node: fx.Node, out: Lanes) -> None:
             rel = Lane(t.emit.call(conv_relevance, node.target, dense, value, kernel, t.rules, *options))
     if out.row and not pixels:
         sizes, window = t.shape(x), list(weight.meta["val"].shape[2:])
-        row = t.map_row(out.row, lambda lane: _row_back(t, node, lane, sizes, window, options))
+        row = out.row.map(lambda lane: _row_back(t, node, lane, sizes, window, options))
     t.give(x, grad, rel, row)
 
 
@@ -45,7 +46,7 @@ def _numbers(option: Any) -> list[int]:
     return list(option) if isinstance(option, (list, tuple)) else [option]
 
 
-def _row_back(t: Transform, node: fx.Node, lane: Lane, sizes: Any, window: list[int], options: Any) -> Lane:
+def _row_back(t: Context, node: fx.Node, lane: Lane, sizes: Any, window: list[int], options: Any) -> Lane:
     dense = t.dense(lane, node, is_row=True).node
     return Lane(t.emit.call(spread_windows, node.target, dense, [sizes[0], 1, *sizes[2:]], window, *options[:3]))
 
@@ -77,7 +78,7 @@ def conv_relevance(op: Any, rel: Tensor, x: Tensor, weight: Tensor, rules: str, 
     aten.upsample_nearest2d.vec,
     aten.col2im.default,
 )
-def pooling(t: Transform, node: fx.Node, out: Lanes) -> None:
+def pooling(t: Context, node: fx.Node, out: Lanes) -> None:
     """Averages over windows, or windows added up: relevance by share among what has the result's sign, as in a mean."""
     x, *options = arguments(node, count=len(node.args))
     kwargs = tuple(node.kwargs.items())
@@ -99,7 +100,7 @@ def pooling(t: Transform, node: fx.Node, out: Lanes) -> None:
             dense = t.emit.call(spread_row, dense, *full) if windows else dense
             return Lane(t.emit.call(pool_row, node.target, dense, list(sizes), kwargs, *options))
 
-        row = t.map_row(out.row, back)
+        row = out.row.map(back)
     t.give(x, grad, rel, row)
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastrel import axes as axes_
 from fastrel.errors import UnsupportedModelError
-from fastrel.lanes import Lane, Lanes
+from fastrel.graph.nodes import describe
 from fastrel.reference.rules import safe_divide
-from fastrel.rules import rule
-from fastrel.transform import Transform, describe
+from fastrel.rules.pointwise import forked
+from fastrel.rules.registry import rule
+from fastrel.transform.context import Context
+from fastrel.transform.lanes import Lane, Lanes
 
 aten = torch.ops.aten
 
@@ -59,7 +60,7 @@ INDEX_MAPS = {
 }
 
 
-def _places(t: Transform, node: fx.Node) -> list[tuple[int, int | None, fx.Node]]:
+def _places(t: Context, node: fx.Node) -> list[tuple[int, int | None, fx.Node]]:
     """Where a node's activations stand among its arguments: (argument, place in a list or None, the activation)."""
     found: list[tuple[int, int | None, fx.Node]] = []
     shapes_only = node.target in (aten.expand_as.default, aten.broadcast_to.default)
@@ -90,12 +91,12 @@ def vjp(op: Any, lane: Tensor, argument: int, place: int | None, kwargs: tuple[t
     return stacked if keep else stacked.detach()
 
 
-def _arguments(t: Transform, node: fx.Node) -> tuple[Any, ...]:
+def _arguments(t: Context, node: fx.Node) -> tuple[Any, ...]:
     return fx.map_arg(node.args, t.value)
 
 
 @rule(*INDEX_MAPS)
-def index_map(t: Transform, node: fx.Node, out: Lanes) -> None:
+def index_map(t: Context, node: fx.Node, out: Lanes) -> None:
     """R' = vjp(R): where entries go, their lanes come from; those of copies add up."""
     kwargs = tuple(node.kwargs.items())
     values = _arguments(t, node)
@@ -104,9 +105,9 @@ def index_map(t: Transform, node: fx.Node, out: Lanes) -> None:
         def back(lane: Lane, is_row: bool, argument: int = argument, place: int | None = place, x: fx.Node = x) -> Lane:
             full = t.dense(lane, node, is_row).node
             if is_row:
-                full = t.emit.call(spread_row, full, *t.shape(node))
+                full = t.emit.call(divided_row, full, *t.shape(node))
             moved = t.emit.call(vjp, node.target, full, argument, place, kwargs, *values)
-            return Lane(average_features(t, x, moved) if is_row else moved)
+            return Lane(summed_features(t, x, moved) if is_row else moved)
 
         t.index_map(x, out, back)
 
@@ -120,7 +121,7 @@ def index_map(t: Transform, node: fx.Node, out: Lanes) -> None:
     aten.var.dim,
     aten.std.dim,
 )
-def statistic(t: Transform, node: fx.Node, out: Lanes) -> None:
+def statistic(t: Context, node: fx.Node, out: Lanes) -> None:
     """What a spelled-out norm divides by: the ordinary gradient, and no relevance reaches it."""
     if out.rel or out.row:
         return generic(t, node, out)
@@ -135,10 +136,16 @@ def spread_row(row: Tensor, *shape: int) -> Tensor:
     return row.expand(row.shape[0], *shape)
 
 
-def average_features(t: Transform, x: fx.Node, row: fx.Node) -> fx.Node:
-    """A row that was spread over features, back to size 1 there."""
-    dims = [dim + 1 for dim, axis in enumerate(t.axes(x)) if axes_.is_feature(axis)]
-    return t.emit.call(aten.mean.dim, row, dims, True) if dims else row
+def divided_row(row: Tensor, *shape: int) -> Tensor:
+    """A row [K, *], size 1 in feature dimensions, in equal parts over the features of a value."""
+    full = row.expand(row.shape[0], *shape)
+    return full * (row.numel() / full.numel())
+
+
+def summed_features(t: Context, x: fx.Node, row: fx.Node) -> fx.Node:
+    """A row that was divided among features, back to size 1 there."""
+    dims = [dim + 1 for dim in t.features(x)]
+    return t.emit.call(aten.sum.dim_IntList, row, dims, True) if dims else row
 
 
 def share(op: Any, rel: Tensor, y: Tensor, rules: str, argument: int, place: int | None, kwargs: Any, *args: Any) -> Tensor:
@@ -148,7 +155,7 @@ def share(op: Any, rel: Tensor, y: Tensor, rules: str, argument: int, place: int
     return x * vjp(op, ratio, argument, place, kwargs, *args)
 
 
-def generic(t: Transform, node: fx.Node, out: Lanes) -> None:
+def generic(t: Context, node: fx.Node, out: Lanes) -> None:
     """Any differentiable operator: R' = x ⊙ vjp(R ⊘ f(x)), the gradient by vjp. Reported, because its sums have signs.
 
     A row passes only where the operator leaves the tokens where they are.
@@ -157,7 +164,7 @@ def generic(t: Transform, node: fx.Node, out: Lanes) -> None:
         raise UnsupportedModelError(f"no relevance rule for {describe(node)}")
     t.generic.append(describe(node))
     kwargs, values, places = tuple(node.kwargs.items()), _arguments(t, node), _places(t, node)
-    for argument, place, x in places:
+    for (argument, place, x), row in zip(places, forked(t, out.row, node, [None] * len(places)), strict=True):
         grad = rel = None
         if t.wants(x):
             where = (argument, place, kwargs)
@@ -169,10 +176,10 @@ def generic(t: Transform, node: fx.Node, out: Lanes) -> None:
                 rel = Lane(t.emit.call(torch.mul, part, 1 / len(places)) if len(places) > 1 else part)
         if out.row and (t.row_shape(x) != t.row_shape(node) or _mixes_tokens(t, node, argument, place, x)):
             raise UnsupportedModelError(f"no relevance rule for {describe(node)}: it moves or mixes tokens")
-        t.give(x, grad, rel, out.row)
+        t.give(x, grad, rel, row)
 
 
-def _mixes_tokens(t: Transform, node: fx.Node, argument: int, place: int | None, x: fx.Node) -> bool:
+def _mixes_tokens(t: Context, node: fx.Node, argument: int, place: int | None, x: fx.Node) -> bool:
     """Whether changing the first token of an operand changes others of the result: tried on small random values."""
     axes = t.axes(node)
     tokens = [dim for dim, axis in enumerate(axes) if any(role == "token" for _, role in axis)]

@@ -7,9 +7,10 @@ from torch import fx
 
 from fastrel import ops
 from fastrel.errors import UnsupportedModelError
-from fastrel.lanes import Lane, Lanes, arguments
-from fastrel.rules import rule
-from fastrel.transform import Transform, describe
+from fastrel.graph.nodes import arguments, describe
+from fastrel.rules.registry import rule
+from fastrel.transform.context import Context
+from fastrel.transform.lanes import Lane, Lanes
 
 aten = torch.ops.aten
 
@@ -24,7 +25,7 @@ MANY_FEATURES = 65536
 
 
 @rule(aten.linear.default)
-def linear(t: Transform, node: fx.Node, out: Lanes) -> None:
+def linear(t: Context, node: fx.Node, out: Lanes) -> None:
     """x Wᵀ + b: relevance by the z+ rule, gradient g W."""
     x, weight, bias = arguments(node, None, count=3)
     if t.is_active(weight):
@@ -36,7 +37,7 @@ def linear(t: Transform, node: fx.Node, out: Lanes) -> None:
 
 
 @rule(aten.addmm.default)
-def addmm(t: Transform, node: fx.Node, out: Lanes) -> None:
+def addmm(t: Context, node: fx.Node, out: Lanes) -> None:
     """b + x W: a linear layer with its weight the other way round."""
     bias, x, weight = arguments(node, count=3)
     if t.is_active(weight) or t.is_active(bias) or node.kwargs:
@@ -44,7 +45,7 @@ def addmm(t: Transform, node: fx.Node, out: Lanes) -> None:
     times_parameter(t, node, x, weight, bias, out)
 
 
-def times_parameter(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, out: Lanes) -> None:
+def times_parameter(t: Context, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, out: Lanes) -> None:
     """x W + b with W [in, out]."""
     grad = rel = None
     if t.wants(x):
@@ -53,7 +54,7 @@ def times_parameter(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bi
     t.give(x, grad, rel, out.row)
 
 
-def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, out: Lanes) -> tuple[Any, Any]:
+def _back(t: Context, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, out: Lanes) -> tuple[Any, Any]:
     feature = node.meta["val"].dim() - 1
     rel, grad = out.rel, out.grad
     sizes = x.meta["val"].shape[-1], node.meta["val"].shape[-1]
@@ -83,7 +84,7 @@ def _back(t: Transform, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, o
     return (Lane(grad_in, rel.rows) if grad else None), Lane(rel_in, rel.rows)
 
 
-def _both(t: Transform, values: tuple[Any, ...], rel: fx.Node, grad: fx.Node | None, fits: bool) -> list[fx.Node]:
+def _both(t: Context, values: tuple[Any, ...], rel: fx.Node, grad: fx.Node | None, fits: bool) -> list[fx.Node]:
     """Both lanes through the layer, in reduced products where they are asked for and the layer's size suits them."""
     if not (t.products.relevance and fits):
         return t.emit.parts(t.emit.call(ops.zplus_linear, *values, rel, grad, t.rules), 2)
@@ -97,5 +98,5 @@ def _both(t: Transform, values: tuple[Any, ...], rel: fx.Node, grad: fx.Node | N
     return t.emit.parts(call, 2)
 
 
-def _reduced(t: Transform, weight: fx.Node, purpose: str) -> list[fx.Node]:
+def _reduced(t: Context, weight: fx.Node, purpose: str) -> list[fx.Node]:
     return t.emit.parts(t.emit.call(ops.reduced_weight, weight, purpose), 3)

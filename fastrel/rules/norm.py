@@ -6,16 +6,17 @@ import torch
 from torch import Tensor, fx
 
 from fastrel import ops
-from fastrel.lanes import Lane, Lanes, arguments
-from fastrel.rules import rule
+from fastrel.graph.nodes import arguments
 from fastrel.rules.generic import vjp
-from fastrel.transform import Transform
+from fastrel.rules.registry import rule
+from fastrel.transform.context import Context
+from fastrel.transform.lanes import Lane, Lanes
 
 aten = torch.ops.aten
 
 
 @rule(aten.layer_norm.default)
-def layer_norm(t: Transform, node: fx.Node, out: Lanes) -> None:
+def layer_norm(t: Context, node: fx.Node, out: Lanes) -> None:
     """Identity for relevance; the ordinary gradient."""
     x, shape, weight, _, eps = arguments(node, None, None, 1e-5, count=5)
     dims = len(shape)
@@ -34,7 +35,7 @@ def layer_norm(t: Transform, node: fx.Node, out: Lanes) -> None:
 
 
 @rule(aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
-def batch_norm(t: Transform, node: fx.Node, out: Lanes) -> None:
+def batch_norm(t: Context, node: fx.Node, out: Lanes) -> None:
     """Identity for relevance; at inference an affine function of each feature."""
     x, weight, _, _, variance, *rest = arguments(node, count=len(node.args))
     eps = rest[3] if node.target is aten.batch_norm.default and len(rest) > 3 else rest[-1]
@@ -53,7 +54,7 @@ def batch_norm_backward(grad: Tensor, weight: Tensor | None, variance: Tensor, e
 
 
 @rule(aten.group_norm.default, aten.rms_norm.default)
-def other_norm(t: Transform, node: fx.Node, out: Lanes) -> None:
+def other_norm(t: Context, node: fx.Node, out: Lanes) -> None:
     """Identity for relevance; the ordinary gradient."""
     x = node.args[0]
     values: Any = fx.map_arg(node.args, t.value)

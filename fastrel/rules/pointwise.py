@@ -1,22 +1,25 @@
 """Pointwise nodes: activation functions, residual adds, scalings and gates."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fastrel import ops
-from fastrel.analysis import ACTIVATIONS, IDENTITIES
 from fastrel.errors import UnsupportedModelError
-from fastrel.lanes import Lane, Lanes, arguments
-from fastrel.rules import rule
-from fastrel.transform import Transform, describe
+from fastrel.graph.nodes import arguments, describe
+from fastrel.graph.patterns import ACTIVATIONS, IDENTITIES
+from fastrel.rules.registry import rule
+from fastrel.transform.context import Context
+from fastrel.transform.lanes import Lane, Lanes, Row
+from fastrel.transform.rollout import operand_shares
 
 aten = torch.ops.aten
 
 
 @rule(*IDENTITIES)
-def identity(t: Transform, node: fx.Node, out: Lanes) -> None:
+def identity(t: Context, node: fx.Node, out: Lanes) -> None:
     """Dropout at inference, copies and casts."""
     (x,) = arguments(node, count=1)
     dtype = x.meta["val"].dtype
@@ -39,7 +42,7 @@ def activation_grad(op: Any, lane: Tensor, x: Tensor, *args: Any) -> Tensor:
 
 
 @rule(*ACTIVATIONS)
-def activation(t: Transform, node: fx.Node, out: Lanes) -> None:
+def activation(t: Context, node: fx.Node, out: Lanes) -> None:
     """Relevance passes unchanged; the gradient is multiplied by the slope."""
     x, *rest = arguments(node, count=len(node.args))
     rest += list(node.kwargs.values())
@@ -66,7 +69,7 @@ def gelu_backward(lane: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
 
 
 @rule(aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
-def add(t: Transform, node: fx.Node, out: Lanes) -> None:
+def add(t: Context, node: fx.Node, out: Lanes) -> None:
     """u ± v. Two activations share the relevance (residual add); a constant takes none of it.
 
     Not so in the published code, where constants (position embeddings, masks) take their share, which is then dropped.
@@ -79,19 +82,31 @@ def add(t: Transform, node: fx.Node, out: Lanes) -> None:
     rels: list[Lane | None] = [out.rel] * len(operands)
     shares = len(operands) == 2 or (t.published and isinstance(u, fx.Node) and isinstance(v, fx.Node))
     if out.rel and shares and any(t.wants(x) for x in operands):
-        if len(operands) == 2 and t.analysis.roots[node] is not node:
+        if len(operands) == 2 and t.facts.roots[node] is not node:
             rels = [None, None]
-            t.give(t.analysis.roots[node], rel=out.rel)
+            t.give(t.facts.roots[node], rel=out.rel)
         else:
             rels = [rel for x, rel in zip((u, v), _share(t, node, out.rel, minus), strict=True) if x in operands]
-    for x, rel in zip(operands, rels, strict=True):
+    for x, rel, row in zip(operands, rels, forked(t, out.row, node, rels), strict=True):
         grad = out.grad
         if grad and minus and x is v and t.wants(x):
             grad = Lane(t.emit.call(torch.neg, grad.node), grad.rows)
-        _give_broadcast(t, x, node, Lanes(grad, rel, out.row))
+        _give_broadcast(t, x, node, Lanes(grad, rel, row))
 
 
-def _share(t: Transform, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | None]:
+def forked(t: Context, row: Row | None, node: fx.Node, rels: Sequence[Lane | None]) -> list[Row | None]:
+    """The row of a sum for each of its operands, charged by their relevance where that is known."""
+    if row is None or len(rels) == 1:
+        return [row] * len(rels)
+    shares = None
+    first = t.axes(node)[0]
+    if all(rels) and len(first) == 1 and first[0][1] == "batch":
+        lanes = [rel.node for rel in rels if rel]
+        shares = tuple(t.emit.parts(t.emit.call(operand_shares, *lanes), len(lanes)))
+    return [*t.rollout.fork(row, len(rels), shares)]
+
+
+def _share(t: Context, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | None]:
     u, v = arguments(node, count=2)
     ndim = node.meta["val"].dim()
     values = [t.value(x, rel.rows, ndim) for x in (u, v)]
@@ -117,7 +132,7 @@ def sum_to(lane: Tensor, *shape: int) -> Tensor:
     return lane.sum_to_size(lane.shape[0], *shape)
 
 
-def _give_broadcast(t: Transform, x: fx.Node, node: fx.Node, lanes: Lanes) -> None:
+def _give_broadcast(t: Context, x: fx.Node, node: fx.Node, lanes: Lanes) -> None:
     """Lanes of an operand that was broadcast to the node's shape are summed back."""
     if x.meta["val"].shape == node.meta["val"].shape:
         return t.give(x, *lanes)
@@ -128,17 +143,17 @@ def _give_broadcast(t: Transform, x: fx.Node, node: fx.Node, lanes: Lanes) -> No
         shape = t.row_shape(x) if is_row else t.shape(x)
         return Lane(t.emit.call(sum_to, t.dense(lane, node, is_row).node, *shape))
 
-    row = t.map_row(lanes.row, lambda lane: shrink(lane, is_row=True) or lane)
+    row = lanes.row and lanes.row.map(lambda lane: shrink(lane, is_row=True) or lane)
     t.give(x, shrink(lanes.grad), shrink(lanes.rel), row)
 
 
 @rule(aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
-def mul(t: Transform, node: fx.Node, out: Lanes) -> None:
+def mul(t: Context, node: fx.Node, out: Lanes) -> None:
     """u · v. Constant factors and scales of norms pass relevance unchanged; of two activations (a gate) each takes half."""
     u, v = arguments(node, count=2)
     divide = node.target in (aten.div.Tensor, aten.div.Scalar)
     both = t.is_active(u) and t.is_active(v)
-    scales = [t.analysis.is_scale(x) for x in (u, v)] if both else [False, False]
+    scales = [t.facts.is_scale(x) for x in (u, v)] if both else [False, False]
     scaled = both and scales[0] != scales[1]
     if divide and t.is_active(v) and not (scaled and scales[1]):
         raise UnsupportedModelError(f"{describe(node)} divides by an activation")
@@ -146,12 +161,15 @@ def mul(t: Transform, node: fx.Node, out: Lanes) -> None:
     if both and not scaled and t.method.attnlrp and out.grad:
         out = _attnlrp_product(t, node, out, out.grad)
     if both and rel and not scaled:
-        if t.analysis.roots[node] is not node:
-            t.give(t.analysis.roots[node], rel=rel)
+        if t.facts.roots[node] is not node:
+            t.give(t.facts.roots[node], rel=rel)
             rel = None
         else:
             rel = Lane(t.emit.call(torch.mul, rel.node, 0.5), rel.rows)
-    for x, other, is_scale in ((u, v, scales[0]), (v, u, scales[1])):
+    # The scale of a norm passes no relevance on: normalisation is the identity.
+    passing = [t.is_active(x) and not (scaled and is_scale) for x, is_scale in ((u, scales[0]), (v, scales[1]))]
+    row_of = iter(forked(t, out.row, node, [rel] * sum(passing)))
+    for x, other, passes in ((u, v, passing[0]), (v, u, passing[1])):
         if not t.is_active(x):
             continue
         grad = None
@@ -163,14 +181,12 @@ def mul(t: Transform, node: fx.Node, out: Lanes) -> None:
                 value = t.value(v, rows, ndim)
                 lane = t.emit.call(torch.neg, t.emit.call(torch.div, lane, t.emit.call(torch.mul, value, value)))
             grad = Lane(lane, rows)
-        # The scale of a norm passes no relevance on: normalisation is the identity.
-        passes = not (scaled and is_scale)
-        _give_broadcast(t, x, node, Lanes(grad, rel if passes else None, out.row if passes else None))
+        _give_broadcast(t, x, node, Lanes(grad, rel if passes else None, next(row_of) if passes else None))
 
 
-def _attnlrp_product(t: Transform, node: fx.Node, out: Lanes, grad: Lane) -> Lanes:
+def _attnlrp_product(t: Context, node: fx.Node, out: Lanes, grad: Lane) -> Lanes:
     """AttnLRP's rules for a gate, half to each factor, and for x·σ(x), an activation function like others."""
-    root = t.analysis.roots[node]
+    root = t.facts.roots[node]
     if root is node:
         return out._replace(grad=Lane(t.emit.call(torch.mul, grad.node, 0.5), grad.rows))
     values = t.value(root, grad.rows), t.value(node, grad.rows)
@@ -179,6 +195,6 @@ def _attnlrp_product(t: Transform, node: fx.Node, out: Lanes, grad: Lane) -> Lan
 
 
 @rule(aten.rsub.Scalar)
-def rsub(t: Transform, node: fx.Node, out: Lanes) -> None:
+def rsub(t: Context, node: fx.Node, out: Lanes) -> None:
     """c − x."""
     t.pass_through(node.args[0], out, lambda lane: Lane(t.emit.call(torch.neg, lane.node), lane.rows))

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastrel import axes as axes_
 from fastrel.errors import UnsupportedModelError
-from fastrel.lanes import Lane, Lanes, Rows, arguments
-from fastrel.rules import rule
-from fastrel.transform import Transform, describe
+from fastrel.graph import axes as axes_
+from fastrel.graph.nodes import arguments, describe
+from fastrel.rules.generic import divided_row, index_map, vjp
+from fastrel.rules.registry import rule
+from fastrel.transform.context import Context
+from fastrel.transform.lanes import Lane, Lanes, Rows
+from fastrel.transform.rollout import operand_shares
 
 aten = torch.ops.aten
 
@@ -22,10 +25,10 @@ def _ndim(x: Any) -> int:
 
 
 @rule(*axes_.RESHAPES)
-def reshape(t: Transform, node: fx.Node, out: Lanes) -> None:
+def reshape(t: Context, node: fx.Node, out: Lanes) -> None:
     """Dimensions merged, split, added or dropped."""
     (x,) = arguments(node, count=1)
-    source, result = t.analysis.sizes.shape(x), t.analysis.sizes.shape(node)
+    source, result = t.facts.sizes.shape(x), t.facts.sizes.shape(node)
     groups = axes_.groups(source, result)
 
     def back(lane: Lane, is_row: bool) -> Lane:
@@ -46,7 +49,7 @@ def reshape(t: Transform, node: fx.Node, out: Lanes) -> None:
     t.index_map(x, out, back)
 
 
-def _view(t: Transform, lane: fx.Node, shape: Sequence[Any]) -> fx.Node:
+def _view(t: Context, lane: fx.Node, shape: Sequence[Any]) -> fx.Node:
     targets = t.emit.call(operator.getitem, t.emit.call(getattr, lane, "shape"), 0)
     return t.emit.call(aten.reshape.default, lane, [targets, *shape])
 
@@ -63,7 +66,7 @@ def _regroup_rows(rows: Rows, groups: Any, source: Sequence[int], result: Sequen
     return None
 
 
-def _merge_rows(t: Transform, x: fx.Node, node: fx.Node, rows: Rows, groups: Any) -> Rows | None:
+def _merge_rows(t: Context, x: fx.Node, node: fx.Node, rows: Rows, groups: Any) -> Rows | None:
     """Rows of the first of several dimensions that are one feature dimension of x: v of a fused qkv, say."""
     for left, right in groups:
         if not right or rows.dim != right[0] or len(left) != 1 or not axes_.is_feature(t.axes(x)[left[0]]):
@@ -74,8 +77,8 @@ def _merge_rows(t: Transform, x: fx.Node, node: fx.Node, rows: Rows, groups: Any
     return None
 
 
-def _reshape_row(t: Transform, node: fx.Node, x: fx.Node, groups: Any, lane: fx.Node, rows: Rows | None) -> fx.Node:
-    """A row has size 1 in feature dimensions; where a group mixes them with tokens they are spread out, then averaged."""
+def _reshape_row(t: Context, node: fx.Node, x: fx.Node, groups: Any, lane: fx.Node, rows: Rows | None) -> fx.Node:
+    """A row has size 1 in feature dimensions; where a group mixes them with tokens it is divided among them, then summed."""
     before, after = t.axes(x), t.axes(node)
     shape, mixed = list(t.row_shape(x)), []
     for left, right in groups:
@@ -89,28 +92,23 @@ def _reshape_row(t: Transform, node: fx.Node, x: fx.Node, groups: Any, lane: fx.
                 full[dim] = t.emit.size(node, dim)
             for dim in left:
                 shape[dim] = t.emit.size(x, dim)
-        lane = t.emit.call(expand_row, lane, *full)
+        lane = t.emit.call(divided_row, lane, *full)
     if rows:
         shape[rows.dim] = rows.length
     lane = _view(t, lane, shape)
     spread = [dim + 1 for left, _ in mixed for dim in left if axes_.is_feature(before[dim]) and before[dim]]
-    return t.emit.call(aten.mean.dim, lane, spread, True) if spread else lane
-
-
-def expand_row(row: torch.Tensor, *shape: int) -> torch.Tensor:
-    """A row [K, *] spread over feature dimensions."""
-    return row.expand(row.shape[0], *shape)
+    return t.emit.call(aten.sum.dim_IntList, lane, spread, True) if spread else lane
 
 
 @rule(aten.permute.default)
-def permute(t: Transform, node: fx.Node, out: Lanes) -> None:
+def permute(t: Context, node: fx.Node, out: Lanes) -> None:
     """Dimensions reordered."""
     x, dims = arguments(node, count=2)
     _permute(t, x, out, [dim % _ndim(node) for dim in dims])
 
 
 @rule(aten.transpose.int)
-def transpose(t: Transform, node: fx.Node, out: Lanes) -> None:
+def transpose(t: Context, node: fx.Node, out: Lanes) -> None:
     """Two dimensions swapped."""
     x, a, b = arguments(node, count=3)
     order = list(range(_ndim(node)))
@@ -118,7 +116,7 @@ def transpose(t: Transform, node: fx.Node, out: Lanes) -> None:
     _permute(t, x, out, order)
 
 
-def _permute(t: Transform, x: Any, out: Lanes, order: list[int]) -> None:
+def _permute(t: Context, x: Any, out: Lanes, order: list[int]) -> None:
     inverse = [order.index(dim) for dim in range(len(order))]
 
     def back(lane: Lane, is_row: bool) -> Lane:
@@ -129,13 +127,13 @@ def _permute(t: Transform, x: Any, out: Lanes, order: list[int]) -> None:
 
 
 @rule(aten.select.int)
-def select(t: Transform, node: fx.Node, out: Lanes) -> None:
+def select(t: Context, node: fx.Node, out: Lanes) -> None:
     """One entry of a dimension, for instance the CLS token: nothing reaches the others."""
     x, dim, index = arguments(node, count=3)
     _pick(t, node, x, out, dim % _ndim(x), index)
 
 
-def _pick(t: Transform, node: fx.Node, x: fx.Node, out: Lanes, dim: int, index: int) -> None:
+def _pick(t: Context, node: fx.Node, x: fx.Node, out: Lanes, dim: int, index: int) -> None:
     index = _non_negative(t, x, dim, index)
     feature = axes_.is_feature(t.axes(x)[dim])
 
@@ -152,7 +150,7 @@ def _pick(t: Transform, node: fx.Node, x: fx.Node, out: Lanes, dim: int, index: 
     t.index_map(x, out, back)
 
 
-def _non_negative(t: Transform, x: fx.Node, dim: int, index: int) -> int:
+def _non_negative(t: Context, x: fx.Node, dim: int, index: int) -> int:
     if index >= 0:
         return index
     size = t.emit.size(x, dim)
@@ -162,7 +160,7 @@ def _non_negative(t: Transform, x: fx.Node, dim: int, index: int) -> int:
 
 
 @rule(aten.slice.Tensor)
-def slice_(t: Transform, node: fx.Node, out: Lanes) -> None:
+def slice_(t: Context, node: fx.Node, out: Lanes) -> None:
     """A run of entries of a dimension."""
     x, dim, start, _, step = arguments(node, 0, None, None, 1, count=5)
     dim %= _ndim(x)
@@ -170,13 +168,11 @@ def slice_(t: Transform, node: fx.Node, out: Lanes) -> None:
         return t.give(x, *out)
     length = node.meta["val"].shape[dim]
     if step != 1 or not isinstance(length, int) or not isinstance(start, (int, type(None))):
-        from fastrel.rules.generic import index_map
-
         return index_map(t, node, out)
     _narrow(t, node, x, out, dim, _non_negative(t, x, dim, start or 0), length)
 
 
-def _narrow(t: Transform, node: fx.Node, x: fx.Node, out: Lanes, dim: int, start: int, length: int) -> None:
+def _narrow(t: Context, node: fx.Node, x: fx.Node, out: Lanes, dim: int, start: int, length: int) -> None:
     feature = axes_.is_feature(t.axes(x)[dim])
 
     def back(lane: Lane, is_row: bool) -> Lane:
@@ -194,7 +190,7 @@ def _narrow(t: Transform, node: fx.Node, x: fx.Node, out: Lanes, dim: int, start
 
 
 @rule(operator.getitem)
-def getitem(t: Transform, node: fx.Node, out: Lanes) -> None:
+def getitem(t: Context, node: fx.Node, out: Lanes) -> None:
     """One of the parts that unbind, chunk or split makes."""
     whole, index = arguments(node, count=2)
     if whole.target is aten.unbind.int:
@@ -211,26 +207,24 @@ def getitem(t: Transform, node: fx.Node, out: Lanes) -> None:
     raise UnsupportedModelError(f"no relevance rule for {describe(whole)}")
 
 
-def _extreme(t: Transform, node: fx.Node, whole: fx.Node, out: Lanes) -> None:
+def _extreme(t: Context, node: fx.Node, whole: fx.Node, out: Lanes) -> None:
     """The largest entry along a dimension: nothing reaches the others. A row goes where its features' relevance does."""
-    from fastrel.rules.generic import vjp
-
     x, *options = arguments(whole, count=len(whole.args))
 
     def back(lane: fx.Node) -> fx.Node:
         return t.emit.call(vjp, whole.target, lane, 0, None, (), t.value(x), *options)
 
     lanes = [Lane(back(t.dense(lane, node).node)) if lane and t.wants(x) else None for lane in (out.grad, out.rel)]
-    row = out.row
-    if row:
-        weights = out.rel or out.grad
-        by = t.dense(weights, node).node if weights else None
-        features = [dim + 1 for dim, axis in enumerate(t.axes(node)) if axes_.is_feature(axis)]
-        own = [dim + 1 for dim, axis in enumerate(t.axes(x)) if axes_.is_feature(axis)]
-        full = t.emit.call(weighted_row, t.dense(row.lane, node, is_row=True).node, by, features, *t.shape(node))
-        moved = back(full)
-        row = t.map_row(row, lambda _: Lane(t.emit.call(aten.sum.dim_IntList, moved, own, True) if own else moved))
-    t.give(x, lanes[0], lanes[1], row)
+    weights = out.rel or out.grad
+    by = t.dense(weights, node).node if weights else None
+    features, own = ([dim + 1 for dim in t.features(value)] for value in (node, x))
+
+    def row_back(lane: Lane) -> Lane:
+        dense = t.dense(lane, node, is_row=True).node
+        moved = back(t.emit.call(weighted_row, dense, by, features, *t.shape(node)))
+        return Lane(t.emit.call(aten.sum.dim_IntList, moved, own, True) if own else moved)
+
+    t.give(x, lanes[0], lanes[1], out.row and out.row.map(row_back))
 
 
 def weighted_row(row: torch.Tensor, by: torch.Tensor | None, features: list[int], *shape: int) -> torch.Tensor:
@@ -243,22 +237,54 @@ def weighted_row(row: torch.Tensor, by: torch.Tensor | None, features: list[int]
 
 
 @rule(aten.cat.default)
-def cat(t: Transform, node: fx.Node, out: Lanes) -> None:
-    """Values joined along a dimension: each takes its own part."""
+def cat(t: Context, node: fx.Node, out: Lanes) -> None:
+    """Values joined along a dimension: each takes its own part.
+
+    A row is divided among parts that are features: among heads by their sizes, among values that no longer have tokens
+    (CLS beside the mean over patches, two towers' outputs) by their relevance.
+    """
     parts, dim = arguments(node, 0, count=2)
     dim %= _ndim(node)
     feature = axes_.is_feature(t.axes(node)[dim])
+    lengths = [t.emit.size(x, dim) for x in parts]
+    active = [i for i, x in enumerate(parts) if t.is_active(x)]
+    shares: Sequence[Any] = [None] * len(parts)
+    if out.row and feature:
+        shares = _shares(t, node, parts, dim, lengths, active, out.rel)
     start: Any = 0
-    for x in parts:
-        length = t.emit.size(x, dim)
-        begin = start
+    for i, (x, length) in enumerate(zip(parts, lengths, strict=True)):
 
-        def back(lane: Lane, is_row: bool, begin: Any = begin, length: Any = length) -> Lane:
+        def back(lane: Lane, is_row: bool, begin: Any = start, length: Any = length, share: Any = shares[i]) -> Lane:
             if is_row and feature:
-                return lane
+                return Lane(t.emit.call(scaled_row, lane.node, share), lane.rows)
             full = t.dense(lane, node, is_row)
             return Lane(t.emit.call(aten.narrow.default, full.node, dim + 1, begin, length))
 
-        if t.is_active(x):
+        if i in active:
             t.index_map(x, out, back)
         start = t.emit.arith("add", start, length)
+
+
+def _shares(
+    t: Context, node: fx.Node, parts: Sequence[fx.Node], dim: int, lengths: list[Any], active: list[int], rel: Lane | None
+) -> list[Any]:
+    """What each of some parts that are features takes of a row: a number, or [K, B]; parts that are constants take nothing."""
+    axes = t.axes(node)
+    pooled = axes and len(axes[0]) == 1 and all(axes_.is_feature(axis) for axis in axes[1:])
+    if pooled and rel:
+        dense, begin, own = t.dense(rel, node).node, 0, []
+        for i, length in enumerate(lengths):
+            if i in active:
+                own.append(t.emit.call(aten.narrow.default, dense, dim + 1, begin, length))
+            begin = t.emit.arith("add", begin, length)
+        given = iter(t.emit.parts(t.emit.call(operand_shares, *own), len(own)))
+        return [next(given) if i in active else 0.0 for i in range(len(parts))]
+    if all(isinstance(length, int) for length in lengths):
+        total = sum(lengths[i] for i in active)
+        return [lengths[i] / total if i in active else 0.0 for i in range(len(parts))]
+    return [1 / len(active)] * len(parts)
+
+
+def scaled_row(row: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
+    """A row [K, B, …] times a share, a number or [K, B]."""
+    return row * (share if isinstance(share, float) else share.reshape(*share.shape, *([1] * (row.dim() - 2))))

@@ -3,17 +3,18 @@
 import torch
 from torch import Tensor, fx
 
-from fastrel import axes as axes_
-from fastrel.lanes import Lane, Lanes, arguments
+from fastrel.graph import axes as axes_
+from fastrel.graph.nodes import arguments
 from fastrel.reference import rules as reference
-from fastrel.rules import rule
-from fastrel.transform import Transform
+from fastrel.rules.registry import rule
+from fastrel.transform.context import Context
+from fastrel.transform.lanes import Lane, Lanes
 
 aten = torch.ops.aten
 
 
 @rule(aten.mean.dim)
-def mean(t: Transform, node: fx.Node, out: Lanes) -> None:
+def mean(t: Context, node: fx.Node, out: Lanes) -> None:
     """Mean over tokens: relevance by share, gradient and row in equal parts."""
     x, dims, keep = arguments(node, False, count=3)
     ndim = x.meta["val"].dim()
@@ -43,7 +44,7 @@ def mean(t: Transform, node: fx.Node, out: Lanes) -> None:
                 tokens = t.emit.arith("mul", tokens, shape[dim])
         return Lane(t.emit.call(spread, widen(lane, True), tokens, *sizes))
 
-    t.give(x, grad, rel, t.map_row(out.row, spread_row))
+    t.give(x, grad, rel, out.row and out.row.map(spread_row))
 
 
 def spread(lane: Tensor, count: int, *shape: int) -> Tensor:

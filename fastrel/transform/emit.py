@@ -10,12 +10,9 @@ import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
+from fastrel.transform.lanes import lane_dtype
+
 aten = torch.ops.aten
-
-
-def lane_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of lanes for values of `dtype`: float32 for 16-bit values, so that small relevances add up."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 class Emitter:
@@ -93,7 +90,7 @@ class Emitter:
         """What the reverse graph returns."""
         self._reverse.output(result)
 
-    def modules(self, outputs: list[fx.Node]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def modules(self, outputs: list[Any]) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The finished modules; the forward one returns `outputs` and, in order, what the reverse one takes first."""
         self._reverse.eliminate_dead_code()
         forward = fx.Graph()
@@ -113,7 +110,7 @@ class Emitter:
             else:
                 x, dim = self._inserted[node]
                 saved.append(forward.call_function(aten.sym_size.int, (copies[x], dim)))
-        forward.output((tuple(copies[node] for node in outputs), tuple(saved)))
+        forward.output((fx.map_arg(tuple(outputs), copies.__getitem__), tuple(saved)))
         # Inputs and parameters stay inputs even where nothing uses them.
         forward.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         self._reverse.set_codegen(OneList())

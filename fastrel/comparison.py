@@ -1,0 +1,104 @@
+"""The captured graph against the model itself: the same inputs, the same outputs, or where they part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from fastrel.graph.capture import LOCK, Captured
+from fastrel.graph.clone import structural_clone
+
+#: How far outputs may lie apart, relative to the largest: operators are the same, but some fuse in another order.
+LIMITS = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+
+#: Outputs whose largest value is below this are compared with it.
+SMALL = 1e-2
+
+
+def run_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the model returns, as in eval mode. A model in training mode is left alone: a clone of its structure runs."""
+    if any(module.training for module in model.modules()):
+        with LOCK:
+            model = structural_clone(model)
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def difference(
+    model: nn.Module, captured: Captured, values: list[Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """Where the outputs of a captured graph and of the model part on these inputs; None if they are equal."""
+    expected = _tensors(run_model(model, args, kwargs))
+    graph = _module(captured, captured.outputs)
+    with torch.no_grad():
+        found = _tensors(graph(*values))
+    if len(found) != len(expected):
+        return f"it returns {len(found)} tensors, the model {len(expected)}"
+    for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        off = _apart(ours, theirs)
+        if off is None:
+            continue
+        again = _tensors(run_model(model, args, kwargs))
+        if _apart(again[i], theirs) is not None:
+            return f"output {i} differs from call to call on the same inputs; make the model deterministic in eval mode"
+        return f"output {i} is {off}{_place(model, captured, values, args, kwargs)}"
+    return None
+
+
+def _module(captured: Captured, outputs: Any) -> fx.GraphModule:
+    graph, copies = fx.Graph(), {}
+    for node in captured.graph.nodes:
+        if node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(fx.map_arg(tuple(outputs), copies.__getitem__))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> str | None:
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return f"{ours.dtype} {tuple(ours.shape)}, the model's {theirs.dtype} {tuple(theirs.shape)}"
+    if not ours.is_floating_point():
+        return None if torch.equal(ours, theirs) else "other integers"
+    a, b = (x.double() for x in (ours, theirs))
+    same = (a == b) | (a.isnan() & b.isnan())
+    distance = torch.where(same, 0.0, (a - b).abs())
+    finite = b[b.isfinite()].abs()
+    scale = max(float(finite.max()) if finite.numel() else 0.0, SMALL)
+    worst = float(distance.nan_to_num(torch.inf).max()) / scale if distance.numel() else 0.0
+    return None if worst <= LIMITS.get(ours.dtype, 1e-4) else f"off by {worst:.1e} of its largest value"
+
+
+def _place(model: nn.Module, captured: Captured, values: list[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """The first module whose result is another in the graph than in the model."""
+    own: dict[str, Tensor] = {}
+    with LOCK:
+        clone = structural_clone(model)
+    for name, module in clone.named_modules():
+
+        def keep(_module: Any, _args: Any, result: Any, name: str = name) -> None:
+            if isinstance(result, Tensor):
+                own.setdefault(name, result.detach().clone())
+
+        module.register_forward_hook(keep)
+    with torch.no_grad():
+        clone(*args, **kwargs)
+    last: dict[str, fx.Node] = {}
+    for node in captured.graph.nodes:
+        for path, *_ in (node.meta.get("nn_module_stack") or {}).values():
+            if isinstance(node.meta.get("val"), Tensor):
+                last[path] = node
+    names = [name for name in own if name in last]
+    with torch.no_grad():
+        results = _module(captured, [last[name] for name in names])(*values)
+    for name, result in zip(names, results, strict=True):
+        if result.shape == own[name].shape and _apart(result, own[name]):
+            return f"; the first module that differs is {name!r} ({type(model.get_submodule(name)).__name__})"
+    return ""

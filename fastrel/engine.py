@@ -1,0 +1,252 @@
+"""Engine: a model, what was captured of it, and the programs made of that. Everything that explains stands on it.
+
+A captured graph is a cache, never an authority: it is used where its guards hold and while its fingerprint matches, and its
+outputs are compared with the model's own the first time that it runs, and the first time that it runs on a batch of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fastrel import backends
+from fastrel import precision as precision_
+from fastrel.comparison import difference, run_model
+from fastrel.errors import CaptureError, InputError
+from fastrel.graph.capture import Captured, Signature, capture, in_order
+from fastrel.graph.clone import unwrapped
+from fastrel.graph.fingerprint import Fingerprint
+from fastrel.inputs import check_inputs, input_names
+from fastrel.options import Options
+from fastrel.transform.lanes import lane_dtype
+from fastrel.transform.program import Program
+from fastrel.transform.walk import transform
+
+log = logging.getLogger("fastrel")
+
+#: How many captured graphs of one model are kept.
+CAPTURES = 16
+
+#: How many captures of one kind of call are a reason to say so.
+MANY = 5
+
+
+@dataclass(eq=False)
+class Entry:
+    """A captured graph with what it is valid for, and the programs made of it."""
+
+    signature: Signature
+    captured: Captured
+    fingerprint: Fingerprint
+    programs: dict[Any, Program] = field(default_factory=dict)
+    #: Whether its outputs were found equal to the model's: for a batch of one, for others.
+    compared: dict[bool, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the model, and the graph that takes it.
+
+    Attributes:
+        entry: the captured graph.
+        values: what its placeholders hold: parameters, then inputs.
+        tensors: the tensors among the inputs, and `names`, what each input is called.
+    """
+
+    entry: Entry
+    values: list[Any]
+    tensors: list[Tensor]
+    names: list[str]
+
+    @property
+    def captured(self) -> Captured:
+        """The captured graph."""
+        return self.entry.captured
+
+    @property
+    def batch(self) -> int:
+        """The number of samples."""
+        return next((len(x) for x in self.tensors if x.dim()), 1)
+
+
+class Engine:
+    """Captures a model when it must, and runs programs on its live parameters. Safe to call from several threads."""
+
+    def __init__(self, model: nn.Module, live: bool = True) -> None:
+        self.model, self.live = unwrapped(model), live
+        self._entries: list[Entry] = []  # the most recently used first
+        self._lock = threading.RLock()
+        self._warned = False
+
+    def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """The captured graph that takes these inputs, made if there is none, and the values of its placeholders.
+
+        Raises:
+            InputError: the model rejects these inputs, or they hold NaN.
+            CaptureError: torch.export cannot capture the model, or what it captured is not the model.
+        """
+        kwargs = in_order(self.model, args, kwargs)
+        signature, leaves = Signature.of(args, kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        check_inputs(tensors)
+        names = input_names(self.model, args, kwargs)
+        with outside_inference():
+            leaves = [_ordinary(leaf) for leaf in leaves]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
+        found = self._find(signature, tensors)
+        if found is None:
+            with self._lock:
+                found = self._find(signature, tensors) or self._captured(signature, args, kwargs, tensors)
+        entry, owned = found
+        single = entry.captured.guards.is_single(tensors)
+        if not entry.compared.get(single, False):
+            with self._lock:
+                entry, owned = self._compared(entry, owned, single, args, kwargs, leaves, tensors)
+        return Call(entry, owned + leaves, tensors, names)
+
+    def program(self, entry: Entry, options: Options, outputs: tuple[int, ...], trace: bool = False) -> Program:
+        """The program that explains some outputs of a captured graph, made if there is none.
+
+        Raises:
+            UnsupportedModelError: the graph holds something without a relevance rule.
+        """
+        key = (options, outputs, trace)
+        if key not in entry.programs:
+            with self._lock:
+                if key not in entry.programs:
+                    entry.programs[key] = _program(entry.captured, options, outputs, trace)
+        return entry.programs[key]
+
+    def reset(self) -> None:
+        """Forget all captured graphs."""
+        with self._lock:
+            self._entries = []
+
+    def _find(self, signature: Signature, tensors: list[Tensor]) -> tuple[Entry, list[Any]] | None:
+        """A graph that is valid for these inputs and the model as it is, and the values of its parameters."""
+        for entry in self._entries:
+            if entry.signature != signature or not entry.captured.guards.accept(tensors):
+                continue
+            if entry.captured.guards.is_single(tensors) and entry.compared.get(True) is False:
+                continue  # the model treats a batch of one in another way
+            if self.live and not entry.fingerprint.matches():
+                continue
+            owned = entry.captured.parameters(self.model)
+            if owned is None:
+                continue
+            if entry is not self._entries[0]:
+                with self._lock:
+                    self._entries = [entry, *(other for other in self._entries if other is not entry)]
+            with outside_inference():
+                return entry, [_ordinary(value) for value in owned]
+        return None
+
+    def _captured(
+        self, signature: Signature, args: Any, kwargs: Any, tensors: list[Tensor], batch_varies: bool = True
+    ) -> tuple[Entry, list[Any]]:
+        try:
+            with outside_inference():
+                captured = capture(self.model, args, kwargs, batch_varies)
+        except CaptureError:
+            self._try_model(args, kwargs)
+            raise
+        entry = Entry(signature, captured, Fingerprint(self.model))
+        self._entries = [entry, *self._entries][:CAPTURES]
+        alike = sum(other.signature.spec == signature.spec for other in self._entries)
+        if alike >= MANY and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s was captured %d times, for inputs of other sizes or other constants each; resize them to a few "
+                "sizes, or batch, since every capture takes about a second; the last %d are kept",
+                type(self.model).__name__,
+                alike,
+                CAPTURES,
+            )
+        owned = captured.parameters(self.model)
+        if owned is None or not captured.guards.accept(tensors):
+            raise CaptureError(
+                f"the captured graph does not take inputs of sizes {[tuple(x.shape) for x in tensors]}; "
+                "dimension 0 of every tensor input must be the batch"
+            )
+        with outside_inference():
+            return entry, [_ordinary(value) for value in owned]
+
+    def _compared(
+        self, entry: Entry, owned: list[Any], single: bool, args: Any, kwargs: Any, leaves: list[Any], tensors: list[Tensor]
+    ) -> tuple[Entry, list[Any]]:
+        """The entry, its outputs on these very inputs found equal to the model's own; for a batch of one perhaps another one.
+
+        Raises:
+            CaptureError: they are not equal; the message says where.
+        """
+        if entry.compared.get(single):
+            return entry, owned
+        found = difference(self.model, entry.captured, owned + leaves, args, kwargs)
+        if not entry.compared:
+            entry.fingerprint.ignore_what_the_model_writes()
+        entry.compared[single] = found is None
+        if found is None:
+            return entry, owned
+        if single:
+            entry, owned = self._captured(entry.signature, args, kwargs, tensors, batch_varies=False)
+            return self._compared(entry, owned, False, args, kwargs, leaves, tensors)
+        self._entries = [other for other in self._entries if other is not entry]
+        raise CaptureError(f"the captured graph of {type(self.model).__name__} is not the model: {found}")
+
+    def _try_model(self, args: Any, kwargs: Any) -> None:
+        """Tell a model that rejects its inputs from one that cannot be captured."""
+        try:
+            run_model(self.model, args, kwargs)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"{type(self.model).__name__} rejects these inputs: {reason}") from error
+
+
+def _program(captured: Captured, options: Options, outputs: tuple[int, ...], trace: bool) -> Program:
+    value = captured.outputs[outputs[0]].meta["val"]
+    dtype = lane_dtype(value.dtype)
+    program = transform(
+        captured,
+        options.method,
+        rules=options.rules,
+        leaves=outputs,
+        trace=trace,
+        memory=options.memory,
+        products=precision_.products(options.precision, options.rules, dtype, value.device, options.backend),
+    )
+    backends.lower(program.reverse, options.backend, value.device, dtype, keep_weights=options.memory == "normal")
+    return program
+
+
+@contextlib.contextmanager
+def outside_inference() -> Iterator[None]:
+    """Outside of `torch.inference_mode`, where tensors know their versions."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def plainly(grad: bool = False) -> Iterator[None]:
+    """Where programs run: what the ambient modes make of the model is in its graph already."""
+    with outside_inference(), torch.set_grad_enabled(grad), contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _ordinary(x: Any) -> Any:
+    """A tensor made in inference mode as one that has a version; everything else as it is."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x

@@ -1,0 +1,351 @@
+"""What each dimension of each value stands for: batch, token or feature.
+
+A dimension is a tuple of factors (size, role); reshaping regroups factors, so that merged and split dimensions keep their
+meaning. Symbolic sizes are replaced by large primes, which makes "the same size" a comparison of integers.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+Role = Literal["batch", "token", "feature"]
+Factor = tuple[int, Role]
+Axis = tuple[Factor, ...]
+Axes = tuple[Axis, ...]
+
+_PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151, 1000159, 1000171)
+
+#: Over one or more dimensions.
+REDUCTIONS = {
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    aten.amin.default,
+    aten.var.correction,
+    aten.std.correction,
+    aten.var.dim,
+    aten.std.dim,
+    aten.linalg_vector_norm.default,
+    aten.norm.ScalarOpt_dim,
+}
+
+RESHAPES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.reshape_as.default,
+    aten.view_as.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.unsqueeze.default,
+}
+
+
+class Sizes:
+    """Sizes as integers, with a prime in the place of every symbol."""
+
+    def __init__(self, batch: set[str]) -> None:
+        self._values: dict[str, int] = dict.fromkeys(batch, _PRIMES[0])
+
+    def __call__(self, size: Any) -> int:
+        """One size, symbolic or not."""
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        for symbol in sorted(expression.free_symbols, key=str):
+            if str(symbol) not in self._values:
+                self._values[str(symbol)] = _PRIMES[len(set(self._values.values())) % len(_PRIMES)]
+        return int(expression.subs({s: self._values[str(s)] for s in expression.free_symbols}))
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of a node's value."""
+        return tuple(self(size) for size in node.meta["val"].shape)
+
+
+def is_feature(axis: Axis) -> bool:
+    """Whether a dimension holds nothing but features (sizes of 1 count as such)."""
+    return all(role == "feature" for _, role in axis)
+
+
+def is_readable(axes: Axes) -> bool:
+    """Whether samples have a dimension of their own, and no dimension holds tokens and features at once."""
+    return all(len({role for _, role in axis}) < 2 for axis in axes)
+
+
+def size_of(axis: Axis) -> int:
+    """Number of entries along a dimension."""
+    return math.prod(size for size, _ in axis)
+
+
+def regroup(axes: Axes, shape: Sequence[int]) -> Axes | None:
+    """The axes after a reshape to `shape`, or None where a boundary cuts through a factor that cannot be split."""
+    factors = [factor for axis in axes for factor in axis if factor[0] != 1]
+    out: list[Axis] = []
+    for size in shape:
+        taken: list[Factor] = []
+        missing = size
+        while missing != 1:
+            if not factors:
+                return None
+            available, role = factors.pop(0)
+            if missing % available == 0:
+                taken.append((available, role))
+                missing //= available
+            elif available % missing == 0:
+                taken.append((missing, role))
+                factors.insert(0, (available // missing, role))
+                missing = 1
+            else:
+                return None
+        out.append(tuple(taken))
+    return tuple(out) if not factors else None
+
+
+def groups(source: Sequence[int], result: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Dimensions of a reshape that go together: minimal runs of `source` and `result` with equal products."""
+    found: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(source) or j < len(result):
+        left, right, a, b = [], [], 1, 1
+        if i < len(source):
+            left, a, i = [i], source[i], i + 1
+        if j < len(result) and (a != 1 or not left):
+            right, b, j = [j], result[j], j + 1
+        while a != b:
+            if a < b and i < len(source):
+                a *= source[i]
+                left.append(i)
+                i += 1
+            elif j < len(result):
+                b *= result[j]
+                right.append(j)
+                j += 1
+            else:
+                raise ValueError(f"cannot group the dimensions {tuple(source)} -> {tuple(result)}")
+        found.append((left, right))
+    return found
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known of a graph's values so far: the axes of those that were labelled, and sizes as integers."""
+
+    axes: dict[fx.Node, Axes]
+    sizes: Sizes
+
+    def of(self, x: Any) -> Axes | None:
+        """The axes of a value; None where they are not known or x is no value."""
+        return self.axes.get(x) if isinstance(x, fx.Node) else None
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of a value, symbols as primes."""
+        return self.sizes.shape(node)
+
+
+Labeller = Callable[[fx.Node, Labels], "Axes | None"]
+
+_LABELLERS: dict[Any, Labeller] = {}
+
+
+def axes_of(*targets: Any) -> Callable[[Labeller], Labeller]:
+    """Register what gives the result of some operators its axes; others have those of their widest operands."""
+
+    def register(function: Labeller) -> Labeller:
+        _LABELLERS.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def label(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> dict[fx.Node, Axes]:
+    """Axes of every active value whose dimensions can be followed from the inputs."""
+    labels = Labels({}, sizes)
+    for node in nodes:
+        value = node.meta.get("val")
+        if node not in active or not isinstance(value, (Tensor, list, tuple)):
+            continue
+        if node.op == "placeholder":
+            labels.axes[node] = _input_axes(labels.shape(node))
+        elif not isinstance(value, Tensor):
+            # A tuple of parts: the axes of the whole, which getitem takes apart.
+            known = next((labels.axes[n] for n in node.all_input_nodes if n in labels.axes), None)
+            if known is not None:
+                labels.axes[node] = known
+        elif (found := _LABELLERS.get(node.target, _widest)(node, labels)) is not None:
+            labels.axes[node] = found
+    return labels.axes
+
+
+def _input_axes(shape: tuple[int, ...]) -> Axes:
+    roles: list[Role] = ["token"] * len(shape)
+    if shape:
+        roles[0] = "batch"
+    if len(shape) == 4:
+        roles[1] = "feature"
+    elif len(shape) == 3:
+        roles[2] = "feature"
+    return tuple(((size, role),) for size, role in zip(shape, roles, strict=True))
+
+
+def _widest(node: fx.Node, labels: Labels) -> Axes | None:
+    return _broadcast([labels.axes[n] for n in node.all_input_nodes if n in labels.axes], labels.shape(node))
+
+
+@axes_of(operator.getitem)
+def _part(node: fx.Node, labels: Labels) -> Axes | None:
+    whole: Any = node.args[0]
+    x, shape = labels.of(whole), labels.shape(node)
+    if x is None:
+        return None
+    if len(shape) == len(x) - 1:  # unbind
+        dim = (whole.args[1] if len(whole.args) > 1 else 0) % len(x)
+        return (*x[:dim], *x[dim + 1 :])
+    return _broadcast([x], shape)
+
+
+@axes_of(aten.embedding.default)
+def _embedding(node: fx.Node, labels: Labels) -> Axes:
+    shape = labels.shape(node)
+    roles: list[Role] = ["batch", "token"] if len(shape) >= 3 else ["token"]
+    roles += ["token"] * (len(shape) - 1 - len(roles))
+    return (*(((size, role),) for size, role in zip(shape, roles, strict=False)), ((shape[-1], "feature"),))
+
+
+@axes_of(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def _convolution(node: fx.Node, labels: Labels) -> Axes:
+    x, shape = labels.of(node.args[0]), labels.shape(node)
+    first = x[0] if x is not None and len(x) == len(shape) else ((shape[0], "batch"),)
+    return (first, ((shape[1], "feature"),), *(((size, "token"),) for size in shape[2:]))
+
+
+@axes_of(aten.im2col.default)
+def _windows(node: fx.Node, labels: Labels) -> Axes | None:
+    """[B, C, H, W] -> [B, C · window, windows]."""
+    x, shape = labels.of(node.args[0]), labels.shape(node)
+    if x is None:
+        return _widest(node, labels)
+    window = math.prod(node.args[1])  # type: ignore[arg-type]
+    return (x[0], ((shape[1] // window, "feature"), (window, "token")), ((shape[2], "token"),))
+
+
+@axes_of(aten.col2im.default)
+def _from_windows(node: fx.Node, labels: Labels) -> Axes | None:
+    x, shape = labels.of(node.args[0]), labels.shape(node)
+    if x is None:
+        return _widest(node, labels)
+    return (x[0], ((shape[1], "feature"),), *(((size, "token"),) for size in shape[2:]))
+
+
+@axes_of(aten.unfold.default)
+def _unfold(node: fx.Node, labels: Labels) -> Axes | None:
+    """One dimension -> windows there, and their entries at the end."""
+    x, shape = labels.of(node.args[0]), labels.shape(node)
+    if x is None:
+        return _widest(node, labels)
+    dim = node.args[1] % len(x)  # type: ignore[operator]
+    return (*x[:dim], _resize(x[dim], shape[dim]), *x[dim + 1 :], _resize(x[dim], shape[-1]))
+
+
+@axes_of(aten.linear.default)
+def _linear(node: fx.Node, labels: Labels) -> Axes | None:
+    x, shape = labels.of(node.args[0]), labels.shape(node)
+    return _widest(node, labels) if x is None else (*x[:-1], ((shape[-1], "feature"),))
+
+
+@axes_of(aten.scaled_dot_product_attention.default)
+def _attention(node: fx.Node, labels: Labels) -> Axes | None:
+    x, shape = labels.of(node.args[0]), labels.shape(node)
+    values = labels.of(node.args[2])
+    return _widest(node, labels) if x is None else (*x[:-1], values[-1] if values else ((shape[-1], "feature"),))
+
+
+@axes_of(aten.matmul.default, aten.bmm.default)
+def _product(node: fx.Node, labels: Labels) -> Axes | None:
+    x, other, shape = labels.of(node.args[0]), labels.of(node.args[1]), labels.shape(node)
+    if x is None:
+        if len(shape) > 2:  # learned queries times keys, say
+            return (*other[:-2], ((shape[-2], "token"),), other[-1]) if other and len(other) == len(shape) else None
+        return _widest(node, labels)
+    if other and len(other) == len(x) and is_feature(x[-1]) and is_feature(x[-2]) and not is_feature(other[-2]):
+        # A map over tokens that a linear layer made (outlook attention): its rows are tokens where its columns are.
+        x = (*x[:-2], other[-2] if size_of(other[-2]) == shape[-2] else x[-2], x[-1])
+    return (*x[:-1], other[-1]) if other and len(other) == len(x) else (*x[:-1], ((shape[-1], "feature"),))
+
+
+@axes_of(*RESHAPES)
+def _reshape(node: fx.Node, labels: Labels) -> Axes | None:
+    x = labels.of(node.args[0])
+    return _widest(node, labels) if x is None else regroup(x, labels.shape(node))
+
+
+@axes_of(aten.permute.default)
+def _permute(node: fx.Node, labels: Labels) -> Axes | None:
+    x = labels.of(node.args[0])
+    return _widest(node, labels) if x is None else tuple(x[dim] for dim in node.args[1])  # type: ignore[union-attr, misc, index]
+
+
+@axes_of(aten.transpose.int)
+def _transpose(node: fx.Node, labels: Labels) -> Axes | None:
+    x = labels.of(node.args[0])
+    if x is None:
+        return _widest(node, labels)
+    moved, (a, b) = list(x), node.args[1:3]
+    moved[a], moved[b] = moved[b], moved[a]  # type: ignore[index]
+    return tuple(moved)
+
+
+@axes_of(aten.select.int)
+def _select(node: fx.Node, labels: Labels) -> Axes | None:
+    x = labels.of(node.args[0])
+    if x is None:
+        return _widest(node, labels)
+    dim = node.args[1] % len(x)  # type: ignore[operator]
+    return (*x[:dim], *x[dim + 1 :])
+
+
+@axes_of(*REDUCTIONS)
+def _reduction(node: fx.Node, labels: Labels) -> Axes | None:
+    x = labels.of(node.args[0])
+    if x is None:
+        return _widest(node, labels)
+    norms = (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
+    given: Any = node.args[2] if node.target in norms else node.args[1]
+    dims = {dim % len(x) for dim in ([given] if isinstance(given, int) else given or range(len(x)))}
+    kept = len(labels.shape(node)) == len(x)
+    return tuple(() if i in dims else axis for i, axis in enumerate(x) if kept or i not in dims)
+
+
+def _resize(axis: Axis, size: int) -> Axis:
+    """An axis of which a part is taken, or that is enlarged."""
+    if size_of(axis) == size:
+        return axis
+    if size == 1:
+        return ()
+    roles = {role for _, role in axis}
+    role: Role = "token" if "token" in roles else "batch" if "batch" in roles else "feature"
+    return ((size, role),)
+
+
+def _broadcast(known: list[Axes], shape: tuple[int, ...]) -> Axes | None:
+    """Axes of an elementwise result, a concatenation or a part: per dimension, those of the widest operand."""
+    if not known:
+        return None
+    out: list[Axis] = []
+    for position in range(1, len(shape) + 1):
+        candidates = [x[-position] for x in known if len(x) >= position and x[-position]]
+        exact = [axis for axis in candidates if size_of(axis) == shape[-position]]
+        widest: Axis = max(candidates, key=size_of, default=((shape[-position], "feature"),))
+        out.append(_resize(exact[0] if exact else widest, shape[-position]))
+    return tuple(reversed(out))

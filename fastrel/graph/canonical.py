@@ -1,0 +1,176 @@
+"""Canonical graphs: models that spell one thing in several ways become alike, so that rules need to know only one.
+
+Each rewrite is done once, right after capture; what the model returns stays what it returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastrel.graph import axes as axes_
+from fastrel.graph.nodes import insert_call
+from fastrel.graph.patterns import is_attention_value, is_softmax_over_keys
+
+aten = torch.ops.aten
+
+Labelled = dict[fx.Node, axes_.Axes]
+Rewrite = Callable[[fx.Graph, Labelled], bool]
+
+#: In the order in which they are applied.
+REWRITES: list[Rewrite] = []
+
+
+def rewrite(function: Rewrite) -> Rewrite:
+    """Register a rewrite of a graph, given the axes of its values; it returns whether it changed anything."""
+    REWRITES.append(function)
+    return function
+
+
+def canonicalise(graph: fx.Graph, axes: Callable[[], Labelled]) -> None:
+    """Apply all rewrites to a graph; `axes()` labels it as it is then."""
+    found = axes()
+    for one in REWRITES:
+        if one(graph, found):
+            found = axes()
+
+
+def _product_like(node: fx.Node, target: Any, a: Any, b: Any) -> fx.Node:
+    """A product in the place of a node, found under the same line of the model."""
+    product = insert_call(node.graph, target, a, b)
+    product.meta |= {name: x for name, x in node.meta.items() if name != "val"}
+    return product
+
+
+@rewrite
+def einsums_as_products(graph: fx.Graph, axes: Labelled) -> bool:
+    """einsum("bhlt,bhtv->bhlv", a, b) and ("bhlk,bhtk->bhlt") become matrix products; whether there was any."""
+    found = False
+    for node in list(graph.nodes):
+        if node.target is not aten.einsum.default or len(node.args[1]) != 2 or "." in node.args[0]:
+            continue
+        operands, _, result = node.args[0].replace(" ", "").partition("->")
+        left, _, right = operands.partition(",")
+        batch, i, j = result[:-2], result[-2:-1], result[-1:]
+        summed = set(left) & set(right) - set(result)
+        if (
+            len(result) < 3
+            or len(summed) != 1
+            or left != batch + i + (k := summed.pop())
+            or right not in (batch + k + j, batch + j + k)
+        ):
+            continue
+        a, b = node.args[1]
+        with graph.inserting_before(node):
+            b = b if right.endswith(k + j) else insert_call(graph, aten.transpose.int, b, -2, -1)
+            product = _product_like(node, aten.matmul.default, a, b)
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+        found = True
+    return found
+
+
+@rewrite
+def maps_on_the_left(graph: fx.Graph, axes: Labelled) -> bool:
+    """V Aᵀ becomes (A Vᵀ)ᵀ; whether there was any."""
+    found = False
+    for node in list(graph.nodes):
+        if node.target not in (aten.matmul.default, aten.bmm.default):
+            continue
+        v, turned = node.args
+        if not isinstance(turned, fx.Node) or turned.target is not aten.transpose.int:
+            continue
+        attn, ndim = turned.args[0], turned.meta["val"].dim()
+        if {dim % ndim for dim in turned.args[1:]} != {ndim - 2, ndim - 1} or not is_softmax_over_keys(attn):
+            continue
+        with graph.inserting_before(node):
+            values = insert_call(graph, aten.transpose.int, v, -2, -1)
+            product = _product_like(node, node.target, attn, values)
+            # In the layout that the model's own product has.
+            result = insert_call(graph, aten.contiguous.default, insert_call(graph, aten.transpose.int, product, -2, -1))
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        found = True
+    return found
+
+
+@rewrite
+def heads_beside_tokens(graph: fx.Graph, axes: Labelled) -> bool:
+    """Give fused attention its heads next to its tokens; whether there was any that had them elsewhere.
+
+    [B, h, windows, T, d] becomes [B, windows, h, T, d], and [B·h, T, d] becomes [B, h, T, d].
+    """
+    found = False
+    for node in list(graph.nodes):
+        if node.target is not aten.scaled_dot_product_attention.default or node.args[0] not in axes:
+            continue
+        q = axes[node.args[0]]
+        merged = [size for size, role in q[0] if role != "batch"]
+        windows = len(q) == 5 and axes_.is_feature(q[1]) and len(node.args) == 3
+        if windows and (not axes_.is_feature(q[2]) or (q[1] and not q[2])):  # a single window has size 1
+            there: Any = (aten.transpose.int, 1, 2)
+            back = there
+        elif len(q) == 3 and merged and q[0][0][1] == "batch":
+            there, back = (aten.unflatten.int, 0, [-1, math.prod(merged)]), (aten.flatten.using_ints, 0, 1)
+        else:
+            continue
+
+        def moved(x: Any, how: Any) -> Any:
+            if not isinstance(x, fx.Node) or x.meta["val"].dim() < 3:
+                return x
+            new = graph.call_function(how[0], (x, *how[1:]))
+            new.meta = {**x.meta, "val": how[0](x.meta["val"], *how[1:])}
+            return new
+
+        with graph.inserting_before(node):
+            node.args = tuple(moved(x, there) for x in node.args)
+            node.kwargs = {name: moved(x, there) for name, x in node.kwargs.items()}
+        node.meta["val"] = there[0](node.meta["val"], *there[1:])
+        with graph.inserting_after(node):
+            result = moved(node, back)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+        found = True
+    return found
+
+
+@rewrite
+def heads_in_dimension_one(graph: fx.Graph, axes: Labelled) -> bool:
+    """Give A·V spelled out the form [batch and windows, heads, T, ·]; whether there was any with heads elsewhere.
+
+    [B·h, windows, T, ·] and [B, h, windows, T, ·] have them elsewhere.
+    """
+    found = False
+    for node in list(graph.nodes):
+        if not is_attention_value(node) or node.args[0] not in axes or node.args[0].meta["val"].dim() < 4:
+            continue
+        lead = axes[node.args[0]][:-2]
+        plain = len(lead) == 2 and axes_.is_feature(lead[1]) and not any(role == "feature" for _, role in lead[0])
+        factors = [factor for axis in lead for factor in axis]
+        counts = [sum(role == "batch" for _, role in factors), *(isinstance(n, int) for n in node.meta["val"].shape[1:])]
+        if plain or counts[0] != 1 or not all(counts[1:]) or factors[0][1] != "batch":
+            continue
+        sizes = [-1, *(size for size, _ in factors[1:])]
+        order = sorted(range(len(factors)), key=lambda i: factors[i][1] == "feature")
+        heads = math.prod(size for size, role in factors if role == "feature")
+        rest, last = len(factors), node.meta["val"].shape
+        back = [order.index(i) for i in range(rest)]
+
+        def moved(x: Any, sizes: Any = sizes, order: Any = order, heads: int = heads, rest: int = rest) -> fx.Node:
+            ends = list(x.meta["val"].shape[-2:])
+            split = insert_call(graph, aten.reshape.default, x, [*sizes, *ends])
+            turned = insert_call(graph, aten.permute.default, split, [*order, rest, rest + 1])
+            return insert_call(graph, aten.reshape.default, turned, [-1, heads, *ends])
+
+        with graph.inserting_before(node):
+            product = _product_like(node, node.target, moved(node.args[0]), moved(node.args[1]))
+            split = insert_call(graph, aten.reshape.default, product, [*(sizes[i] for i in order), *last[-2:]])
+            turned = insert_call(graph, aten.permute.default, split, [*back, rest, rest + 1])
+            result = insert_call(graph, aten.reshape.default, turned, [-1, *last[1:]])
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        found = True
+    return found

@@ -1,0 +1,309 @@
+"""Capture: an unmodified model and one call of it -> a graph of high-level operators, and where that graph is valid.
+
+torch.export is neither thread-safe nor does it leave a model alone that runs meanwhile, so captures happen one at a time in the
+whole process, and on a clone of the model's structure (`fastrel.graph.clone`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+
+from fastrel.errors import CaptureError, InputError
+from fastrel.graph.canonical import canonicalise
+from fastrel.graph.clone import structural_clone
+from fastrel.graph.facts import Facts
+from fastrel.graph.functional import make_functional
+from fastrel.graph.guards import Guards
+
+aten = torch.ops.aten
+
+#: Held by whoever captures, in the whole process.
+LOCK = threading.RLock()
+
+#: Graph nodes that only check something at run time; what they check about sizes is among the guards.
+_ASSERTIONS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+}
+
+#: Where torch says things while it captures.
+_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses", "torch._logging")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What two calls must share to share a captured graph, but for sizes: structure, dtypes, device, constants, ambient modes."""
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    ambient: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Signature, list[Any]]:
+        """The signature of a call without any sizes, and the call's leaves.
+
+        Raises:
+            InputError: an input is neither a tensor nor a constant.
+        """
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        return cls(spec, tuple(_kind(leaf) for leaf in leaves), _ambient()), leaves
+
+
+def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.dtype, leaf.device, leaf.dim()
+    try:
+        hash(leaf)
+    except TypeError as error:
+        shown = repr(leaf)
+        shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
+        raise InputError(
+            f"input {shown} of type {type(leaf).__name__} is neither a tensor nor a constant; pass tensors"
+        ) from error
+    return type(leaf), leaf
+
+
+def _ambient() -> tuple[Any, ...]:
+    """Process or thread state that decides what a model computes."""
+    kinds = ("cpu", "cuda")
+    cast = tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
+    return torch.get_default_dtype(), torch.get_default_device(), cast
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's forward pass as a graph.
+
+    Attributes:
+        graph: the operators; its placeholders are `owners`, then `inputs`.
+        owners: where each parameter, buffer and tensor attribute is found on the live model, or a constant of the code.
+        outputs: what the model returns, flat: nodes, or constants such as None.
+        out_spec: how the model returns it.
+        guards: for which sizes the graph is valid.
+        facts: what is known of the graph's values.
+        metadata: dtype, device and shape of each owner's value; the graph is valid for these.
+    """
+
+    graph: fx.Graph
+    inputs: list[fx.Node]
+    owners: list[tuple[str, ...] | Tensor]
+    outputs: list[Any]
+    out_spec: pytree.TreeSpec
+    guards: Guards
+    facts: Facts
+    metadata: list[tuple[torch.dtype, torch.device, torch.Size]]
+
+    def parameters(self, model: nn.Module) -> list[Tensor] | None:
+        """The live parameters, buffers and attributes, in the order of the graph's placeholders.
+
+        None where the model has changed so much (structure, dtype, device, shape) that the graph no longer describes it.
+        """
+        values: list[Tensor] = []
+        for owner, expected in zip(self.owners, self.metadata, strict=True):
+            value = owner if isinstance(owner, Tensor) else find(model, owner)
+            if not isinstance(value, Tensor) or (value.dtype, value.device, value.shape) != expected:
+                return None
+            values.append(value)
+        return values
+
+
+def find(model: nn.Module, path: tuple[str, ...]) -> Any:
+    """What lies at a path of attributes, module names, keys and positions; None where there is nothing."""
+    x: Any = model
+    for name in path:
+        if isinstance(x, nn.Module):
+            places: tuple[Any, ...] = (x._modules, x._parameters, x._buffers, x.__dict__)
+            x = next((place[name] for place in places if name in place), None)
+        elif isinstance(x, dict):
+            x = next((value for key, value in x.items() if str(key) == name), None)
+        elif isinstance(x, (list, tuple)):
+            x = x[int(name)] if name.isdigit() and int(name) < len(x) else None
+        else:
+            x = getattr(x, "__dict__", {}).get(name)
+    return x
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Keeps torch's own logs and warnings off stderr and collects them; to be used under `LOCK`."""
+    said: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    collect = Collect()
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for logger in loggers:
+            logger.handlers, logger.propagate = [collect], False
+        # The fast path hides a whole encoder layer in one operator.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            yield said
+            said += [str(warning.message) for warning in warned]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for logger, handlers, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate
+
+
+def _varying(tensor: Tensor, batch: bool) -> dict[int, Any]:
+    """Dimensions that may vary between calls: the batch, and the length of token sequences ([B, T], [B, T, D])."""
+    dims = [0] if tensor.dim() and batch else []
+    if tensor.dim() in (2, 3) and tensor.shape[1] > 1:
+        dims.append(1)
+    return dict.fromkeys(dims, torch.export.Dim.AUTO)
+
+
+def _examples(call: Any) -> Any:
+    """torch.export treats size 1 as fixed; a batch of one is captured as a batch of two."""
+    batched = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
+    if any(leaf.shape[0] != 1 for leaf in batched):
+        return call
+    return pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, call)
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters_of(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def in_order(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword inputs in the order of the model's signature, which is that of the captured graph.
+
+    Raises:
+        InputError: the model takes no such inputs.
+    """
+    try:
+        signature = _parameters_of(model.forward)
+    except ValueError as error:
+        raise InputError(f"{type(model).__name__} has no Python forward; pass the model it was made of") from error
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"{type(model).__name__} cannot be called like this: {error}") from error
+    position = {name: i for i, name in enumerate(signature.parameters)}
+    return dict(sorted(kwargs.items(), key=lambda item: position.get(item[0], len(position))))
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch_varies: bool = True) -> Captured:
+    """Capture `model(*args, **kwargs)` with `torch.export`, in eval mode and without gradients.
+
+    Raises:
+        CaptureError: the model cannot be exported; the message carries torch's own reason, `details` what torch logged.
+    """
+    call = (tuple(args), dict(kwargs))
+    example_args, example_kwargs = _examples(call) if batch_varies else call
+    with LOCK, quiet() as said:
+        try:
+            clone = structural_clone(model)
+            dynamic = pytree.tree_map(
+                lambda x: _varying(x, batch_varies) if isinstance(x, Tensor) else None,
+                _by_name(clone, example_args, example_kwargs),
+            )
+            with torch.no_grad():
+                program = torch.export.export(clone, example_args, example_kwargs, dynamic_shapes=dynamic)
+            return _read(program, clone)
+        except CaptureError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CaptureError(
+                f"torch.export could not capture {type(model).__name__}: {reason}. "
+                "Check that model(*inputs) runs in eval mode; data-dependent control flow cannot be captured.",
+                details="\n".join([*said, str(error)]),
+            ) from error
+
+
+def _by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The call's inputs under the names of the model's parameters, as torch.export wants dynamic shapes."""
+    signature = inspect.signature(model.forward)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    return named
+
+
+def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
+    signature, graph = program.graph_signature, program.graph_module.graph
+    mutated = [spec.target for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+    if mutated:
+        raise CaptureError(f"the forward pass changes the model's state ({mutated[0]}), which cannot be explained")
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    make_functional(graph)
+    owners: list[tuple[str, ...] | Tensor] = []
+    inputs: list[fx.Node] = []
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    attributes = dict(_tensor_attributes(model))
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+            continue
+        assert spec.target is not None
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            owners.append(tuple(spec.target.split(".")))
+        else:
+            constant = program.constants[spec.target]
+            owners.append(attributes.get(id(constant), constant) if isinstance(constant, Tensor) else constant)
+    assert program.call_spec.out_spec is not None
+    graph.eliminate_dead_code()
+    guards = Guards(inputs)
+
+    def facts() -> Facts:
+        return Facts(graph, inputs, guards.batch_names)
+
+    canonicalise(graph, lambda: facts().axes)
+    output = next(iter(reversed(graph.nodes)))
+    values = [owner if isinstance(owner, Tensor) else find(model, owner) for owner in owners]
+    return Captured(
+        graph=graph,
+        inputs=inputs,
+        owners=owners,
+        outputs=list(output.args[0]),  # type: ignore[arg-type]
+        out_spec=program.call_spec.out_spec,
+        guards=guards,
+        facts=facts(),
+        metadata=[(value.dtype, value.device, value.shape) for value in values],
+    )
+
+
+def _tensor_attributes(model: nn.Module) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Tensors among the attributes of modules, also in lists, tuples and dicts: id, and path."""
+    for name, module in model.named_modules():
+        todo: list[Any] = [(tuple(name.split(".")) if name else (), key, x) for key, x in module.__dict__.items()]
+        for _ in range(3):
+            inner: list[Any] = []
+            for place, key, x in todo:
+                path = (*place, str(key))
+                if isinstance(x, Tensor):
+                    yield id(x), path
+                elif isinstance(x, dict) and key not in ("_parameters", "_buffers", "_modules"):
+                    inner += [(path, k, y) for k, y in x.items()]
+                elif isinstance(x, (list, tuple)):
+                    inner += [(path, i, y) for i, y in enumerate(x)]
+            todo = inner

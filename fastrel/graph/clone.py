@@ -1,0 +1,81 @@
+"""A model's structure again, with the same parameters: what is captured, so that the model itself is left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.FunctionType, types.BuiltinFunctionType)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and data-parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def structural_clone(model: nn.Module) -> nn.Module:
+    """New modules in eval mode around the model's own tensors: parameters, buffers and tensors among attributes are shared.
+
+    Objects that cannot be copied (locks, open files, generators) are shared as well.
+
+    Raises:
+        TypeError: a module refuses to be copied.
+    """
+    found = list(_reachable(model))
+    own = [x for x in found if type(x).__module__.partition(".")[0] == "fastrel" and not isinstance(x, nn.Module)]
+    shared = {id(x): x for x in [*own, *(x for x in found if isinstance(x, Tensor))]}
+    try:
+        clone = copy.deepcopy(model, dict(shared))
+    except Exception:
+        # Something in it has no copy: then only modules and what may hold them are copied.
+        structure = (nn.Module, dict, list, tuple, set, types.MethodType)
+        clone = copy.deepcopy(model, {id(x): x for x in found if not isinstance(x, structure)})
+    for module in clone.modules():
+        module.training = False  # not .eval(), which some models overwrite and merge weights in
+    return clone
+
+
+def _reachable(model: nn.Module) -> Iterator[Any]:
+    """Everything that hangs on a model by attributes and in containers, each object once."""
+    seen: set[int] = set()
+    todo: list[Any] = [model]
+    while todo:
+        x = todo.pop()
+        if id(x) in seen or isinstance(x, _PLAIN):
+            continue
+        seen.add(id(x))
+        yield x
+        if isinstance(x, Tensor):
+            continue
+        if isinstance(x, dict):
+            todo += x.values()
+        elif isinstance(x, (list, tuple, set, frozenset)):
+            todo += x
+        elif isinstance(x, types.MethodType):
+            todo.append(x.__self__)
+        elif isinstance(getattr(x, "__dict__", None), dict):
+            todo += x.__dict__.values()
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside, every module's own mode restored outside."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

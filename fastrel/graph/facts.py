@@ -1,0 +1,247 @@
+"""Facts about a captured graph that the transform needs before it walks it. Read-only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, fx
+
+from fastrel.errors import InputError, UnsupportedModelError
+from fastrel.graph import axes as axes_
+from fastrel.graph.patterns import ACTIVATIONS, IDENTITIES, is_attention_value, is_pointwise, is_talking_heads_value
+
+aten = torch.ops.aten
+
+#: Whether the reverse pass keeps what it needs, or computes most of it again.
+Memory = Literal["normal", "low"]
+MEMORIES: tuple[Memory, ...] = get_args(Memory)
+
+
+class Facts:
+    """Which values depend on the input, what their dimensions are, and which are functions of one other value.
+
+    Attributes:
+        nodes: all nodes of the graph, in order.
+        active: those whose values depend on the model's input.
+        axes: what the dimensions of active values stand for.
+        sizes: sizes as integers, symbols as primes.
+        roots: for values that are pointwise functions of one single activation, that activation; else the value itself.
+        sources: the inputs of the model that active values depend on.
+    """
+
+    def __init__(self, graph: fx.Graph, inputs: Sequence[fx.Node], batch: set[str]) -> None:
+        self.nodes = list(graph.nodes)
+        self.active = _active(self.nodes, inputs)
+        self.sizes = axes_.Sizes(batch)
+        self.axes = axes_.label(self.nodes, self.active, self.sizes)
+        self.roots = _pointwise_roots(self.nodes, self.active)
+        self.sources = _sources(self.nodes, self.active, inputs)
+        self._inputs = list(inputs)
+
+    def source(self, x: fx.Node) -> fx.Node:
+        """The first of the model's inputs that x depends on."""
+        return next(node for node in self._inputs if node in self.sources[x])
+
+    def sequences(self, x: fx.Node) -> set[Any]:
+        """The sequences of tokens that x is made of: an input each, but inputs over the same tokens ([B, T]) are one."""
+        shapes = {node: tuple(str(size) for size in node.meta["val"].shape) for node in self.sources[x]}
+        return {node if len(shape) > 3 else shape[:2] for node, shape in shapes.items()}
+
+    def is_scale(self, x: Any) -> bool:
+        """Whether x is a number per token made of all its features, the divisor or factor of a spelled-out norm."""
+        node, reduced = x, False
+        while isinstance(node, fx.Node) and node in self.active:
+            if node.target in axes_.REDUCTIONS:
+                reduced = True
+                break
+            moves = node.target in (aten.expand.default, aten.expand_as.default, aten.unsqueeze.default)
+            if not is_pointwise(node) and not moves:
+                return False
+            sources = [n for n in ([node.args[0]] if moves else node.all_input_nodes) if n in self.active]
+            if len(sources) != 1:
+                return False
+            node = sources[0]
+        if not reduced:
+            return False
+        source, reduction = self.axes.get(node.args[0]), self.axes.get(node)
+        if source is None or reduction is None:
+            return False
+        if len(reduction) == len(source) - 1:  # without the dimension, which is put back later
+            return node.args[1] in ([-1], [len(source) - 1])
+        return len(source) == len(reduction) and not reduction[-1]
+
+    def recomputed(self, memory: Memory) -> Callable[[fx.Node], bool]:
+        """Which values the reverse pass computes again instead of keeping them.
+
+        "normal": activation functions and layer norms, which are quick. "low": all but those through which all flows.
+        """
+        quick = {*ACTIVATIONS, *IDENTITIES, aten.layer_norm.default}
+        kept = _bottlenecks(self.active) if memory == "low" else self.active
+
+        def again(x: fx.Node) -> bool:
+            if x not in self.active or x.op != "call_function" or x.target is aten.embedding.default:
+                return False
+            return x.target in quick or x not in kept
+
+        return again
+
+    def _mixes_tokens(self, node: fx.Node) -> bool:
+        """Whether a product is A·V with A a map over tokens: maps over channels are no attention blocks of the method."""
+        if not is_attention_value(node) and not is_talking_heads_value(node):
+            return False
+        maps, values = (self.axes.get(x) for x in node.args[:2])  # type: ignore[arg-type]
+        over_tokens = values is not None and len(values) > 1 and not axes_.is_feature(values[-2])
+        return maps is None or not axes_.is_feature(maps[-1]) or over_tokens
+
+    def attention_blocks(self, leaves: Sequence[fx.Node]) -> list[fx.Node]:
+        """Nodes that mix values by an attention map on the way to `leaves`: fused attention, or a product with a softmax
+        on its left. In the order of the forward pass.
+
+        Raises:
+            UnsupportedModelError: there is none, or an output does not depend on the input.
+        """
+        for leaf in leaves:
+            if leaf not in self.active:
+                raise UnsupportedModelError(f"the output {leaf} does not depend on the input")
+        relevant = _upstream(leaves)
+        found = [
+            node
+            for node in self.nodes
+            if node in relevant
+            and node in self.active
+            and (node.target is aten.scaled_dot_product_attention.default or self._mixes_tokens(node))
+        ]
+        if not found:
+            raise UnsupportedModelError(
+                "no attention was found between the input and the prediction; fastrel explains transformers"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The part of a graph that an explanation walks: from some outputs down to the attention block it starts with.
+
+    `blocks` numbers the attention blocks that take part, counted from the input; `total` counts all. `needed` holds the values
+    whose gradient and relevance are needed: an attention map that takes part lies upstream of them. `above` holds the values that
+    come after one of these maps.
+    """
+
+    leaves: tuple[fx.Node, ...]
+    blocks: dict[fx.Node, int]
+    total: int
+    needed: frozenset[fx.Node]
+    above: frozenset[fx.Node]
+
+    @classmethod
+    def of(cls, facts: Facts, leaves: Sequence[fx.Node], start_layer: int, everything: bool = False) -> Stretch:
+        """The stretch above block `start_layer`; with `everything`, all active values are needed, down to the input.
+
+        Raises:
+            InputError: there is no such block.
+            UnsupportedModelError: no attention lies on the way.
+        """
+        found = facts.attention_blocks(leaves)
+        if not -len(found) <= start_layer < len(found):
+            raise InputError(
+                f"start_layer {start_layer} is out of range: the model has {len(found)} attention blocks, "
+                f"so use {-len(found)} to {len(found) - 1}"
+            )
+        blocks = {node: i for i, node in enumerate(found) if i >= start_layer % len(found)}
+        above = frozenset(_downstream(facts.nodes, set(blocks), facts.active))
+        return cls(tuple(leaves), blocks, len(found), frozenset(facts.active) if everything else above, above)
+
+
+def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]:
+    """Values that depend on the input through floating-point numbers, or on token ids through an embedding."""
+    varying = set(inputs)
+    active: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "placeholder":
+            if node in varying and _is_float(node):
+                active.add(node)
+            continue
+        if isinstance(node.meta.get("val"), (Tensor, list, tuple)) and any(n in varying for n in node.all_input_nodes):
+            varying.add(node)  # sizes do not count
+        if node.op != "call_function" or not (_is_float(node) or isinstance(node.meta.get("val"), (list, tuple))):
+            continue
+        looks_up = node.target is aten.embedding.default and node.args[1] in varying
+        if looks_up or any(n in active for n in node.all_input_nodes):
+            active.add(node)
+    return active
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype.is_floating_point
+
+
+def _pointwise_roots(nodes: Sequence[fx.Node], active: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """For values that are pointwise functions of one single activation: that activation (else the value itself).
+
+    x·σ(1.7x) is such a function of x, and passes relevance like any activation function; u·v is not.
+    """
+    roots: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node not in active:
+            continue
+        sources = {roots[n] for n in node.all_input_nodes if n in active} if is_pointwise(node) else set()
+        same_shape = len(sources) == 1 and next(iter(sources)).meta["val"].shape == node.meta["val"].shape
+        roots[node] = sources.pop() if same_shape else node
+    return roots
+
+
+def _sources(
+    nodes: Sequence[fx.Node], active: set[fx.Node], inputs: Sequence[fx.Node]
+) -> dict[fx.Node, frozenset[fx.Node]]:
+    """The inputs that each active value depends on through activations; a look-up depends on its indices."""
+    every: dict[fx.Node, frozenset[fx.Node]] = {node: frozenset([node]) for node in inputs}
+    found: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in nodes:
+        if node.op == "placeholder":
+            every.setdefault(node, frozenset())
+        else:
+            every[node] = frozenset().union(*(every[n] for n in node.all_input_nodes))
+        if node in active:
+            looks_up = node.target is aten.embedding.default
+            through = [n for n in node.all_input_nodes if n in active]
+            known = [every[n] for n in node.all_input_nodes] if looks_up else [found[n] for n in through]
+            found[node] = every[node] if node.op == "placeholder" else frozenset().union(*known)
+    return found
+
+
+def _upstream(leaves: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = list(leaves)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
+
+
+def _bottlenecks(active: set[fx.Node]) -> set[fx.Node]:
+    """Activations from which alone everything after them is computed: the residual stream between blocks, mostly."""
+    found: set[fx.Node] = set()
+    order = [node for node in next(iter(active)).graph.nodes if node in active]
+    position = {node: i for i, node in enumerate(order)}
+    position |= {node: len(order) for node in order[0].graph.nodes if node.op == "output"}
+    ends = {node: max((position.get(user, i) for user in node.users), default=i) for node, i in position.items()}
+    alive: set[fx.Node] = set()
+    for i, node in enumerate(order):
+        alive = {x for x in alive if ends[x] > i} | {node}
+        if len(alive) == 1:
+            found.add(node)
+    return found
+
+
+def _downstream(nodes: Sequence[fx.Node], sources: set[fx.Node], active: set[fx.Node]) -> set[fx.Node]:
+    found = set(sources)
+    for node in nodes:
+        if node in active and any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found

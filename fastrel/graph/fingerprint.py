@@ -1,0 +1,248 @@
+"""What a captured graph is of: everything that a forward pass reads besides its inputs and the values of its weights.
+
+A graph froze the model's modules, forwards, hooks, attributes and ties, and the globals and closures that its code reads.
+`Fingerprint.matches()` asks, at every call, whether all of it is still the same: first object by object, which takes about a
+millisecond for a large model, and only where an object was replaced, by meaning. Values of parameters, buffers and tensor
+attributes are not part of it; they are read live.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+#: Attributes of a module that no forward pass in eval mode depends on.
+_IGNORED = frozenset(
+    {
+        "training",
+        "_is_full_backward_hook",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+        "_non_persistent_buffers_set",
+        "_compiled_call_impl",
+    }
+)
+
+#: Hooks on every module of the process.
+_GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+
+#: Of larger containers (vocabularies, say) only the length counts.
+LARGE = 2048
+
+_Key = tuple[int, Any]
+_CONTAINERS = (list, tuple, set, frozenset)
+_CONSTANTS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType)
+
+
+def is_own(x: Any) -> bool:
+    """Whether an object is fastrel's own: a model may hold an explainer."""
+    return type(x).__module__.partition(".")[0] == "fastrel" and not isinstance(x, nn.Module)
+
+
+class Fingerprint:
+    """The state of a model when it was captured."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._volatile: frozenset[_Key] = frozenset()
+        self._watch = _Watch(model, self._volatile)
+        self._meaning = _Meaning(self._volatile).of(model)
+
+    def matches(self) -> bool:
+        """Whether the model is still what it was."""
+        if self._watch.unchanged():
+            return True
+        if not self._watch.code_unchanged() or _Meaning(self._volatile).of(self._model) != self._meaning:
+            return False
+        self._watch = _Watch(self._model, self._volatile)  # other objects that mean the same
+        return True
+
+    def ignore_what_the_model_writes(self) -> None:
+        """To be called right after the model ran: attributes that it replaced itself (a kept attention map) do not count."""
+        written = frozenset(self._watch.replaced())
+        if written:
+            self._volatile |= written
+            self._watch = _Watch(self._model, self._volatile)
+            self._meaning = _Meaning(self._volatile).of(self._model)
+
+
+class _Watch:
+    """Every object that the model's forward pass may reach, to be compared by identity."""
+
+    def __init__(self, model: nn.Module, volatile: frozenset[_Key]) -> None:
+        self._volatile = volatile
+        self._seen: set[int] = set()
+        self._dicts: list[tuple[Mapping[Any, Any], int, tuple[Any, ...], tuple[Any, ...]]] = []
+        self._code: list[tuple[Mapping[Any, Any], int | None, tuple[Any, ...], tuple[Any, ...]]] = []
+        self._cells: list[tuple[types.CellType, Any]] = []
+        self._sequences: list[tuple[Any, tuple[Any, ...]]] = []
+        self._empty: list[Any] = []
+        for hooks in _GLOBAL_HOOKS:
+            self._mapping(hooks)
+        todo: list[Any] = [model]
+        while todo:
+            todo += self._enter(todo.pop())
+        self._of_classes(type(module) for module in model.modules())
+
+    def unchanged(self) -> bool:
+        """Whether every object is where it was."""
+        return (
+            not any(self._empty)
+            and all(len(d) == n and all(map(is_, map(d.get, keys), values)) for d, n, keys, values in self._dicts)
+            and all(len(x) == len(kept) and all(map(is_, x, kept)) for x, kept in self._sequences)
+            and self.code_unchanged()
+        )
+
+    def code_unchanged(self) -> bool:
+        """Whether classes, and the globals and closures that their functions read, are what they were."""
+        return all(all(map(is_, map(d.get, keys), values)) for d, _, keys, values in self._code) and all(
+            cell.cell_contents is value for cell, value in self._cells
+        )
+
+    def replaced(self) -> Iterator[_Key]:
+        """Entries of dicts that hold another object than they did, or are new."""
+        for d, n, keys, values in self._dicts:
+            for key, value in zip(keys, values, strict=True):
+                if d.get(key) is not value:
+                    yield id(d), key
+            if len(d) != n:
+                yield from ((id(d), key) for key in d if key not in keys)
+
+    def _enter(self, x: Any) -> list[Any]:
+        """Watch one object; what hangs on it."""
+        if isinstance(x, (*_CONSTANTS, Tensor)) or id(x) in self._seen or is_own(x):
+            return []
+        self._seen.add(id(x))
+        if isinstance(x, dict):
+            return self._mapping(x)
+        if isinstance(x, _CONTAINERS):
+            kept = tuple(x)
+            if not kept:
+                self._empty.append(x)
+                return []
+            self._sequences.append((x, kept))
+            return list(kept) if len(kept) <= LARGE else []
+        if isinstance(x, types.MethodType):
+            return [x.__self__, x.__func__]
+        if isinstance(x, types.FunctionType):
+            self._function(x, {x.__module__})
+            return []
+        attributes = getattr(x, "__dict__", None)
+        return self._mapping(attributes) if isinstance(attributes, dict) else []
+
+    def _mapping(self, d: Mapping[Any, Any]) -> list[Any]:
+        if not d:
+            self._empty.append(d)
+            return []
+        keys = tuple(key for key in d if key not in _IGNORED and (id(d), key) not in self._volatile)
+        values = tuple(d[key] for key in keys)
+        self._dicts.append((d, len(d), keys if len(keys) <= LARGE else (), values if len(keys) <= LARGE else ()))
+        return list(values) if len(values) <= LARGE else []
+
+    def _of_classes(self, classes: Iterator[type]) -> None:
+        """What modules find on their classes, torch's own but for their forward left out."""
+        found = {base for cls in set(classes) for base in cls.__mro__ if base is not object}
+        own = {cls for cls in found if not cls.__module__.startswith("torch.")}
+        files = {cls.__module__ for cls in own}
+        for cls in found:
+            names = tuple(vars(cls)) if cls in own else tuple(name for name in ("forward", "__call__") if name in vars(cls))
+            values = tuple(vars(cls)[name] for name in names)
+            self._code.append((vars(cls), None, names, values))
+            for value in values if cls in own else ():
+                function = getattr(value, "__func__", getattr(value, "fget", value))
+                if isinstance(function, types.FunctionType):
+                    self._function(function, files)
+
+    def _function(self, function: types.FunctionType, files: set[str]) -> None:
+        """What a function's code reads from around it; functions of the model's own files are followed."""
+        todo = [function]
+        while todo:
+            one = todo.pop()
+            if id(one) in self._seen:
+                continue
+            self._seen.add(id(one))
+            names = tuple(name for name in _names(one.__code__) if name in one.__globals__)
+            values = tuple(one.__globals__[name] for name in names)
+            self._code.append((one.__globals__, None, names, values))
+            for cell in one.__closure__ or ():
+                try:
+                    self._cells.append((cell, cell.cell_contents))
+                except ValueError:  # not filled yet
+                    continue
+            inner = [cell.cell_contents for cell in one.__closure__ or () if _filled(cell)]
+            todo += [x for x in (*values, *inner) if isinstance(x, types.FunctionType) and x.__module__ in files]
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names that a code object and those nested in it look up outside of themselves."""
+    nested = [x for x in code.co_consts if isinstance(x, types.CodeType)]
+    return set(code.co_names).union(*(_names(x) for x in nested))
+
+
+class _Meaning:
+    """A description of a model that is equal for models which compute alike: structure, options, dtypes, ties."""
+
+    def __init__(self, volatile: frozenset[_Key]) -> None:
+        self._volatile = volatile
+        self._numbers: dict[int, int] = {}
+
+    def of(self, x: Any) -> Any:
+        """The description of one object; seen again, only its number, which tells ties from copies."""
+        if isinstance(x, (str, bytes, int, float, complex, bool, type(None))):
+            return type(x), x
+        if id(x) in self._numbers:
+            return "again", self._numbers[id(x)]
+        if isinstance(x, types.MethodType):
+            return "method", _Same(x.__func__), self.of(x.__self__)
+        self._numbers[id(x)] = len(self._numbers)
+        if isinstance(x, Tensor):
+            return type(x), x.dtype, x.device, tuple(x.shape)
+        if isinstance(x, dict):
+            return dict, self._items(x)
+        if isinstance(x, _CONTAINERS):
+            return type(x), len(x) if len(x) > LARGE else tuple(self.of(y) for y in x)
+        attributes = getattr(x, "__dict__", None)
+        if isinstance(x, (*_CONSTANTS, types.FunctionType)) or not isinstance(attributes, dict) or is_own(x):
+            return _Same(x)
+        return _Same(type(x)), self._items(attributes)
+
+    def _items(self, d: Mapping[Any, Any]) -> Any:
+        if len(d) > LARGE:
+            return len(d)
+        watched = [key for key in d if key not in _IGNORED and (id(d), key) not in self._volatile]
+        return tuple((key if isinstance(key, (str, int)) else _Same(key), self.of(d[key])) for key in watched)
+
+
+class _Same:
+    """Equal to itself alone."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and (self.x is other.x or _equal_constants(self.x, other.x))
+
+    def __hash__(self) -> int:
+        return id(self.x)
+
+
+def _equal_constants(a: Any, b: Any) -> bool:
+    kinds = (torch.dtype, torch.device, torch.Size, slice, range)
+    return isinstance(a, kinds) and isinstance(b, kinds) and a == b

@@ -1,0 +1,138 @@
+"""Kinds of operators, and the patterns of operators that are attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastrel.graph import axes as axes_
+
+aten = torch.ops.aten
+
+#: Operators that return their first argument unchanged at inference.
+IDENTITIES = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.type_as.default,
+}
+
+ACTIVATIONS = {
+    aten.gelu.default,
+    aten.relu.default,
+    aten.relu_.default,
+    aten.silu.default,
+    aten.silu_.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.hardtanh.default,
+    aten.relu6.default,
+    aten.leaky_relu.default,
+    aten.elu.default,
+    aten.softplus.default,
+    aten.mish.default,
+    aten.erf.default,
+    aten.exp.default,
+    aten.neg.default,
+    aten.abs.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten.square.default,
+    aten.log.default,
+    aten.log1p.default,
+    aten.sin.default,
+    aten.cos.default,
+    aten.log_sigmoid.default,
+    aten.selu.default,
+    aten.celu.default,
+    aten.hardshrink.default,
+    aten.threshold.default,
+    aten.pow.Tensor_Scalar,
+    aten.clamp.default,
+    aten.clamp_min.default,
+}
+
+ARITHMETIC = {
+    aten.add.Tensor,
+    aten.add_.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.sub.Scalar,
+    aten.rsub.Scalar,
+    aten.mul.Tensor,
+    aten.mul_.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+}
+
+
+_ALONG_HEADS = {
+    *IDENTITIES,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.linear.default,
+    aten.conv2d.default,
+    aten.batch_norm.default,
+}
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each entry of the result depends on one entry of each operand."""
+    return node.target in ACTIVATIONS or node.target in ARITHMETIC or node.target in IDENTITIES
+
+
+def is_attention_value(node: fx.Node) -> bool:
+    """Whether a matrix product is A·V: its left operand is a softmax over keys, possibly copied or reshaped."""
+    if node.target not in (aten.matmul.default, aten.bmm.default):
+        return False
+    return is_softmax_over_keys(node.args[0])
+
+
+def is_softmax_over_keys(attn: Any) -> bool:
+    """Whether a value is a softmax over its last dimension, possibly copied, reshaped or scaled by rows, or a sum of such."""
+    while isinstance(attn, fx.Node) and (attn.target in IDENTITIES or attn.target in axes_.RESHAPES or _keeps_keys(attn)):
+        attn = attn.args[0]
+    if not isinstance(attn, fx.Node):
+        return False
+    if attn.target in (aten.mul.Tensor, aten.div.Tensor):
+        return any(is_softmax_over_keys(x) and _one_per_row(other) for x, other in (attn.args[:2], attn.args[1::-1]))
+    if attn.target is aten.add.Tensor:
+        return all(is_softmax_over_keys(x) for x in attn.args[:2])
+    return attn.target in (aten.softmax.int, aten._softmax.default) and attn.args[1] in (-1, attn.meta["val"].dim() - 1)
+
+
+def _one_per_row(x: Any) -> bool:
+    """Whether a factor is the same for all keys."""
+    return not isinstance(x, fx.Node) or not x.meta["val"].dim() or x.meta["val"].shape[-1] == 1
+
+
+def _keeps_keys(node: fx.Node) -> bool:
+    """Whether a value is a permutation of another one's dimensions that leaves the last where it is."""
+    return node.target is aten.permute.default and node.args[1][-1] in (-1, len(node.args[1]) - 1)  # type: ignore
+
+
+def is_talking_heads_value(node: fx.Node) -> bool:
+    """Whether a matrix product is A'·V with A' a mixture of several heads' softmax maps."""
+    if node.target not in (aten.matmul.default, aten.bmm.default):
+        return False
+    attn, mixed = node.args[0], False
+    while isinstance(attn, fx.Node) and attn.target in _ALONG_HEADS:
+        mixed = mixed or attn.target in (aten.linear.default, aten.conv2d.default)
+        attn = attn.args[0]
+    return mixed and isinstance(attn, fx.Node) and attn.target in (aten.softmax.int, aten._softmax.default)

@@ -1,0 +1,74 @@
+"""The inputs of a call: what they are called, and what cannot be explained."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fastrel.errors import InputError
+
+
+def check_inputs(tensors: Sequence[Tensor]) -> None:
+    """Refuse what cannot be explained: nothing at all, empty batches, NaN, layouts and devices without numbers.
+
+    −inf may stand in a mask that is added to scores.
+
+    Raises:
+        InputError: naming the input.
+    """
+    if not tensors:
+        raise InputError("no tensor among the inputs; call the explainer as you call the model")
+    for position, x in enumerate(tensors):
+        if x.layout is not torch.strided or x.is_nested or x.is_quantized or x.device.type == "meta" or _is_fake(x):
+            kind = "a nested tensor" if x.is_nested else f"{type(x).__name__} of layout {x.layout} on {x.device}"
+            raise InputError(f"input {position} is {kind}; pass ordinary tensors (x.to_dense(), say)")
+        if x.dim() and len(x) == 0:
+            raise InputError(f"input {position} of shape {tuple(x.shape)} holds no samples")
+        if x.is_floating_point():
+            check_finite(f"input {position}", x, allowed=-torch.inf)
+
+
+def _is_fake(x: Tensor) -> bool:
+    return isinstance(x, torch._subclasses.FakeTensor)
+
+
+def check_finite(name: str, x: Tensor, allowed: float | None = None) -> None:
+    """Raise InputError if x [B, …] holds NaN or infinity (other than `allowed`), naming the first sample that does."""
+    fine = torch.isfinite(x)
+    if bool(fine.all()):
+        return
+    fine = fine if allowed is None else fine | (x == allowed)
+    if not bool(fine.all()):
+        bad = (~fine).reshape(len(x), -1).any(1) if x.dim() else torch.ones(1)
+        raise InputError(f"{name} holds NaN or infinity in sample {int(bad.nonzero()[0, 0])}")
+
+
+@functools.lru_cache(maxsize=256)
+def _signature(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def input_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """What each input is called: the model's own name of the argument, with the place inside it if it is a container."""
+    names = [
+        name
+        for name, parameter in _signature(model.forward).parameters.items()
+        if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    names += [f"input {i}" for i in range(len(names), len(args))]
+    found: list[str] = []
+    for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+        paths, _ = pytree.tree_flatten_with_path(value)
+        found += [name + pytree.keystr(path) for path, _ in paths]
+    return found
+
+
+def image_size(x: Tensor) -> tuple[int, int] | None:
+    """Height and width of an input of images [B, C, H, W]; None for others."""
+    return (x.shape[2], x.shape[3]) if x.dim() == 4 and x.is_floating_point() else None

@@ -1,0 +1,57 @@
+"""The map over the tokens of one input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrel.errors import InputError
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """The map over the tokens of one input of the model.
+
+    Attributes:
+        relevance: over all tokens, raw: [B, T], or [B, K, T] for K targets per sample.
+        grid: the part of it that lies on image patches, [B, gh, gw] or [B, K, gh, gw]; None for text.
+        image_size: (height, width) in pixels of the images explained; None for text.
+    """
+
+    relevance: Tensor
+    grid: Tensor | None = None
+    image_size: tuple[int, int] | None = None
+
+    @property
+    def patches(self) -> Tensor:
+        """Relevance of the image patches, [B, gh, gw] or [B, K, gh, gw].
+
+        Raises:
+            InputError: the tokens of this input do not come from a grid of patches.
+        """
+        if self.grid is None:
+            raise InputError("this model's tokens do not lie on an image; use `relevance`, one value per token")
+        return self.grid
+
+    def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:
+        """The patches scaled up bilinearly to `size` (height, width) pixels, default that of the input image.
+
+        Returns [B, H, W] or [B, K, H, W].
+
+        Raises:
+            InputError: the tokens of this input do not come from a grid of patches.
+        """
+        patches = self.patches
+        target = self.image_size if size is None else (size, size) if isinstance(size, int) else tuple(size)
+        if target is None:
+            raise InputError("the size of the image is not known; pass size=(height, width)")
+        flat = patches.reshape(-1, 1, *patches.shape[-2:])
+        scaled = F.interpolate(flat, size=target, mode="bilinear", align_corners=False)
+        return scaled.reshape(*patches.shape[:-2], *target)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> TokenMap:
+        """The map with f applied to its tensors."""
+        return replace(self, relevance=f(self.relevance), grid=None if self.grid is None else f(self.grid))

@@ -1,0 +1,206 @@
+"""A prediction that can be explained, for any target, without another forward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastrel.engine import Call, Engine, plainly
+from fastrel.errors import InputError, UnsupportedModelError
+from fastrel.explanation import Explanation
+from fastrel.inputs import check_finite, image_size
+from fastrel.maps import TokenMap
+from fastrel.methods.integrated_gradients import integrated_gradients
+from fastrel.noise import Maps, floor, perturbed
+from fastrel.options import Options
+from fastrel.targets import Seeds, Target, class_seeds, function_seeds
+from fastrel.trace import BlockTrace
+from fastrel.transform.method import PathIntegral
+from fastrel.transform.program import Program
+
+
+class Versions:
+    """Tensors as they are now: whether they were written to since."""
+
+    def __init__(self, tensors: Sequence[tuple[str, Any]]) -> None:
+        self._known = [(name, x, x._version, x.data_ptr()) for name, x in tensors if isinstance(x, Tensor)]
+
+    def changed(self) -> str | None:
+        """The name of the first tensor that was written to."""
+        return next(
+            (name for name, x, version, place in self._known if (x._version, x.data_ptr()) != (version, place)), None
+        )
+
+
+class Prediction:
+    """A prediction that can be explained. Made by `Explainer.predict`.
+
+    Holds what the explanation needs: the inputs, values saved in between, and the model's parameters as they are. Where one
+    of them is written to before `explain`, that is refused.
+
+    Attributes:
+        logits: the logits, as the model returns them.
+        output: everything the model returns.
+    """
+
+    def __init__(self, engine: Engine, options: Options, call: Call, program: Program, grad: bool = False) -> None:
+        self._engine, self._options, self._call, self._program = engine, options, call, program
+        with plainly(grad):
+            outputs, saved = program.forward(*call.values)
+        self._outputs: list[Any] = list(outputs)
+        self._saved: Sequence[Any] = saved
+        owners = [".".join(owner) if isinstance(owner, tuple) else "a constant" for owner in call.captured.owners]
+        named = [*zip([*owners, *call.names], call.values, strict=True)]
+        self._versions = Versions([*named, *(("the output", x) for x in self._outputs)])
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's logits, [B, C]."""
+        return self._outputs[self._program.leaves[0]]
+
+    @property
+    def output(self) -> Any:
+        """What the model returned, in its own type."""
+        return self._rebuild(self._outputs)
+
+    def explain(self, target: Target = None) -> Explanation:
+        """Explain this prediction.
+
+        Args:
+            target: None (the predicted class of each sample) · an int · [B] class indices · [B, K] (K targets per sample,
+                at less than K times the cost) · a function of the model's output that returns [B] or [B, K] values, for
+                regression, similarities, contrasts (`lambda out: out[:, 3] - out[:, 5]`) or multi-label scores.
+
+        Raises:
+            InputError: the target does not fit the output; weights, inputs or outputs changed since the prediction.
+        """
+        return self._explained(target, once=False)
+
+    def explain_once(self, target: Target = None, create_graph: bool = False) -> Explanation:
+        """`explain`, after which the prediction cannot be explained again: what it kept is freed as the reverse pass goes."""
+        return self._explained(target, once=True, create_graph=create_graph)
+
+    def noise_floor(self, target: Target = None, draws: int = 2) -> Tensor:
+        """How far each map moves under perturbations of rounding size, [B] or [B, K]; see `fastrel.noise`."""
+        explanation = self.explain(target)
+        return self.noise_of(explanation.maps, target if callable(target) else explanation.target, draws)
+
+    def noise_of(self, maps: Maps, target: Target, draws: int) -> Tensor:
+        """`noise_floor` of maps that were made from this prediction.
+
+        Raises:
+            InputError: draws < 1.
+        """
+        if draws < 1:
+            raise InputError(f"noise_floor needs draws >= 1, got {draws}")
+
+        def again(seed: int) -> Maps:
+            other = Prediction(self._engine, self._options, perturbed(self._call, seed), self._program)
+            return other.explain(target).maps
+
+        return floor(maps, map(again, range(draws)))
+
+    def trace(self, target: Target = None) -> list[BlockTrace]:
+        """What passed through every block; for predictions by a program that was made to trace."""
+        seeds = class_seeds(self.logits, self._program.leaves[0], target)
+        with plainly():
+            _, _, records = self._program.reverse(_arguments(self._program, seeds, self._saved))
+        found: dict[int, dict[str, Tensor]] = {}
+        for (block, name), value in zip(self._program.record_names, records, strict=True):
+            found.setdefault(block, {})[name] = value
+        names = BlockTrace.__dataclass_fields__
+        return [BlockTrace(**{name: found[block].get(name) for name in names}) for block in sorted(found)]  # type: ignore
+
+    def _explained(self, target: Target, once: bool, create_graph: bool = False) -> Explanation:
+        changed = self._versions.changed()
+        if changed:
+            raise InputError(f"{changed} changed in place since the prediction, so no map belongs to it; predict again")
+        with plainly(create_graph):
+            seeds = self.seeds(target)
+            program, saved = self._prepared(seeds)
+            if isinstance(self._options.method.reading, PathIntegral):
+                rows = grids = [self._along_path(seeds)]
+            else:
+                arguments = _arguments(program, seeds, saved)
+                del saved
+                if once:
+                    self._saved = ()
+                rows, grids, _ = self._run_reverse(program, arguments)
+            maps = self._maps(program, rows, grids, seeds.several)
+        source = None if once else weakref.ref(self)
+        asked = None if once else target if callable(target) else seeds.classes
+        return Explanation(self.logits, seeds.classes, maps, self.output, program.generic, source, asked)
+
+    def _maps(self, program: Program, rows: list[Any], grids: list[Any], several: bool) -> dict[str, TokenMap]:
+        found: dict[str, TokenMap] = {}
+        for where, row, grid in zip(program.maps, rows, grids, strict=True):
+            relevance = row.flatten(2).transpose(0, 1)
+            check_finite("the explanation", relevance)
+            patches = None if grid is None else grid.transpose(0, 1)
+            if not several:
+                relevance, patches = relevance[:, 0], None if patches is None else patches[:, 0]
+            value = self._call.values[len(self._call.captured.owners) + where.input]
+            name = self._call.names[where.input]
+            found[name] = TokenMap(relevance, patches, image_size(value) if isinstance(value, Tensor) else None)
+        return found
+
+    def _run_reverse(self, program: Program, arguments: list[Any]) -> Any:
+        try:
+            return program.reverse(arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            name = type(self._engine.model).__name__
+            raise UnsupportedModelError(f"cannot explain {name}, a rule failed on it: {error}") from error
+
+    def seeds(self, target: Target) -> Seeds:
+        """Where the reverse pass starts for a target.
+
+        Raises:
+            InputError: the target does not fit the output.
+        """
+        if not callable(target):
+            return class_seeds(self.logits, self._program.leaves[0], target)
+        with torch.inference_mode(False):
+            return function_seeds(self._outputs, self._rebuild, target, self._call.batch)
+
+    def _prepared(self, seeds: Seeds) -> tuple[Program, Sequence[Any]]:
+        """The program that explains the seeded outputs, and what it saved of this prediction."""
+        if seeds.outputs == self._program.leaves:
+            return self._program, self._saved
+        program = self._engine.program(self._call.entry, self._options, seeds.outputs)
+        return program, program.forward(*self._call.values)[1]
+
+    def _along_path(self, seeds: Seeds) -> Tensor:
+        """Integrated gradients of the seeded outputs [K, B, H, W]."""
+        values, inputs = self._call.values, self._call.tensors
+        position = [i for i, x in enumerate(values) if x is inputs[0]]
+        if len(inputs) != 1 or inputs[0].dim() != 4 or not position:
+            raise InputError("integrated_gradients explains models of one image input [B, C, H, W]")
+        maps = []
+        for weights in seeds.gradient[0]:
+
+            def score(image: Tensor, weights: Tensor = weights) -> Tensor:
+                outputs, _ = self._program.forward(*values[: position[0]], image, *values[position[0] + 1 :])
+                repeats = len(image) // len(weights)
+                return (outputs[self._program.leaves[0]] * weights.repeat(repeats, 1)).sum(1)
+
+            maps.append(integrated_gradients(score, inputs[0]))
+        return torch.stack(maps)
+
+    def _rebuild(self, outputs: list[Any]) -> Any:
+        return pytree.tree_unflatten(outputs, self._call.captured.out_spec)
+
+
+def _arguments(program: Program, seeds: Seeds, saved: Sequence[Any]) -> list[Any]:
+    """What a reverse graph takes: the seeds of all lanes, and what the forward graph saved."""
+    starts: list[Tensor] = []
+    for features, gradient, relevance in zip(program.leaf_features, seeds.gradient, seeds.relevance, strict=True):
+        row = relevance.abs().sum([dim + 1 for dim in features], keepdim=True)
+        starts += [gradient, relevance, row]
+    return [*starts, *saved]

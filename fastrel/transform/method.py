@@ -1,0 +1,126 @@
+"""What an attribution method is: which lanes flow, what an attention block adds, and what is read in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from torch import Tensor
+
+#: What an attention block adds to a rollout, from its A, ∇A and R_A.
+Update = Literal["gradient_relevance", "gradient_attention", "gradcam", "relevance", "attention"]
+UPDATES: tuple[Update, ...] = get_args(Update)
+
+_OF_GRADIENT: tuple[Update, ...] = ("gradient_relevance", "gradient_attention", "gradcam")
+_OF_RELEVANCE: tuple[Update, ...] = ("gradient_relevance", "relevance")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The rollout: the map M (`update`) of every block chained, r ← r (I + M); without `residual`, I is left out."""
+
+    update: Update
+    residual: bool = True
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the gradient lane is used."""
+        return self.update in _OF_GRADIENT
+
+    @property
+    def needs_relevance(self) -> bool:
+        """Whether the relevance lane is used."""
+        return self.update in _OF_RELEVANCE
+
+
+@dataclass(frozen=True)
+class LaneSum:
+    """A lane summed over features: relevance, or the value times its gradient. At the tokens that the first block reads, or at
+    the model's `pixels`."""
+
+    lane: Literal["relevance", "gradient"]
+    pixels: bool = False
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the gradient lane is used."""
+        return self.lane == "gradient"
+
+    @property
+    def needs_relevance(self) -> bool:
+        """Whether the relevance lane is used."""
+        return self.lane == "relevance"
+
+
+@dataclass(frozen=True)
+class AllMaps:
+    """A function of what the head reads [K, B, T] and of all attention maps [B, h, T, T], the first block's first."""
+
+    combine: Callable[..., Tensor]
+    needs_gradient = False
+    needs_relevance = False
+
+
+@dataclass(frozen=True)
+class PathIntegral:
+    """Gradients averaged along a path of inputs; the forward graph alone is used."""
+
+    needs_gradient = False
+    needs_relevance = False
+
+
+Reading: TypeAlias = Chain | LaneSum | AllMaps | PathIntegral
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an explanation is put together.
+
+    Attributes:
+        name, summary, source: for people.
+        cost: the arithmetic in forward passes, all blocks and one target.
+        reading: what is read in the end.
+        start_layer: the attention block that it starts with, counted from the input; negative from the output.
+        normalize: scale the rows of I + M to sum 1.
+        attnlrp: the gradient lane follows AttnLRP's rules.
+    """
+
+    name: str
+    summary: str
+    source: str
+    cost: str
+    reading: Reading
+    start_layer: int = 0
+    normalize: bool = False
+    attnlrp: bool = False
+
+    @property
+    def update(self) -> Update:
+        """What an attention block adds to the row; rows of other readings follow the attention itself."""
+        return self.reading.update if isinstance(self.reading, Chain) else "attention"
+
+    @property
+    def residual(self) -> bool:
+        """Whether a block adds I."""
+        return not isinstance(self.reading, Chain) or self.reading.residual
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the gradient lane is used."""
+        return self.reading.needs_gradient
+
+    @property
+    def needs_relevance(self) -> bool:
+        """Whether the relevance lane is used."""
+        return self.reading.needs_relevance
+
+    @property
+    def to_the_end(self) -> bool:
+        """Whether lanes are carried down to where the map is read, not only to the last attention map."""
+        return isinstance(self.reading, LaneSum)
+
+    @property
+    def at_pixels(self) -> bool:
+        """Whether the map is read at the model's floating-point input."""
+        return isinstance(self.reading, LaneSum) and self.reading.pixels

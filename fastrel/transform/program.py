@@ -1,0 +1,47 @@
+"""What the transform makes of a captured graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Map:
+    """One map of an explanation: where it is read, and of which input of the model it is.
+
+    Attributes:
+        input: position among the graph's inputs.
+        node: name of the captured value whose tokens the map is over.
+        features: its other dimensions.
+    """
+
+    input: int
+    node: str
+    features: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model's prediction and its explanation as two plain fx modules.
+
+    `forward(*parameters_and_inputs)` returns (outputs, saved). `reverse([*seeds, *saved])`, which empties that list, with
+    three seeds per explained output (gradient, relevance, row), returns (rows, grids, records): for each of `maps`, the map over
+    all tokens [K, B, T…] and the part of it on the patch grid [K, B, gh, gw], None where there is none; and, when traced, the
+    tensors that `record_names` names.
+
+    Attributes:
+        leaves: which outputs are explained; `leaf_features`: their feature dimensions.
+        blocks: the number of attention blocks that take part.
+        generic: operators that had no rule of their own.
+    """
+
+    forward: fx.GraphModule
+    reverse: fx.GraphModule
+    leaves: tuple[int, ...]
+    leaf_features: tuple[tuple[int, ...], ...]
+    record_names: tuple[tuple[int, str], ...]
+    maps: tuple[Map, ...]
+    blocks: int
+    generic: tuple[str, ...]

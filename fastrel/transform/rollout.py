@@ -1,0 +1,188 @@
+"""The row of the rollout: one row of C = Ā_1 · Ā_2 …, eq. (14), followed from the head down, block by block.
+
+A row is what it would be at a value if all of the explanation went through there; it is handed back unchanged by whatever
+leaves tokens where they are. At a sum its operands both get it, and where their ways meet again it counts once: what a residual
+connection, a parallel branch, a gate, or a norm that is written out (x minus its mean) adds up to is the identity. An attention
+block turns its operand's r into r M; since the other operand of its residual sum still holds r, they make r (I + M).
+Where ways do not meet again, as in a model of two texts, each takes a share by its relevance: the parts add up to the whole.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from fastrel.transform.lanes import Branch, Lane, Part, Path, Row
+
+aten = torch.ops.aten
+
+#: Emits a call in the reverse graph.
+Emit = Callable[..., fx.Node]
+
+#: Adds up lanes of one value.
+Sum = Callable[[Sequence[Lane]], Lane]
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """A sum: how many operands take part, and the share of each, [K, B], if it is not the same for all."""
+
+    operands: int
+    shares: tuple[fx.Node, ...] | None
+
+
+@dataclass
+class Rollout:
+    """Keeps book of forks, and of the ways that end in an attention block."""
+
+    emit: Emit
+    _forks: list[_Fork] = field(default_factory=list)
+    _by_path: dict[Path, list[int]] = field(default_factory=lambda: defaultdict(list))
+    _gone: set[Path] = field(default_factory=set)
+
+    def seed(self, node: fx.Node) -> Row:
+        """The row at an output of the model."""
+        return Row({(): Part(Lane(node))})
+
+    def fork(self, row: Row, operands: int, shares: tuple[fx.Node, ...] | None = None) -> list[Row]:
+        """The row for each operand of a sum.
+
+        `shares` [K, B] each: by how much of the row each is charged where they do not meet again; None: equal parts.
+        """
+        if operands == 1:
+            return [row]
+        number = len(self._forks)
+        self._forks.append(_Fork(operands, shares))
+        for path in row.parts:
+            self._by_path[path].append(number)
+        return [Row({(*path, Branch(number, i)): part for path, part in row.parts.items()}) for i in range(operands)]
+
+    def merge(self, rows: Sequence[Row], add: Sum) -> tuple[Row, bool]:
+        """Rows that meet at one value, and whether an attention block's own row and its residual connection's are among them."""
+        found: dict[Path, list[Part]] = defaultdict(list)
+        for row in rows:
+            for path, part in row.parts.items():
+                found[path].append(part)
+        parts = {path: self._added(several, add) for path, several in found.items()}
+        met = False
+        for path in sorted(parts, key=len, reverse=True):
+            while path and path in parts and (children := self._complete(path, parts)) is not None:
+                fork, path = path[-1].fork, path[:-1]
+                met = met or len(children) < self._forks[fork].operands or any(c.settled for c in children.values())
+                for i in children:
+                    del parts[(*path, Branch(fork, i))]
+                one = self._folded(fork, children, add, outermost=not path)
+                before = [parts[path]] if path in parts else []
+                parts[path] = self._added([*before, one], add)
+        return Row(parts), met
+
+    def whole(self, row: Row, add: Sum) -> Lane:
+        """All of the row in one lane, as if the ways that it came were the only ones."""
+        return self._gathered(row.parts, (), add, shared=False) or self._nothing()
+
+    def share(self, row: Row, add: Sum) -> Lane:
+        """The row in one lane, without what goes other ways that do not meet this one."""
+        return self._gathered(row.parts, (), add, shared=True) or self._nothing()
+
+    def end(self, row: Row) -> None:
+        """An attention block takes the row and gives back r M: what else it came by leads no further."""
+        self._gone.update(path for path in row.parts if path)
+
+    @staticmethod
+    def _nothing() -> Lane:
+        raise ValueError("a row without any part")
+
+    def _added(self, parts: Sequence[Part], add: Sum) -> Part:
+        lanes = [part.lane for part in parts if part.lane]
+        return Part(add(lanes) if lanes else None, any(part.settled for part in parts))
+
+    def _complete(self, path: Path, parts: dict[Path, Part]) -> dict[int, Part] | None:
+        """The parts that came by the operands of the sum that `path` came by last, if all are here or lead nowhere else."""
+        fork, before = path[-1].fork, path[:-1]
+        children: dict[int, Part] = {}
+        for i in range(self._forks[fork].operands):
+            child = (*before, Branch(fork, i))
+            if child in parts:
+                children[i] = parts[child]
+            elif not self._closed(child):
+                return None
+        return children
+
+    def _closed(self, path: Path) -> bool:
+        """Whether what came by a path has ended in attention blocks."""
+        if path in self._gone:
+            return True
+        forks = self._by_path.get(path, [])
+        return bool(forks) and all(
+            self._closed((*path, Branch(fork, i))) for fork in forks for i in range(self._forks[fork].operands)
+        )
+
+    def _folded(self, fork: int, children: dict[int, Part], add: Sum, outermost: bool) -> Part:
+        """What came by all operands of a sum is the row of the sum: once."""
+        settled = {i: part for i, part in children.items() if part.settled}
+        chosen = settled or children
+        lanes = {i: part.lane for i, part in chosen.items() if part.lane}
+        lane = self._mean(fork, lanes, list(lanes), add) if lanes else None
+        return Part(lane, bool(settled) and not outermost)
+
+    def _mean(self, fork: int, lanes: dict[int, Lane], among: Sequence[int], add: Sum) -> Lane:
+        """Lanes of some operands, each by its share among the operands `among`."""
+        shares, values = self._forks[fork].shares, list(lanes.values())
+        if len(lanes) == len(among) and len(set(values)) == 1:
+            return values[0]
+        if shares is None:
+            return Lane(self.emit(aten.div.Tensor, _dense(add(values)), len(among)))
+        given = [*(shares[i] for i in lanes), *(shares[i] for i in among)]
+        return Lane(self.emit(weighted, len(values), *map(_dense, values), *given))
+
+    def _gathered(self, parts: dict[Path, Part], at: Path, add: Sum, shared: bool) -> Lane | None:
+        """The parts below a path as one lane; `shared`: less what came by operands that are not here."""
+        here = parts.get(at)
+        lanes = [here.lane] if here and here.lane else []
+        below = [path for path in parts if len(path) > len(at) and path[: len(at)] == at]
+        for fork in dict.fromkeys(path[len(at)].fork for path in below):
+            branches = [Branch(fork, i) for i in range(self._forks[fork].operands)]
+            found = {
+                branch.operand: lane
+                for branch in branches
+                if any(path[len(at)] == branch for path in below)
+                and (lane := self._gathered(parts, (*at, branch), add, shared))
+            }
+            open_ = [b.operand for b in branches if b.operand in found or (shared and not self._closed((*at, b)))]
+            if found:
+                lanes.append(self._mean(fork, found, open_, add))
+        return add(lanes) if lanes else None
+
+
+def _dense(lane: Lane) -> fx.Node:
+    if lane.rows is not None:
+        raise ValueError("rows of the rollout are dense")
+    return lane.node
+
+
+def weighted(count: int, *given: Tensor) -> Tensor:
+    """`count` lanes [K, B, …], a share [K, B] of each, and the shares of all operands that count: their sum by these."""
+    lanes, shares, among = given[:count], torch.stack(given[count : 2 * count]), torch.stack(given[2 * count :])
+    total = among.sum(0)
+    shares = torch.where(total > 0, shares / torch.where(total > 0, total, 1.0), 1.0 / len(among))
+    result = torch.zeros_like(lanes[0])
+    for lane, share in zip(lanes, shares, strict=True):
+        share = share.repeat_interleave(lane.shape[1] // share.shape[1], 1)  # windows of one sample are neighbours
+        result = result + lane * share.reshape(*share.shape, *([1] * (lane.dim() - 2)))
+    return result
+
+
+def operand_shares(*rel: Tensor) -> tuple[Tensor, ...]:
+    """Relevance [K, B, …] of the operands of a sum -> the share of each, [K, B], of absolute sums; equal where all are 0."""
+    sums = torch.stack([x.flatten(2).sum(2).abs() for x in rel])
+    total = sums.sum(0)
+    return tuple(torch.where(total > 0, sums / torch.where(total > 0, total, 1.0), 1.0 / len(rel)).unbind(0))
+
+
+def settled_share(lane: Tensor, whole: Tensor, kept: Tensor) -> Tensor:
+    """A part of a row [K, B, …], as much of it as normalisation kept of the whole."""
+    return lane * torch.where(whole != 0, kept / torch.where(whole != 0, whole, 1.0), 0.0)

@@ -1,0 +1,229 @@
+"""The reverse walk: a captured forward pass -> two graphs, one that predicts and saves, one that explains.
+
+The captured nodes are walked once in reverse. For each node that carries lanes, its rule (fastrel/rules) turns the lanes
+of its output into lanes of its inputs, as nodes of the reverse graph. Lanes that nothing needs are never emitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from fastrel.errors import InputError, UnsupportedModelError
+from fastrel.graph import axes as axes_
+from fastrel.graph.capture import Captured
+from fastrel.graph.facts import Memory, Stretch
+from fastrel.graph.nodes import describe
+from fastrel.precision import Products
+from fastrel.reference.rules import Rules
+from fastrel.rules import rule_for
+from fastrel.rules.generic import generic
+from fastrel.transform.context import Context, Pending
+from fastrel.transform.emit import Emitter
+from fastrel.transform.lanes import Lane, Lanes, Part, Row
+from fastrel.transform.method import AllMaps, LaneSum, Method
+from fastrel.transform.program import Map, Program
+
+aten = torch.ops.aten
+
+
+class _Found(NamedTuple):
+    """A map that was read: at which value, and its row."""
+
+    node: fx.Node
+    row: Lane
+
+
+def transform(
+    captured: Captured,
+    method: Method,
+    *,
+    rules: Rules,
+    leaves: Sequence[int],
+    trace: bool = False,
+    memory: Memory = "normal",
+    products: Products = Products(),  # noqa: B008
+) -> Program:
+    """Build the forward and reverse graphs for explaining the outputs `leaves` of a captured model.
+
+    With memory="low", the forward graph saves only what the blocks pass on, and the reverse graph computes the rest again.
+
+    Raises:
+        InputError: `start_layer` leaves no block.
+        UnsupportedModelError: the graph holds something without a rule; the message names it.
+    """
+    if not leaves:
+        raise InputError("the model returns no floating-point tensor to explain")
+    nodes = [captured.outputs[i] for i in leaves]
+    stretch = Stretch.of(captured.facts, nodes, method.start_layer, everything=trace or method.to_the_end)
+    emit = Emitter(captured.graph, captured.facts.recomputed(memory))
+    t = Context(captured.facts, stretch, method, rules, products, emit, trace)
+    for i, leaf in enumerate(nodes):
+        grad, rel, row = (emit.placeholder(f"{lane}_{i}") for lane in ("grad", "rel", "row"))
+        t.give(
+            leaf,
+            Lane(grad) if method.needs_gradient else None,
+            Lane(rel) if method.needs_relevance else None,
+            t.rollout.seed(row),
+        )
+    found = _Walk(t).run()
+    grids = [_grid(t, one) for one in found]
+    emit.output(([_squeezed(t, one) for one in found], grids, [node for _, node in t.records]))
+    forward, reverse = emit.modules(captured.outputs)
+    return Program(
+        forward,
+        reverse,
+        tuple(leaves),
+        tuple(tuple(t.features(leaf)) for leaf in nodes),
+        tuple(name for name, _ in t.records),
+        tuple(
+            Map(captured.inputs.index(captured.facts.source(one.node)), one.node.name, tuple(t.features(one.node)))
+            for one in found
+        ),
+        len(stretch.blocks),
+        tuple(dict.fromkeys(t.generic)),
+    )
+
+
+class _Walk:
+    """The driver: collects the lanes of a node, asks its rule, and notices where a map can be read."""
+
+    def __init__(self, t: Context) -> None:
+        self.t = t
+        self.pixels = t.method.at_pixels
+
+    def run(self) -> list[_Found]:
+        """Walk from the outputs to where the maps are read.
+
+        Raises:
+            UnsupportedModelError: a node has no rule, or the row leads to no tokens.
+        """
+        t, found = self.t, []
+        for node in (n for n in reversed(t.facts.nodes) if n in t.facts.active):
+            lanes = collect(t, node)
+            if lanes is None:
+                continue
+            if self._is_read(node, lanes):
+                found.append(_Found(node, self._reading(node, lanes)))
+                if not any(pending.rows for pending in t.pending.values()):
+                    break
+                continue
+            if self.pixels and node.target is aten.embedding.default:
+                break
+            self._apply(node, lanes._replace(row=None) if self.pixels and node not in t.stretch.above else lanes)
+        if not found:
+            raise UnsupportedModelError(
+                "the model takes no floating-point input: read this method at its tokens instead"
+                if self.pixels
+                else "the attention maps of this model do not lead back to any sequence of tokens"
+            )
+        return found[::-1]
+
+    def _is_read(self, node: fx.Node, lanes: Lanes) -> bool:
+        """Whether this is where one input's tokens are read: nothing else of that input is under way, and no block comes before."""
+        if self.pixels:
+            return node.op == "placeholder"
+        t = self.t
+        if lanes.row is None or node in t.stretch.above:
+            return False
+        if node.op == "placeholder" or node.target is aten.embedding.default:
+            return True
+        own = t.facts.sources[node]
+        under_way = [x for x, pending in t.pending.items() if pending.rows]
+        alone = not any(own & t.facts.sources[x] for x in under_way)
+        return alone and len(t.facts.sequences(node)) == 1 and axes_.is_readable(t.axes(node))
+
+    def _apply(self, node: fx.Node, lanes: Lanes) -> None:
+        t = self.t
+        try:
+            (rule_for(node) or generic)(t, node, lanes)
+        except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(f"the rule of {describe(node)} does not take it: {error!r}") from error
+        except UnsupportedModelError as error:
+            if t.block == t.stretch.total:
+                raise
+            raise UnsupportedModelError(f"{error}; with start_layer={t.block} it is not needed") from error
+
+    def _reading(self, node: fx.Node, lanes: Lanes) -> Lane:
+        """The explanation at the value where it is read, with size 1 in feature dimensions."""
+        t, reading = self.t, self.t.method.reading
+        if isinstance(reading, AllMaps):
+            assert t.read_row
+            combined = t.emit.call(reading.combine, t.read_row, *reversed(t.attention_maps))
+            for dim in t.features(node):
+                combined = t.emit.call(aten.unsqueeze.default, combined, dim + 1)
+            return Lane(combined)
+        if not isinstance(reading, LaneSum):
+            assert lanes.row
+            return t.dense(
+                t.rollout.share(lanes.row, lambda several: t.added(node, several, is_row=True)), node, is_row=True
+            )
+        lane = lanes.rel if reading.lane == "relevance" else lanes.grad
+        assert lane
+        dense = t.dense(lane, node).node
+        if reading.lane == "gradient":
+            dense = t.emit.call(torch.mul, dense, t.value(node))
+        features = [dim + 1 for dim in t.features(node)]
+        return Lane(t.emit.call(aten.sum.dim_IntList, dense, features, True) if features else dense)
+
+
+def collect(t: Context, node: fx.Node) -> Lanes | None:
+    """The lanes of a node, all of its users done; None where there are none."""
+    pending = t.pending.pop(node, None)
+    if pending is None or not (pending.grad or pending.rel or pending.rows):
+        return None
+    rel = pending.rel
+    if t.published and len(rel) > 1:
+        rel = [_published_clone(t, node, lane) for lane in rel]
+    row, met = None, False
+    if pending.rows:
+        row, met = t.rollout.merge(pending.rows, lambda lanes: t.added(node, lanes, is_row=True))
+    lanes = Lanes(
+        t.added(node, pending.grad) if pending.grad else None,
+        t.added(node, rel) if rel else None,
+        row if row and any(part.lane for part in row.parts.values()) else None,
+    )
+    if lanes.rel and met:
+        t.record(t.block, "input_relevance", t.dense(lanes.rel, node).node)
+    return lanes
+
+
+def _published_clone(t: Context, node: fx.Node, lane: Lane) -> Lane:
+    """The published code's fan-out: x ⊙ Σ (R_i ⊘ x)."""
+    if lane.rows and axes_.is_feature(t.axes(node)[lane.rows.dim]):
+        return lane
+    return Lane(t.published_share(t.value(node, lane.rows), lane.node), lane.rows)
+
+
+def _squeezed(t: Context, found: _Found) -> fx.Node:
+    """A map without feature dimensions, [K, B, …]."""
+    features = [dim + 1 for dim in t.features(found.node)]
+    return t.emit.call(aten.squeeze.dims, found.row.node, features) if features else found.row.node
+
+
+def _grid(t: Context, found: _Found) -> fx.Node | None:
+    """The map on the grid of image patches: followed further back, through rearrangements only, to what made the tokens."""
+    if t.method.at_pixels or (found.node.op == "placeholder" and found.node.meta["val"].dim() == 4):
+        return _squeezed(t, found)
+    stretch = Stretch(t.stretch.leaves, {}, t.stretch.total, frozenset(), frozenset())
+    back = Context(t.facts, stretch, t.method, t.rules, t.products, t.emit, trace=False)
+    back.pending = {found.node: Pending(rows=[Row({(): Part(found.row)})])}
+    nodes = [n for n in t.facts.nodes[: t.facts.nodes.index(found.node) + 1] if n in t.facts.active]
+    try:
+        for node in reversed(nodes):
+            lanes = collect(back, node)
+            if lanes is None or lanes.row is None:
+                continue
+            if node.target is aten.conv2d.default:
+                row = back.rollout.share(lanes.row, lambda several, node=node: back.added(node, several, True))  # type: ignore[misc]
+                return _squeezed(back, _Found(node, back.dense(row, node, is_row=True)))
+            rule = rule_for(node)
+            if rule is None:
+                return None
+            rule(back, node, Lanes(row=lanes.row))
+        return None
+    except (UnsupportedModelError, ValueError, AssertionError):
+        return None
