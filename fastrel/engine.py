@@ -21,7 +21,7 @@ from fastrel import backends
 from fastrel import precision as precision_
 from fastrel.comparison import difference, run_model
 from fastrel.errors import CaptureError, InputError
-from fastrel.graph.capture import Captured, Signature, capture, in_order
+from fastrel.graph.capture import LOCK, Captured, Signature, capture, in_order
 from fastrel.graph.clone import unwrapped
 from fastrel.graph.fingerprint import Fingerprint
 from fastrel.inputs import check_inputs, input_names
@@ -104,12 +104,12 @@ class Engine:
         args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
         found = self._find(signature, tensors)
         if found is None:
-            with self._lock:
+            with LOCK, self._lock:
                 found = self._find(signature, tensors) or self._captured(signature, args, kwargs, tensors)
         entry, owned = found
         single = entry.captured.guards.is_single(tensors)
         if not entry.compared.get(single, False):
-            with self._lock:
+            with LOCK, self._lock:
                 entry, owned = self._compared(entry, owned, single, args, kwargs, leaves, tensors)
         return Call(entry, owned + leaves, tensors, names)
 
@@ -121,7 +121,8 @@ class Engine:
         """
         key = (options, outputs, trace)
         if key not in entry.programs:
-            with self._lock:
+            # Shapes of captured values are symbols, whose arithmetic a capture in another thread would record.
+            with LOCK, self._lock:
                 if key not in entry.programs:
                     entry.programs[key] = _program(entry.captured, options, outputs, trace)
         return entry.programs[key]
@@ -172,6 +173,9 @@ class Engine:
                 CAPTURES,
             )
         owned = captured.parameters(self.model)
+        if batch_varies and not captured.guards.accept(tensors) and all(len(x) == 1 for x in tensors if x.dim()):
+            # A batch of one was captured as two, and the model treats two in a way of its own.
+            return self._captured(signature, args, kwargs, tensors, batch_varies=False)
         if owned is None or not captured.guards.accept(tensors):
             raise CaptureError(
                 f"the captured graph does not take inputs of sizes {[tuple(x.shape) for x in tensors]}; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,16 +48,11 @@ def check_finite(name: str, x: Tensor, allowed: float | None = None) -> None:
         raise InputError(f"{name} holds NaN or infinity in sample {int(bad.nonzero()[0, 0])}")
 
 
-@functools.lru_cache(maxsize=256)
-def _signature(forward: Any) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
 def input_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """What each input is called: the model's own name of the argument, with the place inside it if it is a container."""
     names = [
         name
-        for name, parameter in _signature(model.forward).parameters.items()
+        for name, parameter in inspect.signature(model.forward).parameters.items()
         if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     ]
     names += [f"input {i}" for i in range(len(names), len(args))]

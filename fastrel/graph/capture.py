@@ -7,9 +7,10 @@ whole process, and on a clone of the model's structure (`fastrel.graph.clone`).
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
+import io
 import logging
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,9 +42,6 @@ _ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
-
-#: Where torch says things while it captures.
-_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses", "torch._logging")
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,20 @@ def find(model: nn.Module, path: tuple[str, ...]) -> Any:
     return x
 
 
+class _OneThread(io.TextIOBase):
+    """A stderr that keeps what this thread writes, and passes on what others do."""
+
+    def __init__(self, said: list[str], others: Any) -> None:
+        self._said, self._others, self._owner = said, others, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        """As of any file."""
+        if threading.get_ident() != self._owner:
+            return self._others.write(text)
+        self._said.append(text)
+        return len(text)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[list[str]]:
     """Keeps torch's own logs and warnings off stderr and collects them; to be used under `LOCK`."""
@@ -149,7 +161,8 @@ def quiet() -> Iterator[list[str]]:
             said.append(record.getMessage())
 
     collect = Collect()
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    known = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.partition(".")[0] == "torch"]
+    loggers = [logging.getLogger("torch"), *(x for x in known if x.handlers and x.name != "torch.__trace")]
     before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -159,7 +172,8 @@ def quiet() -> Iterator[list[str]]:
         torch.backends.mha.set_fastpath_enabled(False)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            yield said
+            with contextlib.redirect_stderr(_OneThread(said, sys.stderr)):
+                yield said
             said += [str(warning.message) for warning in warned]
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -183,11 +197,6 @@ def _examples(call: Any) -> Any:
     return pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, call)
 
 
-@functools.lru_cache(maxsize=256)
-def _parameters_of(forward: Any) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
 def in_order(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword inputs in the order of the model's signature, which is that of the captured graph.
 
@@ -195,7 +204,7 @@ def in_order(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         InputError: the model takes no such inputs.
     """
     try:
-        signature = _parameters_of(model.forward)
+        signature = inspect.signature(model.forward)
     except ValueError as error:
         raise InputError(f"{type(model).__name__} has no Python forward; pass the model it was made of") from error
     try:

@@ -33,8 +33,7 @@ def structural_clone(model: nn.Module) -> nn.Module:
         TypeError: a module refuses to be copied.
     """
     found = list(_reachable(model))
-    own = [x for x in found if type(x).__module__.partition(".")[0] == "fastrel" and not isinstance(x, nn.Module)]
-    shared = {id(x): x for x in [*own, *(x for x in found if isinstance(x, Tensor))]}
+    shared = {id(x): x for x in found if isinstance(x, Tensor) or is_own(x)}
     try:
         clone = copy.deepcopy(model, dict(shared))
     except Exception:
@@ -44,6 +43,11 @@ def structural_clone(model: nn.Module) -> nn.Module:
     for module in clone.modules():
         module.training = False  # not .eval(), which some models overwrite and merge weights in
     return clone
+
+
+def is_own(x: Any) -> bool:
+    """Whether an object is fastrel's own: a model may hold an explainer."""
+    return type(x).__module__.partition(".")[0] == "fastrel" and not isinstance(x, nn.Module)
 
 
 def _reachable(model: nn.Module) -> Iterator[Any]:
@@ -56,10 +60,10 @@ def _reachable(model: nn.Module) -> Iterator[Any]:
             continue
         seen.add(id(x))
         yield x
-        if isinstance(x, Tensor):
+        if isinstance(x, Tensor) or is_own(x):
             continue
         if isinstance(x, dict):
-            todo += x.values()
+            todo += dict.values(x)  # not what a lazy one makes of it
         elif isinstance(x, (list, tuple, set, frozenset)):
             todo += x
         elif isinstance(x, types.MethodType):

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from fastrel.graph.clone import is_own
+
 #: Attributes of a module that no forward pass in eval mode depends on.
 _IGNORED = frozenset(
     {
@@ -42,11 +44,6 @@ LARGE = 2048
 _Key = tuple[int, Any]
 _CONTAINERS = (list, tuple, set, frozenset)
 _CONSTANTS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType)
-
-
-def is_own(x: Any) -> bool:
-    """Whether an object is fastrel's own: a model may hold an explainer."""
-    return type(x).__module__.partition(".")[0] == "fastrel" and not isinstance(x, nn.Module)
 
 
 class Fingerprint:
@@ -86,18 +83,22 @@ class _Watch:
         self._code: list[tuple[Mapping[Any, Any], int | None, tuple[Any, ...], tuple[Any, ...]]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
         self._sequences: list[tuple[Any, tuple[Any, ...]]] = []
+        self._attributes: set[int] = set()
         self._empty: list[Any] = []
         for hooks in _GLOBAL_HOOKS:
             self._mapping(hooks)
         todo: list[Any] = [model]
         while todo:
             todo += self._enter(todo.pop())
-        self._of_classes(type(module) for module in model.modules())
+        self._modules = list(model.modules())
+        self._types = [type(module) for module in self._modules]
+        self._of_classes(iter(self._types))
 
     def unchanged(self) -> bool:
         """Whether every object is where it was."""
         return (
             not any(self._empty)
+            and all(map(is_, map(type, self._modules), self._types))
             and all(len(d) == n and all(map(is_, map(d.get, keys), values)) for d, n, keys, values in self._dicts)
             and all(len(x) == len(kept) and all(map(is_, x, kept)) for x, kept in self._sequences)
             and self.code_unchanged()
@@ -110,17 +111,20 @@ class _Watch:
         )
 
     def replaced(self) -> Iterator[_Key]:
-        """Entries of dicts that hold another object than they did, or are new."""
+        """Attributes that hold another object than they did, or are new; containers that hold others, as a whole."""
         for d, n, keys, values in self._dicts:
-            for key, value in zip(keys, values, strict=True):
-                if d.get(key) is not value:
-                    yield id(d), key
-            if len(d) != n:
-                yield from ((id(d), key) for key in d if key not in keys)
+            changed = [key for key, value in zip(keys, values, strict=True) if d.get(key) is not value]
+            changed += [key for key in d if key not in keys] if len(d) != n else []
+            if changed and id(d) not in self._attributes:
+                yield id(d), None
+            else:
+                yield from ((id(d), key) for key in changed)
+        yield from ((id(x), None) for x, kept in self._sequences if len(x) != len(kept) or not all(map(is_, x, kept)))
+        yield from ((id(x), None) for x in self._empty if x)
 
     def _enter(self, x: Any) -> list[Any]:
         """Watch one object; what hangs on it."""
-        if isinstance(x, (*_CONSTANTS, Tensor)) or id(x) in self._seen or is_own(x):
+        if isinstance(x, (*_CONSTANTS, Tensor)) or id(x) in self._seen or is_own(x) or (id(x), None) in self._volatile:
             return []
         self._seen.add(id(x))
         if isinstance(x, dict):
@@ -138,14 +142,17 @@ class _Watch:
             self._function(x, {x.__module__})
             return []
         attributes = getattr(x, "__dict__", None)
-        return self._mapping(attributes) if isinstance(attributes, dict) else []
+        if not isinstance(attributes, dict):
+            return []
+        self._attributes.add(id(attributes))
+        return self._mapping(attributes)
 
     def _mapping(self, d: Mapping[Any, Any]) -> list[Any]:
         if not d:
             self._empty.append(d)
             return []
         keys = tuple(key for key in d if key not in _IGNORED and (id(d), key) not in self._volatile)
-        values = tuple(d[key] for key in keys)
+        values = tuple(d.get(key) for key in keys)
         self._dicts.append((d, len(d), keys if len(keys) <= LARGE else (), values if len(keys) <= LARGE else ()))
         return list(values) if len(values) <= LARGE else []
 
@@ -207,6 +214,8 @@ class _Meaning:
         """The description of one object; seen again, only its number, which tells ties from copies."""
         if isinstance(x, (str, bytes, int, float, complex, bool, type(None))):
             return type(x), x
+        if (id(x), None) in self._volatile:
+            return "volatile"
         if id(x) in self._numbers:
             return "again", self._numbers[id(x)]
         if isinstance(x, types.MethodType):

@@ -1,0 +1,790 @@
+"""The model as it is at the moment of the call, or a refusal: guards, changes, threads, versions, ambient modes."""
+
+import copy
+import io
+import logging
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastrel
+import fastrel.methods
+from fastrel.graph import fingerprint
+
+EXACT = 1e-12
+
+
+class Attention(nn.Module):
+    """Plain self-attention with a residual connection."""
+
+    def __init__(self, width: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.qkv, self.out, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+        self.norm, self.act = nn.LayerNorm(width), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.act(self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+class Small(nn.Module):
+    """Embedding, attention, mean, head, and something in between that subclasses say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.attention, self.head = nn.Linear(5, 8), Attention(), nn.Linear(8, 4)
+        self.double().eval()
+
+    def between(self, h: Tensor) -> Tensor:
+        return h
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.head(self.between(self.attention(self.embed(t))).mean(1))
+
+
+def tokens(batch: int = 2, length: int = 8, seed: int = 1) -> Tensor:
+    return torch.randn(batch, length, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def off(explainer: fastrel.Explainer, model: nn.Module, *inputs: Tensor) -> float:
+    """How far the explainer's logits are from the live model's."""
+    with torch.no_grad():
+        expected = model(*inputs)
+    return float((explainer(*inputs).logits - expected).abs().max())
+
+
+# Where a graph is valid (guards).
+
+BRANCHES: dict[str, tuple[Callable[[Tensor], Tensor], list[tuple[int, int]]]] = {
+    "B == 1": (lambda h: h * 2 if h.shape[0] == 1 else h, [(1, 8), (2, 8), (3, 8), (1, 8)]),
+    "B == 1, seen second": (lambda h: -h if h.shape[0] == 1 else h, [(2, 8), (1, 8), (1, 6), (4, 6)]),
+    "B == 2": (lambda h: h * 2 if h.shape[0] == 2 else h, [(1, 8), (2, 8), (3, 8)]),
+    "B * T > 40": (lambda h: h * 2 if h.shape[0] * h.shape[1] > 40 else h, [(2, 8), (6, 8), (2, 30), (1, 41)]),
+    "B % 2": (lambda h: -h if h.shape[0] % 2 else h, [(2, 8), (3, 8), (4, 8), (1, 8)]),
+    "T % 2": (lambda h: -h if h.shape[1] % 2 else h, [(2, 8), (2, 7), (2, 10), (2, 9)]),
+    "T == 8": (lambda h: -h if h.shape[1] == 8 else h, [(2, 7), (2, 8), (2, 9)]),
+    "T == 8, captured there": (lambda h: -h if h.shape[1] == 8 else h, [(2, 8), (2, 7), (2, 12)]),
+    "T > 12": (lambda h: h * 2 if h.shape[1] > 12 else h, [(2, 8), (2, 13), (2, 12)]),
+    "B == T": (lambda h: h * 3 if h.shape[0] == h.shape[1] else h, [(2, 8), (8, 8), (4, 4), (4, 5)]),
+    "a Python number of a size": (lambda h: h / int(h.shape[1] ** 0.5), [(2, 9), (2, 16), (2, 17), (2, 4)]),
+    "a loop over a size": (lambda h: h + sum(0.1 * i for i in range(h.shape[1])), [(2, 3), (2, 5), (2, 4)]),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_graph_is_used_only_where_it_is_valid(name: str) -> None:
+    branch, sizes = BRANCHES[name]
+
+    class Branching(Small):
+        def between(self, h: Tensor) -> Tensor:
+            return branch(h)
+
+    model = Branching()
+    explainer = fastrel.Explainer(model)
+    for batch, length in sizes:
+        x = tokens(batch, length)
+        assert off(explainer, model, x) < EXACT, (batch, length)
+        assert explainer(x).relevance.shape == (batch, length)
+
+
+def test_a_model_that_pads_odd_lengths_is_captured_for_each_parity() -> None:
+    class Padding(Small):
+        def forward(self, t: Tensor) -> Tensor:
+            if t.shape[1] % 2:
+                t = F.pad(t, (0, 0, 0, 1))
+            return super().forward(t)
+
+    model = Padding()
+    explainer = fastrel.Explainer(model)
+    for length in (7, 8, 9, 10):
+        assert off(explainer, model, tokens(2, length)) < EXACT
+
+
+def test_relations_between_two_inputs_are_conditions() -> None:
+    class Two(Small):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            h = torch.cat((a, b), 1)
+            return super().forward(h if a.shape[1] < b.shape[1] else -h)
+
+    model = Two()
+    explainer = fastrel.Explainer(model)
+    for left, right in ((3, 6), (6, 3), (4, 4), (2, 9)):
+        assert off(explainer, model, tokens(2, left), tokens(2, right)) < EXACT
+
+
+def test_a_batch_of_one_is_compared_and_not_assumed() -> None:
+    """One capture serves both, once a batch of one was seen to be treated alike."""
+    model = Small()
+    explainer = fastrel.Explainer(model)
+    for batch in (1, 3, 1, 2):
+        assert off(explainer, model, tokens(batch)) < EXACT
+    assert len(explainer._engine._entries) == 1
+
+
+# What a graph is of (fingerprint).
+
+
+class Wide(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Configured:
+    """An object of options, as Hugging Face models have."""
+
+    def __init__(self) -> None:
+        self.scale, self.nested = 1.0, {"factors": [1.0, 2.0]}
+
+
+SCALE = 1.0
+
+
+def helper(h: Tensor) -> Tensor:
+    return h * SCALE
+
+
+class Living(Small):
+    """Everything about it may change."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature, self.flag, self.mode = 1.0, False, "plain"
+        self.shift = torch.zeros(8, dtype=torch.float64)
+        self.table = {"shift": torch.zeros(8, dtype=torch.float64)}
+        self.config = Configured()
+        self.extra = nn.ModuleList([])
+        self.adapter = nn.Linear(8, 8).double()
+        self.second = nn.Linear(8, 4).double()
+        self.second.weight = self.head.weight
+        self.later: Any = None
+
+    def between(self, h: Tensor) -> Tensor:
+        for block in self.extra:
+            h = block(h)
+        h = h + self.adapter(h) if self.flag else h
+        h = h if self.mode == "plain" else -h
+        h = h * self.config.scale * self.config.nested["factors"][0] * self.factor + self.shift + self.table["shift"]
+        h = h if self.later is None else h * self.later
+        return helper(h) / self.temperature
+
+    def forward(self, t: Tensor) -> Tensor:
+        h = self.between(self.attention(self.embed(t))).mean(1)
+        return self.head(h) + self.second(h)
+
+
+def _set(owner: Callable[[Living], Any], name: str, value: Any) -> Callable[[Living], None]:
+    return lambda model: setattr(owner(model), name, value() if isinstance(value, type(lambda: 0)) else value)
+
+
+def _in_place(model: Living) -> None:
+    with torch.no_grad():
+        model.shift += 1
+
+
+def _hooked(model: Living) -> None:
+    model.attention.register_forward_hook(lambda module, args, out: out * 0.5)
+
+
+def _pre_hooked(model: Living) -> None:
+    model.attention.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+
+
+def _wrapped(model: Living) -> None:
+    plain = model.forward
+    model.forward = lambda t: 3 * plain(t)  # type: ignore[method-assign]
+
+
+class Doubled(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def _parametrised(model: Living) -> None:
+    nn.utils.parametrize.register_parametrization(model.embed, "weight", Doubled())
+
+
+def _pruned(model: Living) -> None:
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(model.embed, "weight", 0.5)
+
+
+CHANGES: dict[str, Callable[[Living], None]] = {
+    "a flag": _set(lambda m: m, "flag", True),
+    "a string": _set(lambda m: m, "mode", "minus"),
+    "a number": _set(lambda m: m, "temperature", -2.0),
+    "an option of a config object": _set(lambda m: m.config, "scale", 3.0),
+    "an entry deep in a config": lambda m: m.config.nested["factors"].__setitem__(0, 5.0),
+    "a tensor attribute, replaced": _set(lambda m: m, "shift", lambda: torch.ones(8, dtype=torch.float64)),
+    "a tensor attribute, in place": _in_place,
+    "a tensor in a dict, replaced": lambda m: m.table.__setitem__("shift", torch.ones(8, dtype=torch.float64)),
+    "None becomes a tensor": _set(lambda m: m, "later", lambda: torch.full((8,), 2.0, dtype=torch.float64)),
+    "a block appended": lambda m: m.extra.append(Attention().double()),
+    "an activation swapped": _set(lambda m: m.attention, "act", nn.ReLU()),
+    "a layer replaced by a subclass": _set(lambda m: m, "head", lambda: Wide(8, 4).double()),
+    "a layer replaced by Identity": _set(lambda m: m.attention, "norm", nn.Identity()),
+    "a class swapped": _set(lambda m: m.head, "__class__", Wide),
+    "a forward hook": _hooked,
+    "a forward pre-hook": _pre_hooked,
+    "forward wrapped": _wrapped,
+    "the number of heads": _set(lambda m: m.attention, "heads", 4),
+    "weights untied": lambda m: setattr(m.second, "weight", nn.Parameter(torch.randn(4, 8, dtype=torch.float64))),
+    "weights tied elsewhere": lambda m: setattr(m.adapter, "weight", m.attention.out.weight),
+    "weights in place": lambda m: m.head.weight.data.mul_(2),
+    "weights' data replaced": lambda m: setattr(m.head.weight, "data", torch.randn(4, 8, dtype=torch.float64)),
+    "more classes": _set(lambda m: m, "second", lambda: nn.Linear(8, 4).double()),
+    "a parametrisation": _parametrised,
+    "a pruning mask": _pruned,
+    "state loaded": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),  # type: ignore[func-returns-value]
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_model_that_changed_is_explained_as_it_is_now(name: str) -> None:
+    model, x = Living(), tokens()
+    explainer = fastrel.Explainer(model)
+    assert off(explainer, model, x) < EXACT
+    with torch.no_grad():
+        before = model(x)
+        CHANGES[name](model)
+        moved = (model(x) - before).abs().max()
+    assert off(explainer, model, x) < EXACT
+    if name != "weights tied elsewhere":  # the adapter is off
+        assert moved > 1e-6
+    expected = fastrel.Explainer(model)(x).relevance
+    assert (explainer(x).relevance - expected).abs().max() < EXACT
+
+
+def test_what_the_code_reads_from_around_it_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Globals, class attributes, methods of classes, closures."""
+    model, x = Living(), tokens()
+    explainer = fastrel.Explainer(model)
+    assert off(explainer, model, x) < EXACT
+    monkeypatch.setattr(f"{__name__}.SCALE", 3.0)
+    assert off(explainer, model, x) < EXACT
+    monkeypatch.setattr(Living, "factor", 2.0)
+    assert off(explainer, model, x) < EXACT
+    monkeypatch.setattr(Attention, "forward", lambda self, h: self.out(self.norm(h)) + h, raising=True)
+    with pytest.raises(fastrel.UnsupportedModelError, match="no attention"):
+        explainer(x)
+
+
+def test_a_closure_that_changed_is_seen() -> None:
+    factor = 1.0
+
+    class Closing(Small):
+        def between(self, h: Tensor) -> Tensor:
+            return h * factor
+
+    model, x = Closing(), tokens()
+    explainer = fastrel.Explainer(model)
+    assert off(explainer, model, x) < EXACT
+    factor = 4.0
+    assert off(explainer, model, x) < EXACT
+
+
+def test_lora_adapters_may_be_switched_merged_and_added() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "out"], init_lora_weights=False)
+    model, x = peft.get_peft_model(Small(), config).double().eval(), tokens()
+    explainer = fastrel.Explainer(model)
+    assert off(explainer, model, x) < EXACT
+    with model.disable_adapter():
+        assert off(explainer, model, x) < EXACT
+    assert off(explainer, model, x) < EXACT
+    model.add_adapter("other", config)
+    model.double().set_adapter("other")
+    assert off(explainer, model, x) < EXACT
+    model.merge_adapter()
+    assert off(explainer, model, x) < EXACT
+    model.unmerge_adapter()
+    assert off(explainer, model, x) < EXACT
+
+
+def test_a_change_that_means_nothing_captures_nothing() -> None:
+    model, x = Living(), tokens()
+    explainer = fastrel.Explainer(model)
+    explainer(x)
+    model.train()
+    model.temperature = float("1.0")
+    model.head.weight = nn.Parameter(model.head.weight.detach() * 2)
+    model.second.weight = model.head.weight
+    model.eval()
+    assert off(explainer, model, x) < EXACT
+    assert len(explainer._engine._entries) == 1
+
+
+def test_attributes_that_the_model_writes_itself_are_no_change() -> None:
+    class Recording(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: list[Tensor] = []
+            self.attention.register_forward_hook(lambda module, args, out: self.kept.append(out))
+
+    model, x = Recording(), tokens()
+    explainer = fastrel.Explainer(model)
+    for _ in range(3):
+        with torch.no_grad():
+            model(x)
+        explainer(x)
+    assert len(explainer._engine._entries) <= 2
+    assert float(model.kept[-1].sum()) == float(model.kept[-1].sum())  # a tensor with values, not a tracer's
+
+
+def test_live_false_trusts() -> None:
+    model, x = Living(), tokens()
+    explainer = fastrel.Explainer(model, live=False)
+    before = explainer(x).logits
+    model.temperature = 2.0
+    assert torch.equal(explainer(x).logits, before)
+    explainer.reset()
+    assert off(explainer, model, x) < EXACT
+
+
+def test_the_fingerprint_of_a_large_model_is_cheap() -> None:
+    """Counted, not timed: comparisons of objects, no description of the model."""
+    import timm
+
+    model = timm.create_model("vit_base_patch16_224", depth=12, embed_dim=48, num_heads=3)
+    kept = fingerprint.Fingerprint(model)
+    described = fingerprint._Meaning.of
+    calls = []
+
+    def counted(self: Any, x: Any) -> Any:
+        calls.append(x)
+        return described(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprint._Meaning, "of", counted)
+        assert kept.matches()
+        assert not calls
+        model.blocks[3].mlp.act = nn.ReLU()
+        assert not kept.matches()
+        assert calls
+
+
+# One comparison with the model.
+
+
+def test_a_capture_that_is_not_the_model_is_an_error_that_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastrel import engine
+    from fastrel.graph.capture import capture
+
+    def wrong(*args: Any) -> Any:
+        captured = capture(*args)
+        for node in captured.graph.nodes:
+            if node.target is torch.ops.aten.gelu.default:
+                node.target = torch.ops.aten.relu.default
+        return captured
+
+    monkeypatch.setattr(engine, "capture", wrong)
+    with pytest.raises(fastrel.CaptureError, match=r"not the model: output 0 is off by .*'attention.act' \(GELU\)"):
+        fastrel.Explainer(Small())(tokens())
+
+
+def test_a_model_that_is_random_in_eval_mode_is_refused() -> None:
+    class Random(Small):
+        def between(self, h: Tensor) -> Tensor:
+            return F.dropout(h, 0.5)
+
+    with pytest.raises(fastrel.CaptureError, match="differs from call to call"):
+        fastrel.Explainer(Random())(tokens())
+
+
+def test_outputs_that_hold_attention_products_keep_their_shape() -> None:
+    """Rewrites of the graph must not change what the model returns."""
+
+    class Returning(nn.Module):
+        def __init__(self, einsum: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.qkv, self.head, self.einsum = nn.Linear(8, 24), nn.Linear(8, 3), einsum
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            if self.einsum:
+                mixed = torch.einsum("bhqk,bhkd->bhqd", (q @ k.mT).softmax(-1), v)
+                return self.head((x + mixed.transpose(1, 2).flatten(2)).mean(1)), mixed
+            q, k, v = (a.flatten(0, 1) for a in (q, k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v)
+            return self.head((x + mixed.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)).mean(1)), mixed
+
+    for einsum in (False, True):
+        model, x = Returning(einsum).double().eval(), torch.randn(2, 7, 8, dtype=torch.float64)
+        output = fastrel.Explainer(model)(x, target=1).output
+        assert torch.allclose(output[1], model(x)[1])
+
+
+# Predict first, explain later.
+
+
+@pytest.mark.parametrize("what", ["weights", "buffer", "input", "logits"])
+def test_what_changed_since_the_prediction_is_refused(what: str) -> None:
+    model, x = Living(), tokens()
+    model.register_buffer("bias", torch.zeros(8, dtype=torch.float64))
+    prediction = fastrel.Explainer(model).predict(x)
+    with torch.no_grad():
+        {
+            "weights": lambda: model.head.weight.mul_(-1.3),
+            "buffer": lambda: model.shift.add_(1),
+            "input": lambda: x.zero_(),
+            "logits": lambda: prediction.logits.neg_(),
+        }[what]()
+    name = {"weights": "head.weight", "buffer": "shift", "input": "t", "logits": "the output"}[what]
+    with pytest.raises(fastrel.InputError, match=f"{name} changed in place since the prediction"):
+        prediction.explain(1)
+
+
+# Options.
+
+
+def test_options_are_frozen_and_using_keeps_what_it_is_not_told_to_change() -> None:
+    explainer = fastrel.Explainer(Small(), rules="official", start_layer=-1, memory="low", backend="torch")
+    with pytest.raises(AttributeError):
+        explainer.rules = "positive"  # type: ignore[misc]
+    other = explainer.using("rollout")
+    assert (other.method.name, other.rules, other.method.start_layer, other.memory) == ("rollout", "official", -1, "low")
+    assert other.backend == "torch"
+    assert explainer.using(rules="positive").method.name == "transformer_attribution"
+    assert explainer.using(start_layer=None).method.start_layer == 0
+    with pytest.raises(fastrel.InputError, match="unknown option 'layer'"):
+        explainer.using(layer=3)
+    with pytest.raises(fastrel.InputError, match="precision 'mixed' needs rules='positive'"):
+        fastrel.Explainer(Small(), precision="mixed").using(rules="official")
+
+
+def test_explainers_that_share_a_capture_explain_with_their_own_options() -> None:
+    model, x = Small(), tokens()
+    shared = fastrel.Explainer(model)
+    for changes in ({"rules": "official"}, {"normalize_rollout": True}, {"start_layer": -1}, {"memory": "low"}):
+        alone = fastrel.Explainer(model, **changes)(x, target=2).relevance
+        assert torch.equal(shared.using(**changes)(x, target=2).relevance, alone)
+    assert len(shared._engine._entries) == 1
+
+
+@pytest.mark.parametrize("value", [1.5, "1", True])
+def test_a_start_layer_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(fastrel.InputError, match="start_layer must be an int"):
+        fastrel.Explainer(Small(), start_layer=value)
+
+
+# Light, and travelling.
+
+
+def test_explanations_and_explainers_pickle_copy_and_save() -> None:
+    model, x = Small(), tokens(4)
+    explainer = fastrel.Explainer(model, "rollout", start_layer=0)
+    explanation = explainer.predict(x).explain([1, 2, 3, 0])
+    for again in (pickle.loads(pickle.dumps(explanation)), copy.deepcopy(explanation)):
+        assert torch.equal(again.relevance, explanation.relevance)
+    saved = io.BytesIO()
+    torch.save(explanation, saved)
+    other = pickle.loads(pickle.dumps(explainer))
+    assert torch.equal(other(x).relevance, explainer(x).relevance)
+    assert copy.deepcopy(explainer).method == explainer.method
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.explainer = model, explainer
+
+        def forward(self, t: Tensor) -> Tensor:
+            return self.inner(t)
+
+    holder = Holder()
+    copied = copy.deepcopy(holder)
+    holding = fastrel.Explainer(holder)
+    for _ in range(3):
+        assert torch.equal(holding(x).relevance, fastrel.Explainer(copied)(x).relevance)
+    assert len(holding._engine._entries) == 1
+
+
+def test_a_kept_sample_holds_neither_its_batch_nor_the_inputs_nor_the_model() -> None:
+    import gc
+    import weakref
+
+    model, x = Small(), tokens(64)
+    explanation = fastrel.Explainer(model)(x)[3]
+    size = sum(t.untyped_storage().nbytes() for t in (explanation.relevance, explanation.logits, explanation.output))
+    assert size <= 8 * (8 + 4 + 4)
+    assert len(pickle.dumps(explanation)) < 4000
+    gone = weakref.ref(x), weakref.ref(model)
+    del x, model
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_samples_slices_devices_and_print() -> None:
+    explanation = fastrel.Explainer(Small())(tokens(4), target=[0, 1, 2, 3])
+    assert [len(one) for one in explanation] == [1, 1, 1, 1]
+    assert explanation[1:3].target.tolist() == [1, 2]
+    assert torch.equal(explanation[-1].relevance, explanation.relevance[3:])
+    assert explanation.cpu().to(torch.float32).relevance.dtype == torch.float32
+    assert repr(explanation) == "Explanation(target=[0, 1, 2, 3], maps={t: (4, 8)})"
+    with pytest.raises(IndexError):
+        explanation[4]
+
+
+# Bounded.
+
+
+def test_captures_are_bounded_and_many_of_them_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Warm(Small):
+        def forward(self, t: Tensor, temperature: float) -> Tensor:
+            return super().forward(t) / temperature
+
+    from fastrel import engine
+
+    model, x = Warm(), tokens()
+    explainer = fastrel.Explainer(model)
+    with caplog.at_level(logging.WARNING, "fastrel"):
+        for i in range(engine.CAPTURES + 2):
+            assert off_with(explainer, model, x, 1.0 + i) < EXACT
+    assert len(explainer._engine._entries) == engine.CAPTURES
+    assert sum("was captured" in record.message for record in caplog.records) == 1
+    explainer.reset()
+    assert not explainer._engine._entries
+
+
+def off_with(explainer: fastrel.Explainer, model: nn.Module, x: Tensor, temperature: float) -> float:
+    with torch.no_grad():
+        return float((explainer(x, temperature).logits - model(x, temperature)).abs().max())
+
+
+def test_prepare_captures_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    explainer = fastrel.Explainer(Small())
+    explainer.prepare(tokens(4))
+    monkeypatch.setattr("fastrel.engine.capture", None)
+    monkeypatch.setattr("fastrel.engine.transform", None)
+    assert explainer(tokens(4)).relevance.shape == (4, 8)
+
+
+# Threads, and what is left behind.
+
+
+def state() -> tuple[Any, ...]:
+    """Process-wide switches that a capture could leave changed."""
+    names = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses")
+    loggers = tuple((log.level, log.propagate, tuple(log.handlers)) for log in map(logging.getLogger, names))
+    return torch.backends.mha.get_fastpath_enabled(), loggers, tuple(warnings.filters), torch.is_grad_enabled()
+
+
+def in_threads(work: list[Callable[[], None]]) -> list[BaseException]:
+    errors: list[BaseException] = []
+
+    def guarded(one: Callable[[], None]) -> None:
+        try:
+            one()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(one,)) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_many_models_in_many_threads_while_they_predict_elsewhere() -> None:
+    """First calls at once, eager predictions of the same models meanwhile: no error, every value right."""
+    before, x = state(), tokens(3)
+    models = [Small() for _ in range(8)]
+    for i, model in enumerate(models):
+        with torch.no_grad():
+            model.head.weight.mul_(i + 1)
+    with torch.no_grad():
+        expected = [model(x) for model in models]
+    maps = [fastrel.Explainer(model)(x, target=1).relevance for model in models]
+    done = threading.Event()
+
+    def explain(i: int) -> None:
+        explanation = fastrel.Explainer(models[i])(x, target=1)
+        assert torch.allclose(explanation.logits, expected[i], rtol=1e-10)
+        assert torch.allclose(explanation.relevance, maps[i], rtol=1e-10)
+
+    def predict(i: int) -> None:
+        while not done.is_set():
+            with torch.no_grad():
+                assert torch.allclose(models[i](x), expected[i], rtol=1e-10)
+
+    for _ in range(2):
+        done.clear()
+        watchers = [threading.Thread(target=lambda: errors.extend(in_threads([lambda i=i: predict(i) for i in range(8)])))]  # type: ignore[misc]
+        errors: list[BaseException] = []
+        watchers[0].start()
+        errors_here = in_threads([lambda i=i: explain(i) for i in range(8)])  # type: ignore[misc]
+        done.set()
+        watchers[0].join()
+        assert not errors_here, errors_here
+        assert not errors, errors
+    assert state() == before
+
+
+def test_a_model_in_training_elsewhere_keeps_its_mode() -> None:
+    model = Small().train()
+    seen: set[bool] = set()
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            seen.add(model.attention.training)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    fastrel.Explainer(model)(tokens())
+    done.set()
+    watcher.join()
+    assert seen == {True}
+
+
+def test_failures_leave_nothing_behind(capfd: pytest.CaptureFixture[str]) -> None:
+    class Failing(Small):
+        def between(self, h: Tensor) -> Tensor:
+            return h if h.sum() > 0 else -h
+
+    before = state()
+    with pytest.raises(fastrel.CaptureError, match=r"torch\.export could not capture Failing") as caught:
+        fastrel.Explainer(Failing())(tokens())
+    assert state() == before
+    assert caught.value.details
+    assert capfd.readouterr().err == ""
+    with pytest.raises(fastrel.InputError, match="rejects these inputs"):
+        fastrel.Explainer(Small())(tokens()[..., :3])
+    assert state() == before
+
+
+# Ambient modes.
+
+
+class Relu(Small):
+    def between(self, h: Tensor) -> Tensor:
+        return F.silu(F.relu(h) + h)
+
+
+def test_ambient_modes_change_nothing() -> None:
+    model, x = Relu(), tokens()
+    expected = fastrel.Explainer(model)(x, target=1).relevance
+    with torch.inference_mode():
+        inside = fastrel.Explainer(model)
+        made_inside = x.clone()
+        assert torch.equal(inside(x, target=1).relevance, expected)
+        assert torch.equal(inside(made_inside, target=lambda out: out[:, 1]).relevance, expected)
+    assert torch.equal(inside(made_inside, target=1).relevance, expected)
+    with torch.no_grad():
+        assert torch.equal(fastrel.Explainer(model)(x, target=1).relevance, expected)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(fastrel.Explainer(model)(x, target=1).relevance, expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_default_dtype_is_part_of_what_is_captured() -> None:
+    class Making(Small):
+        def between(self, h: Tensor) -> Tensor:
+            return h + torch.full((8,), 0.1).to(h)
+
+    model, x = Making(), tokens()
+    explainer = fastrel.Explainer(model)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        torch.set_default_dtype(dtype)
+        try:
+            assert off(explainer, model, x) == 0
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_under_autocast_the_model_is_explained_as_it_predicts_there() -> None:
+    model, x = Small().float(), tokens().float()
+    explainer = fastrel.Explainer(model)
+    plain = explainer(x, target=1)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected, cast = model(x), explainer(x, target=1)
+    assert cast.logits.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(cast.logits, expected)
+    assert 0 < (cast.relevance - plain.relevance).abs().max() < 0.05 * plain.relevance.abs().max()
+    assert torch.equal(explainer(x, target=1).relevance, plain.relevance)
+
+
+def test_wrapped_models_are_explained_as_what_they_wrap() -> None:
+    model, x = Small(), tokens()
+    expected = fastrel.Explainer(model)(x, target=1).relevance
+    assert torch.equal(fastrel.Explainer(nn.DataParallel(model))(x, target=1).relevance, expected)
+    assert torch.equal(fastrel.Explainer(torch.compile(model))(x, target=1).relevance, expected)
+    with pytest.raises(fastrel.InputError, match=r"compiled by torch\.jit"):
+        fastrel.Explainer(torch.jit.trace(model, x))
+
+
+# Targets that people have in hand.
+
+
+def test_numpy_integers_and_scalars_are_classes() -> None:
+    import numpy as np
+
+    explainer, x = fastrel.Explainer(Small()), tokens()
+    expected = explainer(x, target=2).relevance
+    for target in (np.int64(2), torch.tensor(2), np.array([2, 2]), [np.int32(2), np.int32(2)]):
+        assert torch.equal(explainer(x, target=target).relevance, expected)
+
+
+def test_function_targets_explain_evidence_for_and_against() -> None:
+    """The sign lives in the gradient: a contrast and its opposite have maps of their own. A method of one's own shows M alone."""
+    reading = fastrel.methods.Chain("gradient_relevance", residual=False)
+    explainer, x = fastrel.Explainer(Small(), fastrel.Method("M", "M alone", "here", "5", reading)), tokens()
+    one = explainer(x, target=lambda out: out[:, 2]).relevance
+    assert (one - explainer(x, target=2).relevance).abs().max() < EXACT
+    against = explainer(x, target=lambda out: -out[:, 2]).relevance
+    assert (one - against).abs().max() > 0.1 * one.max()
+    forth = explainer(x, target=lambda out: out[:, 0] - out[:, 1]).relevance
+    back = explainer(x, target=lambda out: out[:, 1] - out[:, 0]).relevance
+    assert (forth - back).abs().max() > 0.1 * forth.max()
+    assert (against >= 0).all()
+
+
+def test_masks_with_minus_infinity_and_masked_classes_are_no_error() -> None:
+    class Masked(Small):
+        def forward(self, t: Tensor, mask: Tensor) -> Tensor:
+            h = self.embed(t)
+            q, k, v = self.attention.qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            h = h + F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+            logits = self.head(h.mean(1))
+            return logits.masked_fill(torch.tensor([False, False, False, True]), -torch.inf)
+
+    model, x = Masked(), tokens()
+    mask = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
+    mask[..., 6:] = -torch.inf
+    explanation = fastrel.Explainer(model)(x, mask, target=1)
+    assert explanation.relevance.isfinite().all()
+    with pytest.raises(fastrel.InputError, match="the model's output for the target holds NaN or infinity in sample 0"):
+        fastrel.Explainer(model)(x, mask, target=3)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 8, 5, device="meta"), "on meta"),
+        (torch.zeros(2, 8, 5).to_sparse(), "sparse"),
+        (torch.nested.nested_tensor([torch.zeros(3, 5), torch.zeros(4, 5)]), "nested"),
+        ([object()], "no tensor"),
+        ({"a": [1, 2]}, "no tensor"),
+    ],
+)
+def test_inputs_without_numbers_are_refused(x: Any, message: str) -> None:
+    with pytest.raises(fastrel.InputError, match=message):
+        fastrel.Explainer(Small().float())(x)
