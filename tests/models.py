@@ -11,6 +11,11 @@ from tests import golden_files as golden
 Inputs = dict[str, Tensor]
 
 
+def programs(explainer: Any) -> list[Any]:
+    """The programs that an explainer's captured graphs became."""
+    return [program for entry in explainer._engine._entries for program in entry.programs.values()]
+
+
 def golden_vit(name: str) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 

@@ -161,8 +161,8 @@ def test_a_second_call_does_no_capture_work(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("captured again")
 
-    monkeypatch.setattr("fastrel.explainer.capture", refuse)
-    monkeypatch.setattr("fastrel.explainer.transform", refuse)
+    monkeypatch.setattr("fastrel.engine.capture", refuse)
+    monkeypatch.setattr("fastrel.engine.transform", refuse)
     for batch in (1, 2, 7):
         assert explainer(torch.randn(batch, 3, 32, 32, dtype=torch.float64)).relevance.shape == (batch, 17)
 
@@ -170,7 +170,7 @@ def test_a_second_call_does_no_capture_work(
 def test_text_length_may_vary_without_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     explainer = fastrel.Explainer(models.build("hf_bert"))
     explainer(**models.inputs("hf_bert"))
-    monkeypatch.setattr("fastrel.explainer.capture", None)
+    monkeypatch.setattr("fastrel.engine.capture", None)
     for length in (2, 5, 40):
         ids = torch.randint(3, 60, (1, length))
         assert explainer(input_ids=ids, attention_mask=torch.ones_like(ids)).relevance.shape == (1, length)

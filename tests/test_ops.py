@@ -119,7 +119,7 @@ def test_only_what_reaches_the_map_is_computed() -> None:
     for start in (0, 1, 2):
         explainer = fastrel.Explainer(model, start_layer=start)
         explainer(x)
-        (program,) = explainer._programs.values()
+        (program,) = models.programs(explainer)
         sizes[start] = calls(program)
         fused = (CPU_KERNELS[ops.attention_relevance], REFERENCES[ops.attention_relevance])
         last = next(node for node in program.reverse.graph.nodes if node.target in fused)

@@ -135,14 +135,17 @@ def test_the_map_does_not_depend_on_batch_padding_or_threads(subject: Subject) -
 
 def test_noise_floor_tells_the_rule_sets_apart() -> None:
     model, given = shipped()
-    quiet = fastrel.Explainer(model)(**given)
+    prediction = fastrel.Explainer(model).predict(**given)
+    quiet = prediction.explain()
     assert (quiet.noise_floor() < 1e-5).all()
     assert (quiet.noise_floor(1) > 0).all()
-    official = fastrel.Explainer(model, rules="official")(**given)
+    official = fastrel.Explainer(model, rules="official")
     with pytest.warns(UserWarning, match="under perturbations of rounding size, so its details are noise"):
-        floor = official.noise_floor()
+        floor = official.noise_floor(**given)
     assert floor.max() > 0.01
-    torch.testing.assert_close(official[3].noise_floor(1), official.noise_floor(1)[3:4])
+    del prediction
+    with pytest.raises(fastrel.InputError, match="noise_floor needs the prediction"):
+        quiet.noise_floor()
 
 
 def test_noise_floor_of_several_targets_functions_and_texts() -> None:
@@ -150,7 +153,8 @@ def test_noise_floor_of_several_targets_functions_and_texts() -> None:
 
     model, given = models.build("hf_bert"), models.inputs("hf_bert", batch=2)
     explainer = fastrel.Explainer(model)
-    assert explainer(**given, target=[[0, 1, 2]] * 2).noise_floor().shape == (2, 3)
-    assert (explainer(**given, target=lambda out: out.logits[:, 0] - out.logits[:, 1]).noise_floor() < 1e-12).all()
+    assert explainer.noise_floor(**given, target=[[0, 1, 2]] * 2).shape == (2, 3)
+    contrast = explainer.noise_floor(**given, target=lambda out: out.logits[:, 0] - out.logits[:, 1])
+    assert (contrast < 1e-12).all()
     with pytest.raises(fastrel.InputError, match="draws >= 1"):
-        explainer(**given).noise_floor(0)
+        explainer.noise_floor(**given, draws=0)

@@ -94,15 +94,15 @@ def test_nothing_between_inputs_and_map_looks_at_values(name: str) -> None:
     model, given = models.build(name), models.inputs(name)
     explainer = Explainer(model, backend="torch")
     expected = explainer(**given)
-    _, values, _ = explainer._enter((), given)
-    (program,) = explainer._programs.values()
+    values = explainer._engine.enter((), given).values
+    (program,) = models.programs(explainer)
     _, classes, relevance, _ = run(program, values, None)
-    assert torch.equal(relevance[:, 0], expected.relevance)
+    assert torch.equal(relevance[0][:, 0], expected.relevance)
     assert torch.equal(classes[:, 0], expected.target)
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in values]
         shapes = run(program, fake, mode.from_tensor(classes))
-    assert shapes[2].shape == relevance.shape
+    assert [x.shape for x in shapes[2]] == [x.shape for x in relevance]
     with pytest.raises(InputError, match="a CUDA graph needs a model on a CUDA device, and this one is on cpu"):
         explainer.graphed(**given)
 

@@ -90,15 +90,15 @@ class _Watch:
         todo: list[Any] = [model]
         while todo:
             todo += self._enter(todo.pop())
-        self._modules = list(model.modules())
-        self._types = [type(module) for module in self._modules]
+        self._objects = list(model.modules())
+        self._types = [type(module) for module in self._objects]
         self._of_classes(iter(self._types))
 
     def unchanged(self) -> bool:
         """Whether every object is where it was."""
         return (
             not any(self._empty)
-            and all(map(is_, map(type, self._modules), self._types))
+            and all(map(is_, map(type, self._objects), self._types))
             and all(len(d) == n and all(map(is_, map(d.get, keys), values)) for d, n, keys, values in self._dicts)
             and all(len(x) == len(kept) and all(map(is_, x, kept)) for x, kept in self._sequences)
             and self.code_unchanged()

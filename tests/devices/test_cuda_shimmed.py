@@ -144,7 +144,7 @@ def test_explanations(name: str, rules: str) -> None:
     plain = fastrel.Explainer(model, rules=rules, backend="torch")(**given, target=1).relevance
     explainer = fastrel.Explainer(model, rules=rules, backend="cuda")
     assert golden.relative_error(explainer(**given, target=1).relevance, plain) < 1e-8
-    (program,) = explainer._programs.values()
+    (program,) = models.programs(explainer)
     assert not any(node.target in REFERENCES.values() for node in program.reverse.graph.nodes)
 
 

@@ -210,7 +210,7 @@ def test_golden_models_explained_by_triton(name: str, rules: str) -> None:
     plain = fastrel.Explainer(model, backend="torch", **options)(**narrow, target=target).relevance[0]
     explainer = fastrel.Explainer(model, backend="triton", **options)
     ours = explainer(**narrow, target=target).relevance[0]
-    (program,) = explainer._programs.values()
+    (program,) = models.programs(explainer)
     assert not any(node.target in REFERENCES.values() for node in program.reverse.graph.nodes)
     assert sum(node.target in triton.kernels().values() for node in program.reverse.graph.nodes) > 10
     assert golden.map_error(ours, wanted) <= max(2 * golden.map_error(plain, wanted), 1e-5)
@@ -222,7 +222,7 @@ def test_auto_prefers_triton_and_all_precisions_run() -> None:
     model.float()
     explainer = fastrel.Explainer(model)
     assert golden.map_error(explainer(**given, target=1).relevance, exact) < 1e-5
-    (program,) = explainer._programs.values()
+    (program,) = models.programs(explainer)
     assert any(node.target is triton.kernels()[ops.zplus_linear] for node in program.reverse.graph.nodes)
 
 
@@ -236,7 +236,7 @@ def test_reduced_precisions_by_triton(precision: str) -> None:
     exact = fastrel.Explainer(model, backend="torch")(image, target=1).relevance
     explainer = fastrel.Explainer(model, backend="triton", precision=precision)
     ours = explainer(image, target=1).relevance
-    (program,) = explainer._programs.values()
+    (program,) = models.programs(explainer)
     calls = [node for node in program.reverse.graph.nodes if node.target is triton.kernels()[ops.zplus_linear_reduced]]
     assert {node.meta["purpose"] for node in calls} == {"float8" if precision == "low" else "bfloat16"}
     assert spearmanr(ours[0, 1:], exact[0, 1:]).statistic > 0.99
