@@ -96,6 +96,8 @@ def _share(t: Transform, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | N
     ndim = node.meta["val"].dim()
     values = [t.value(x, rel.rows, ndim) for x in (u, v)]
     for i, x in enumerate((u, v)):
+        if not t.is_active(x):
+            values[i] = t.emit.call(without_exclusions, values[i])
         if x.meta["val"].shape != node.meta["val"].shape:
             values[i] = t.emit.call(expand_like, values[i], rel.node)
     if minus:
@@ -103,6 +105,11 @@ def _share(t: Transform, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | N
     batch = next((i for i, axis in enumerate(t.axes(node)) if any(role == "batch" for _, role in axis)), 0)
     call = t.emit.call(ops.residual_add, *values, rel.node, batch, t.rules)
     return [Lane(part, rel.rows) for part in t.emit.parts(call, 2)]
+
+
+def without_exclusions(mask: Tensor) -> Tensor:
+    """A constant operand without -inf, by which masks exclude a key: it takes no part, for no relevance is there."""
+    return mask.masked_fill(mask == -torch.inf, 0.0)
 
 
 def expand_like(x: Tensor, lane: Tensor) -> Tensor:
