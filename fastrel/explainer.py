@@ -245,7 +245,7 @@ class Explainer:
                         program.reverse,
                         self.backend,
                         value.device,
-                        lane_dtype(value.dtype),
+                        program.dtype,
                         keep_weights=self.memory == "normal",
                     )
                     self._programs[key] = program

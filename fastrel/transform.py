@@ -17,7 +17,7 @@ from torch import fx
 from fastrel import axes as axes_
 from fastrel.analysis import Analysis
 from fastrel.capture import Captured
-from fastrel.emit import Emitter
+from fastrel.emit import Emitter, common_lane_dtype, lane_dtype
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.lanes import Lane, Lanes, RowLane, Rows
 from fastrel.methods import Method
@@ -34,12 +34,14 @@ class Program:
     `forward(*parameters_and_inputs)` returns (outputs, saved). `reverse([*seeds, *saved])`, which empties that list, with
     three seeds per explained output (gradient, relevance, row), returns (row, grid, records): the map over all tokens
     [K, B, T…]; the part of it on the patch grid [K, B, gh, gw], None where there is none; and, when traced, the tensors
-    that `record_names` names. `read_at` is the captured value whose tokens the map is over, `read_features` its other
-    dimensions, `blocks` the number of attention blocks in it; `generic` names the operators that had no rule of their own.
+    that `record_names` names. `dtype` is that of all lanes. `read_at` is the captured value whose tokens the map is over,
+    `read_features` its other dimensions, `blocks` the number of attention blocks in it; `generic` names the operators that
+    had no rule of their own.
     """
 
     forward: fx.GraphModule
     reverse: fx.GraphModule
+    dtype: torch.dtype
     leaves: tuple[int, ...]
     leaf_features: tuple[tuple[int, ...], ...]
     record_names: tuple[tuple[int, str], ...]
@@ -70,10 +72,12 @@ class Transform:
         products: Products,
     ) -> None:
         self.captured, self.method, self.trace = captured, method, trace
-        self.rules, self.products = rules, products
+        self.rules = rules
         self.published = rules != "positive"
         self.analysis = Analysis(captured, [captured.outputs[i] for i in leaves], method.start_layer)
-        self.emit = Emitter(captured.graph, self.analysis.recomputed(memory))
+        self.dtype = common_lane_dtype(self.analysis.active)
+        self.products = products if self.dtype == torch.float32 else Products()
+        self.emit = Emitter(captured.graph, self.analysis.recomputed(memory), self.dtype)
         self.generic: list[str] = []
         self.records: list[tuple[tuple[int, str], fx.Node]] = []
         self._pending: dict[fx.Node, _Pending] = {}
@@ -252,6 +256,7 @@ class Transform:
         return Program(
             forward,
             reverse,
+            self.dtype,
             leaves,
             features,
             names,
@@ -263,7 +268,10 @@ class Transform:
 
     def _seed(self) -> None:
         for i, leaf in enumerate(self.analysis.leaves):
-            grad, rel, row = (Lane(self.emit.placeholder(f"{lane}_{i}")) for lane in ("grad", "rel", "row"))
+            seeds = [self.emit.placeholder(f"{lane}_{i}") for lane in ("grad", "rel", "row")]
+            if lane_dtype(leaf.meta["val"].dtype) != self.dtype:
+                seeds = [self.emit.call(aten.to.dtype, seed, self.dtype) for seed in seeds]
+            grad, rel, row = map(Lane, seeds)
             self.give(
                 leaf,
                 grad if self.method.needs_gradient else None,
