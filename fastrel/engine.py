@@ -227,7 +227,7 @@ def _program(captured: Captured, options: Options, outputs: tuple[int, ...], tra
         memory=options.memory,
         products=precision_.products(options.precision, options.rules, dtype, value.device, options.backend),
     )
-    backends.lower(program.reverse, options.backend, value.device, dtype, keep_weights=options.memory == "normal")
+    backends.lower(program.reverse, options.backend, value.device, program.dtype, keep_weights=options.memory == "normal")
     return program
 
 

@@ -24,11 +24,11 @@ from fastrel.reference import rules as R
 Rules = R.Rules
 
 
-def _run(op: Any, x: Tensor, rules: str, *args: Any) -> Any:
-    """A fused operator by the best backend for x; while gradients are recorded, in differentiable plain PyTorch."""
+def _run(op: Any, rules: str, *args: Any) -> Any:
+    """A fused operator by the best backend for its operands; while gradients are recorded, in differentiable plain PyTorch."""
     if torch.is_grad_enabled():
         return op(*args)
-    return backends.function_for(op, x, rules)(*args)
+    return backends.function_for(op, args, rules)(*args)
 
 
 class _Linear(torch.autograd.Function):
@@ -42,7 +42,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y, bias = ctx.saved_tensors
-        return _run(ops.zplus_linear, x, ctx.rules, x, weight, y, bias, rel[None], None, ctx.rules)[0][0], None, None, None
+        return _run(ops.zplus_linear, ctx.rules, x, weight, y, bias, rel[None], None, ctx.rules)[0][0], None, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, rules: Rules = "positive") -> Tensor:
@@ -60,7 +60,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
         u, v = ctx.saved_tensors
-        rel_u, rel_v = _run(ops.residual_add, u, ctx.rules, u.expand_as(rel), v.expand_as(rel), rel[None], 0, ctx.rules)
+        rel_u, rel_v = _run(ops.residual_add, ctx.rules, u.expand_as(rel), v.expand_as(rel), rel[None], 0, ctx.rules)
         return rel_u[0].sum_to_size(u.shape), rel_v[0].sum_to_size(v.shape), None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -204,3 +205,63 @@ def test_torch_accepts_the_kernels_registrations() -> None:
     assert set(calls) == set(CPU_KERNELS)
     for op, args in calls.items():
         torch.library.opcheck(CPU_KERNELS[op], args, test_utils=("test_schema", "test_faketensor"))
+
+
+def wrong_shapes() -> Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
+    """Calls that fit but for the shape of one operand: a size more, less or 0, a dimension more or less."""
+    x, weight = torch.randn(2, 5, 8), torch.randn(6, 8)
+    lane, value = torch.rand(3, 2, 5, 6), torch.randn(2, 5, 6)
+    q, k, heads, row = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.rand(2, 2, 3, 5, 4), torch.rand(2, 2, 5)
+    maps, prepared = torch.rand(2, 3, 5, 5), CPU_KERNELS[ops.reduced_weight](weight, "int8")
+    options = (0.5, False, 0, "official", "gradient_relevance", True, True)
+    calls: dict[torch._ops.OpOverload, tuple[Any, ...]] = {
+        ops.zplus_linear: (x, weight, value, torch.randn(6), lane, lane, "positive"),
+        ops.zplus_linear_reduced: (x, *prepared, weight, value, torch.randn(6), lane, lane),
+        ops.reduced_weight: (weight, "bfloat16"),
+        ops.residual_add: (value, value, lane, 0, "official"),
+        ops.layer_norm_backward: (lane, value, torch.randn(6), 1, 1e-5),
+        ops.attention_relevance: (q, k, k, torch.rand(2, 1, 5, 7), heads, heads, row, *options),
+        ops.attention_update: (maps, maps[None], maps[None], "gradient_relevance"),
+    }
+    assert set(calls) == set(CPU_KERNELS)
+    for op, args in calls.items():
+        CPU_KERNELS[op](*args)
+        for i, arg in enumerate(args):
+            if not isinstance(arg, Tensor):
+                continue
+            others: list[tuple[int, ...]] = [(1, *arg.shape), tuple(arg.shape[1:]), tuple(arg.shape[:-1])]
+            for dim, size in enumerate(arg.shape):
+                others += [(*arg.shape[:dim], new, *arg.shape[dim + 1 :]) for new in (size - 1, size + 1, 0)]
+            for shape in others:
+                yield op, (*args[:i], torch.ones(shape, dtype=arg.dtype), *args[i + 1 :])
+
+
+def test_operands_that_do_not_fit_together_are_refused_not_read_past_their_end() -> None:
+    """By a check of our own; what is taken, a mask that broadcasts, say, is what the reference makes of it."""
+    right = 0
+    for op, args in wrong_shapes():
+        try:
+            results = CPU_KERNELS[op](*args)
+        except RuntimeError as error:
+            right += f"fastrel::{op._schema.name.removeprefix('fastrel::')}" in str(error)
+            continue
+        wanted = REFERENCES[op](*args)
+        torch.testing.assert_close(results, wanted, rtol=1e-3, atol=1e-5)
+        right += 1
+    assert right == sum(1 for _ in wrong_shapes())
+    bad = (torch.randn(3, 4), torch.randn(5, 6), None, None, torch.rand(1, 3, 5), None, "positive")
+    with pytest.raises(RuntimeError, match=r"fastrel::zplus_linear: x must have shape \[3, 6\], not \[3, 4\]"):
+        CPU_KERNELS[ops.zplus_linear](*bad)
+
+
+@pytest.mark.parametrize("targets", [0, 1])
+@pytest.mark.parametrize("outs", [0, 3])
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_linear_layers_without_targets_tokens_or_outputs(targets: int, outs: int, tokens: int) -> None:
+    x, weight, rel = torch.randn(1, tokens, 4), torch.randn(outs, 4), torch.rand(targets, 1, tokens, outs)
+    y = x @ weight.mT
+    compare(ops.zplus_linear, x, weight, y, None, rel, rel, "positive")
+    prepared = CPU_KERNELS[ops.reduced_weight](weight, "bfloat16")
+    for part in CPU_KERNELS[ops.zplus_linear_reduced](x, *prepared, weight, y, None, rel, rel):
+        assert part.shape == (targets, 1, tokens, 4)
+        assert part.isfinite().all()

@@ -28,13 +28,13 @@ Tensor lane_like(const Tensor& value, int64_t targets) {
 // The relevance of Q and K, linear in that of the scores, scaled as `mask_factor` of fastrel.ops.attention says.
 template <class T>
 void scale_scores_lanes(const Tensor& mask_sums, const Tensor& rel_q, const Tensor& rel_k) {
-  const auto divide = [](double a, double b) { return b == 0 ? 0.0 : a / (b + 1e-9 == 0 ? 1e-9 : b + 1e-9); };
   const int64_t samples = mask_sums.size(0) * mask_sums.size(1), heads = mask_sums.size(2);
   for (int64_t i = 0; i < samples; ++i) {
     double sums[3] = {0, 0, 0};
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t k = 0; k < 3; ++k) sums[k] += data<T>(mask_sums)[(i * heads + h) * 3 + k];
-    const double factor = divide(divide(std::abs(sums[0]), std::abs(sums[0]) + std::abs(sums[1])) * sums[2], sums[0]);
+    const double share = official_divide(std::abs(sums[0]), std::abs(sums[0]) + std::abs(sums[1]));
+    const double factor = official_divide(share * sums[2], sums[0]);
     for (const Tensor* lane : {&rel_q, &rel_k}) {
       const int64_t size = lane->numel() / samples;
       kernels<T>().scale(size, T(factor), out<T>(*lane) + i * size);
@@ -163,25 +163,54 @@ std::vector<Tensor> run(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_relevance(
     Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor rel, OptionalTensor grad, OptionalTensor row, double scale,
     bool is_causal, int64_t query_start, std::string rules, std::string update, bool normalize, bool inputs) {
-  const bool official = is_official(rules, "attention_relevance");
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "fastrel::attention_relevance takes q, k and v of rank 4");
-  STD_TORCH_CHECK(q.size(3) == v.size(3) && k.size(1) == q.size(1), "fastrel::attention_relevance: q, k and v do not fit together");
+  const char* op = "attention_relevance";
+  const bool official = is_official(rules, op);
+  const Update chosen = update_from(update);
+  check_rank(op, "q", q, 4);
+  check_rank(op, "k", k, 4);
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2), d = q.size(3);
+  const OptionalTensor& lane = rel ? rel : grad ? grad : row;
+  STD_TORCH_CHECK(!lane || lane->dim() > 0, "fastrel::attention_relevance: a lane has no dimension of targets");
+  const int64_t targets = lane ? lane->size(0) : 1;
+  check_shape(op, "k", k, {batch, heads, keys, d});
+  check_shape(op, "v", v, {batch, heads, keys, d});
+  check_shape(op, "rel", rel, lane_of(targets, shape_of(q)));
+  check_shape(op, "grad", grad, lane_of(targets, shape_of(q)));
+  check_shape(op, "row", row, {targets, batch, queries});
+  if (mask) {
+    const Shape maps = {batch, heads, queries, keys};
+    bool fits = mask->dim() <= 4;
+    for (int64_t i = 0; fits && i < mask->dim(); ++i) fits = mask->size(i) == 1 || mask->size(i) == maps[4 - mask->dim() + i];
+    STD_TORCH_CHECK(fits, "fastrel::attention_relevance: a mask of shape ", text(shape_of(*mask)), " does not fit maps of ", text(maps));
+  }
+  const bool needs_grad = chosen == Update::kGradientRelevance || chosen == Update::kGradientAttention;
+  const bool needs_rel = chosen == Update::kGradientRelevance || chosen == Update::kRelevance;
+  STD_TORCH_CHECK(!row || ((grad || !needs_grad) && (rel || !needs_rel)), "fastrel::attention_relevance lacks a lane for ", update);
   const OptionalTensor operands[] = {k, v, mask && mask->scalar_type() != ScalarType::Bool ? mask : std::nullopt};
-  auto t = by_dtype(
-      "attention_relevance", q, {&operands[0], &operands[1], &operands[2], &rel, &grad, &row}, [&]<class T>(T) {
-        return run<T>(
-            q, k, v, mask, rel, grad, row, scale, is_causal, query_start, official, update_from(update), normalize, inputs);
-      });
+  auto t = by_dtype(op, q, {&operands[0], &operands[1], &operands[2], &rel, &grad, &row}, [&]<class T>(T) {
+    return run<T>(q, k, v, mask, rel, grad, row, scale, is_causal, query_start, official, chosen, normalize, inputs);
+  });
   return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]};
 }
 
 Tensor attention_update(OptionalTensor attn, OptionalTensor grad, OptionalTensor rel, std::string update_name) {
   const Update update = update_from(update_name);
   const OptionalTensor& given = update == Update::kAttention ? attn : update == Update::kRelevance ? rel : grad;
-  STD_TORCH_CHECK(given, "fastrel::attention_update lacks an operand for ", update_name);
+  const OptionalTensor& other = update == Update::kGradientAttention ? attn : update == Update::kGradientRelevance ? rel : given;
+  STD_TORCH_CHECK(given && other, "fastrel::attention_update lacks an operand for ", update_name);
+  STD_TORCH_CHECK(
+      given->dim() >= 3 && given->size(given->dim() - 3) > 0, "fastrel::attention_update takes maps [*, h, Tq, Tk], not ",
+      text(shape_of(*given)));
+  if (update == Update::kGradientRelevance) check_shape("attention_update", "rel", rel, shape_of(*given));
+  if (update == Update::kGradientAttention) {  // which may have no targets
+    Shape maps = shape_of(*given);
+    if (attn->dim() < given->dim()) maps.erase(maps.begin());
+    check_shape("attention_update", "attn", attn, maps);
+  }
   return by_dtype("attention_update", *given, {&attn, &grad, &rel}, [&]<class T>(T) {
     const auto prepared = [](const OptionalTensor& x) { return x ? OptionalTensor(dense(*x)) : std::nullopt; };
-    const OptionalTensor a = prepared(attn), g = prepared(grad), r = prepared(rel);
+    const bool reads_attn = update == Update::kGradientAttention || update == Update::kAttention;
+    const OptionalTensor a = reads_attn ? prepared(attn) : std::nullopt, g = prepared(grad), r = prepared(rel);
     std::vector<int64_t> shape = shape_of(*given);
     const int64_t dims = given->dim(), heads = given->size(dims - 3), size = given->size(dims - 2) * given->size(dims - 1);
     shape.erase(shape.end() - 3);

@@ -5,8 +5,13 @@ namespace fastrel {
 namespace {
 
 Tensor layer_norm_backward(Tensor grad, Tensor x, OptionalTensor weight, int64_t dims, double eps) {
+  const char* op = "layer_norm_backward";
   const OptionalTensor operand = x;
-  return by_dtype("layer_norm_backward", grad, {&operand, &weight}, [&]<class T>(T) {
+  STD_TORCH_CHECK(dims > 0 && dims <= x.dim(), "fastrel::layer_norm_backward: x of shape ", text(shape_of(x)), " has no ", dims, " dimensions");
+  check_rank(op, "grad", grad, x.dim() + 1);
+  check_shape(op, "grad", grad, lane_of(grad.size(0), shape_of(x)));
+  check_shape(op, "weight", weight, Shape(x.sizes().end() - dims, x.sizes().end()));
+  return by_dtype(op, grad, {&operand, &weight}, [&]<class T>(T) {
     const Tensor g = dense(grad), value = dense(x);
     const OptionalTensor w = weight ? OptionalTensor(dense(*weight)) : std::nullopt;
     const Tensor result = empty_like_shape(g, shape_of(g));

@@ -6,11 +6,6 @@
 namespace fastrel {
 namespace {
 
-double safe_divide(double a, double b) {
-  const double shifted = b + 1e-9;
-  return b == 0 ? 0.0 : a / (shifted == 0 ? 1e-9 : shifted);
-}
-
 template <class T>
 std::tuple<Tensor, Tensor> run(const Tensor& u_any, const Tensor& v_any, const Tensor& rel_any, int64_t batch_dim, bool official) {
   const Tensor u = dense(u_any), v = dense(v_any), rel = dense(rel_any);
@@ -38,8 +33,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& u_any, const Tensor& v_any, const T
             after, data<T>(u) + value, data<T>(v) + value, data<T>(rel) + lane, out<T>(rel_u) + lane, out<T>(rel_v) + lane, sums);
       }
       const double size = std::abs(sums[0]) + std::abs(sums[1]);
-      const T factor_u = T(safe_divide(safe_divide(std::abs(sums[0]), size) * sums[2], sums[0]));
-      const T factor_v = T(safe_divide(safe_divide(std::abs(sums[1]), size) * sums[2], sums[1]));
+      const T factor_u = T(official_divide(official_divide(std::abs(sums[0]), size) * sums[2], sums[0]));
+      const T factor_v = T(official_divide(official_divide(std::abs(sums[1]), size) * sums[2], sums[1]));
       for (int64_t b = 0; b < before; ++b) {
         const int64_t lane = target * period + at(b);
         kernels<T>().scale(after, factor_u, out<T>(rel_u) + lane);
@@ -51,9 +46,16 @@ std::tuple<Tensor, Tensor> run(const Tensor& u_any, const Tensor& v_any, const T
 }
 
 std::tuple<Tensor, Tensor> residual_add(Tensor u, Tensor v, Tensor rel, int64_t batch_dim, std::string rules) {
-  const bool official = is_official(rules, "residual_add");
+  const char* op = "residual_add";
+  const bool official = is_official(rules, op);
+  check_rank(op, "rel", rel, u.dim() + 1);
+  check_shape(op, "v", v, shape_of(u));
+  check_shape(op, "rel", rel, lane_of(rel.size(0), shape_of(u)));
+  STD_TORCH_CHECK(
+      !official || (batch_dim >= 0 && batch_dim < u.dim()), "fastrel::residual_add: u of shape ", text(shape_of(u)),
+      " has no dimension ", batch_dim);
   const OptionalTensor operands[] = {v, rel};
-  return by_dtype("residual_add", u, {&operands[0], &operands[1]}, [&]<class T>(T) {
+  return by_dtype(op, u, {&operands[0], &operands[1]}, [&]<class T>(T) {
     return run<T>(u, v, rel, batch_dim, official);
   });
 }

@@ -50,6 +50,10 @@ std::tuple<Tensor, Tensor> run(
   std::vector<int64_t> shape = shape_of(rel_any);
   shape.back() = ins;
   const Tensor rel_in = empty_like_shape(rel, shape), grad_in = empty_like_shape(rel, grad ? shape : std::vector<int64_t>{0});
+  if (rel.numel() == 0) {  // no targets, tokens or outputs
+    for (const Tensor* lane : {&rel_in, &grad_in}) std::fill_n(out<T>(*lane), lane->numel(), T(0));
+    return {rel_in, grad_in};
+  }
 
   // Rows of S for all targets, then as many of the gradient.
   const int64_t tile = std::min(n, std::max<int64_t>(kTileRows / targets, 16)), lanes = targets * tile;
@@ -104,9 +108,11 @@ std::tuple<Tensor, Tensor> run(
 
 std::tuple<Tensor, Tensor> zplus_linear(
     Tensor x, Tensor weight, OptionalTensor y, OptionalTensor bias, Tensor rel, OptionalTensor grad, std::string rules) {
-  const bool official = is_official(rules, "zplus_linear");
+  const char* op = "zplus_linear";
+  const bool official = is_official(rules, op);
+  check_linear(op, x, weight, y, bias, rel, grad);
   const OptionalTensor operands[] = {weight, rel};
-  return by_dtype("zplus_linear", x, {&operands[0], &operands[1], &y, &bias, &grad}, [&]<class T>(T) {
+  return by_dtype(op, x, {&operands[0], &operands[1], &y, &bias, &grad}, [&]<class T>(T) {
     return run<T>(x, weight, y, bias, rel, grad, official);
   });
 }

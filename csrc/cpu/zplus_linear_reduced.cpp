@@ -31,6 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> reduced_weight(Tensor weight_any, std::string
   STD_TORCH_CHECK(weight_any.scalar_type() == ScalarType::Float, "fastrel::reduced_weight starts from float32");
   const bool int8 = purpose == "int8", gradient = purpose == "gradient";
   STD_TORCH_CHECK(int8 || gradient || purpose == "bfloat16", "fastrel::reduced_weight: unknown purpose ", purpose);
+  check_rank("reduced_weight", "weight", weight_any, 2);
   const Tensor weight = dense(weight_any), none = empty_like_shape(weight, {0});
   const int64_t outs = weight.size(0), ins = weight.size(1);
   const ReducedKernels& k = reduced_kernels();
@@ -50,22 +51,36 @@ std::tuple<Tensor, Tensor, Tensor> reduced_weight(Tensor weight_any, std::string
 std::tuple<Tensor, Tensor> zplus_linear_reduced(
     Tensor x_any, Tensor w, Tensor w_abs, Tensor scales, OptionalTensor w_grad, Tensor y_any, OptionalTensor bias_any, Tensor rel_any,
     OptionalTensor grad_any) {
+  const char* op = "zplus_linear_reduced";
+  check_linear(op, x_any, w, y_any, bias_any, rel_any, grad_any);
   const OptionalTensor operands[] = {y_any, rel_any};
   STD_TORCH_CHECK(x_any.scalar_type() == ScalarType::Float, "fastrel::zplus_linear_reduced starts from float32");
-  by_dtype("zplus_linear_reduced", x_any, {&operands[0], &operands[1], &bias_any, &grad_any}, [](auto) { return 0; });
+  by_dtype(op, x_any, {&operands[0], &operands[1], &bias_any, &grad_any}, [](auto) { return 0; });
   const bool int8 = w.scalar_type() == ScalarType::Char;
   STD_TORCH_CHECK(int8 || w.scalar_type() == ScalarType::BFloat16, "fastrel::zplus_linear_reduced takes bfloat16 or int8 weights");
   STD_TORCH_CHECK(
-      w_abs.scalar_type() == w.scalar_type() && w.is_contiguous() && w_abs.is_contiguous() && (!int8 || scales.size(0) == w.size(0)),
+      w_abs.scalar_type() == w.scalar_type() && w.is_contiguous() && w_abs.is_contiguous() &&
+          (!int8 || scales.scalar_type() == ScalarType::Float),
       "fastrel::zplus_linear_reduced takes what fastrel::reduced_weight gives");
+  check_shape(op, "w_abs", w_abs, shape_of(w));
+  check_shape(op, "scales", int8 ? OptionalTensor(scales) : std::nullopt, {w.size(0)});
+  check_shape(op, "w_grad", w_grad, shape_of(w));
+  STD_TORCH_CHECK(!grad_any || w_grad, "fastrel::zplus_linear_reduced needs a weight for the gradient");
+  STD_TORCH_CHECK(
+      !w_grad || w_grad->scalar_type() == ScalarType::Float || w_grad->scalar_type() == ScalarType::BFloat16,
+      "fastrel::zplus_linear_reduced multiplies the gradient in float32 or bfloat16");
   const Tensor rel = dense(rel_any);
-  const int64_t outs = w.size(0), ins = w.size(1), targets = rel.size(0), n = x_any.numel() / ins;
+  const int64_t outs = w.size(0), ins = w.size(1), targets = rel.size(0), n = x_any.numel() / std::max<int64_t>(ins, 1);
   const Tensor x = torch::stable::view(dense(x_any), {n, ins}), y = torch::stable::view(dense(y_any), {n, outs});
   const OptionalTensor bias = bias_any ? OptionalTensor(dense(*bias_any)) : std::nullopt;
   const OptionalTensor grad = grad_any ? OptionalTensor(dense(*grad_any)) : std::nullopt;
   std::vector<int64_t> shape = shape_of(rel_any);
   shape.back() = ins;
-  const Tensor rel_in = empty_like_shape(rel, shape);
+  const Tensor rel_in = empty_like_shape(rel, shape), grad_in = empty_like_shape(rel, grad ? shape : Shape{0});
+  if (rel.numel() == 0) {  // no targets, tokens or outputs
+    for (const Tensor* lane : {&rel_in, &grad_in}) std::fill_n(out<float>(*lane), lane->numel(), 0.0f);
+    return {rel_in, grad_in};
+  }
   const ReducedKernels& k = reduced_kernels();
   const auto element = int8 ? ScalarType::Char : ScalarType::BFloat16, product = int8 ? ScalarType::Int : ScalarType::BFloat16;
   const float *p_bias = data<float>(bias), *w_scales = int8 ? data<float>(scales) : nullptr;
@@ -114,9 +129,7 @@ std::tuple<Tensor, Tensor> zplus_linear_reduced(
     });
   }
 
-  if (!grad) return {rel_in, empty_like_shape(rel, {0})};
-  STD_TORCH_CHECK(w_grad, "fastrel::zplus_linear_reduced needs a weight for the gradient");
-  const Tensor grad_in = empty_like_shape(rel, shape);
+  if (!grad) return {rel_in, grad_in};
   const Tensor flat = torch::stable::view(*grad, {targets * n, outs}), flat_in = torch::stable::view(grad_in, {targets * n, ins});
   if (w_grad->scalar_type() == ScalarType::Float) {
     multiply(flat_in, flat, *w_grad);
@@ -132,7 +145,7 @@ std::tuple<Tensor, Tensor> zplus_linear_reduced(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastrel_cpu, CPU, m) { 
+STABLE_TORCH_LIBRARY_IMPL(fastrel_cpu, CPU, m) {
   m.impl("reduced_weight", TORCH_BOX(&reduced_weight));
   m.impl("zplus_linear_reduced", TORCH_BOX(&zplus_linear_reduced));
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +85,11 @@ def choose(call: Call, allowed: list[Backend]) -> tuple[Backend, list[str]]:
     return BACKENDS["torch"], against
 
 
-def function_for(op: Any, x: torch.Tensor, *options: str) -> Callable[..., Any]:
-    """What computes an operator for values like x best."""
-    return choose(Call(op, options, x.dtype), candidates("auto", x.device))[0].kernels()[op]
+def function_for(op: Any, operands: Sequence[Any], *options: str) -> Callable[..., Any]:
+    """What computes an operator for such operands best."""
+    floats = [x for x in operands if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    call = Call(op, options, floats[0].dtype, mixed=len({x.dtype for x in floats}) > 1)
+    return choose(call, candidates("auto", floats[0].device))[0].kernels()[op]
 
 
 def lower(
@@ -126,7 +128,7 @@ def _as_the_model_has_it(x: Any) -> Any:
         isinstance(x, fx.Node)
         and x.target is aten.to.dtype
         and isinstance(x.args[0], fx.Node)
-        and x.args[0].op == "placeholder"
+        and x.args[0].meta.get("dtype") in (torch.bfloat16, torch.float16)
     ):
         return x.args[0]
     return x

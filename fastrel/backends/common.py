@@ -11,12 +11,16 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a fused operator: its rules, update, purpose and 8-bit dtype; the dtype of its lanes; the size of attention heads."""
+    """A call of a fused operator: its rules, update, purpose and 8-bit dtype; the dtype of its lanes; the size of attention heads.
+
+    `mixed`: some operand has another floating-point dtype. In a reverse graph none has (fastrel.emit).
+    """
 
     op: Any
     options: tuple[str, ...]
     dtype: torch.dtype
     head_size: int = 0
+    mixed: bool = False
 
     @classmethod
     def of(cls, node: fx.Node, dtype: torch.dtype) -> Call:
@@ -27,7 +31,7 @@ class Call:
 
 def without_kernel(call: Call, narrow: str | None) -> list[str]:
     """Reasons against calls that no kernel computes, and against products in an 8-bit dtype other than `narrow`."""
-    reasons = []
+    reasons = ["takes operands of one dtype"] if call.mixed else []
     if "original_lrp" in call.options:
         reasons.append("has no kernel for rules 'original_lrp'")
     if "gradcam" in call.options:

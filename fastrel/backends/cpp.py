@@ -25,4 +25,7 @@ def kernels() -> dict[Any, Any]:
 
 def supports(call: Call) -> list[str]:
     """Why a call cannot be computed."""
-    return without_kernel(call, "int8")
+    reasons = without_kernel(call, "int8")
+    if call.dtype not in (torch.float32, torch.float64):
+        reasons.append(f"computes in float32 and float64, not {str(call.dtype).removeprefix('torch.')}")
+    return reasons

@@ -17,13 +17,13 @@ def attention_probabilities(
 ) -> Tensor:
     """A = softmax(scale · QKᵀ + mask) [B, h, Tq, Tk]; q may be the rows from `query_start` on of a longer query."""
     scores = (q @ k.mT) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if is_causal:
         queries = torch.arange(query_start, query_start + q.shape[-2], device=q.device)
         scores = scores.masked_fill(queries[:, None] < torch.arange(k.shape[-2], device=q.device), -torch.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    # A row whose keys are all masked attends to nothing, as in torch's fused attention.
-    return scores.softmax(-1).nan_to_num(0.0)
+    # A row whose keys are all masked attends to nothing, as in torch's fused attention; NaN in a score stays NaN.
+    return scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 def carries_scores(rules: str) -> bool:
@@ -32,11 +32,14 @@ def carries_scores(rules: str) -> bool:
 
 
 def _through_mask(q: Tensor, k: Tensor, mask: Tensor | None, rel: Tensor, scale: float, rules: R.Rules) -> Tensor:
-    """The published code adds the mask to the scores by a residual add, and drops the mask's share."""
+    """The published code adds the mask to the scores by a residual add, and drops the mask's share.
+
+    Its masks are finite. -inf, by which others exclude a key, takes no part: no relevance is there.
+    """
     if mask is None:
         return rel
     scores = (q @ k.mT) * scale
-    bias = torch.where(mask, 0.0, -10000.0) if mask.dtype == torch.bool else mask
+    bias = torch.where(mask, 0.0, -10000.0) if mask.dtype == torch.bool else mask.masked_fill(mask == -torch.inf, 0.0)
     return R.add(scores, bias.to(scores.dtype).expand_as(scores), rel, rules)[0]
 
 

@@ -1,5 +1,6 @@
 """Gradient of layer normalisation for lanes with a leading target dimension."""
 
+import torch
 from torch import Tensor
 
 from fastrel.ops.library import define
@@ -9,7 +10,9 @@ def _reference(grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: f
     """grad [K, *], x [*], normalised over the last `dims` dimensions with `weight` -> [K, *]."""
     over = tuple(range(-dims, 0))
     centred = x - x.mean(over, keepdim=True)
-    rstd = (centred.square().mean(over, keepdim=True) + eps).rsqrt()
+    variance = centred.square().mean(over, keepdim=True)
+    # Squares that overflow would make the gradient 0, which looks like an answer.
+    rstd = torch.where(variance.isinf(), torch.nan, (variance + eps).rsqrt())
     normed = centred * rstd
     g = grad if weight is None else grad * weight
     return rstd * (g - g.mean(over, keepdim=True) - normed * (g * normed).mean(over, keepdim=True))

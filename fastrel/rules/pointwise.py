@@ -20,16 +20,9 @@ aten = torch.ops.aten
 
 @rule(*IDENTITIES)
 def identity(t: Context, node: fx.Node, out: Lanes) -> None:
-    """Dropout at inference, copies and casts."""
+    """Dropout at inference, copies, and casts: lanes have one dtype."""
     (x,) = arguments(node, count=1)
-    dtype = x.meta["val"].dtype
-    if dtype == node.meta["val"].dtype:
-        return t.give(x, *out)
-
-    def cast(lane: Lane | None) -> Lane | None:
-        return Lane(t.emit.call(aten.to.dtype, lane.node, dtype), lane.rows) if lane else None
-
-    t.give(x, cast(out.grad), cast(out.rel), out.row)
+    t.give(x, *out)
 
 
 def activation_grad(op: Any, lane: Tensor, x: Tensor, *args: Any) -> Tensor:
@@ -111,6 +104,8 @@ def _share(t: Context, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | Non
     ndim = node.meta["val"].dim()
     values = [t.value(x, rel.rows, ndim) for x in (u, v)]
     for i, x in enumerate((u, v)):
+        if not t.is_active(x):
+            values[i] = t.emit.call(without_exclusions, values[i])
         if x.meta["val"].shape != node.meta["val"].shape:
             values[i] = t.emit.call(expand_like, values[i], rel.node)
     if minus:
@@ -118,6 +113,11 @@ def _share(t: Context, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | Non
     batch = next((i for i, axis in enumerate(t.axes(node)) if any(role == "batch" for _, role in axis)), 0)
     call = t.emit.call(ops.residual_add, *values, rel.node, batch, t.rules)
     return [Lane(part, rel.rows) for part in t.emit.parts(call, 2)]
+
+
+def without_exclusions(mask: Tensor) -> Tensor:
+    """A constant operand without -inf, by which masks exclude a key: it takes no part, for no relevance is there."""
+    return mask.masked_fill(mask == -torch.inf, 0.0)
 
 
 def expand_like(x: Tensor, lane: Tensor) -> Tensor:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
-from fastrel.transform.lanes import lane_dtype
 
 aten = torch.ops.aten
 
 
-class Emitter:
-    """Appends nodes to the reverse graph. Equal calls give the same node, so rules need not avoid repeating work."""
+def common_lane_dtype(values: Iterable[fx.Node]) -> torch.dtype:
+    """The one dtype of all lanes of a graph, so that none meets another's: float64 where any of `values` is, else float32."""
+    wide = any(value.meta["val"].dtype == torch.float64 for value in values if isinstance(value.meta["val"], torch.Tensor))
+    return torch.float64 if wide else torch.float32
 
-    def __init__(self, captured: fx.Graph, recomputed: Callable[[fx.Node], bool]) -> None:
-        self._forward, self._recomputed = captured, recomputed
+
+class Emitter:
+    """Appends nodes to the reverse graph, whose numbers all have `dtype`, whatever those of the captured graph have.
+
+    Equal calls give the same node, so rules need not avoid repeating work.
+    """
+
+    def __init__(self, captured: fx.Graph, recomputed: Callable[[fx.Node], bool], dtype: torch.dtype) -> None:
+        self._forward, self._recomputed, self._dtype = captured, recomputed, dtype
         self._reverse = fx.Graph()
         self._calls: dict[Any, fx.Node] = {}
         self._saved: dict[fx.Node, fx.Node] = {}
@@ -56,11 +64,11 @@ class Emitter:
         return fn(a, b) if isinstance(a, int) and isinstance(b, int) else self.call(fn, a, b)
 
     def saved(self, x: fx.Node) -> fx.Node:
-        """The value of a captured node in the reverse graph, saved or computed again; 16-bit values as float32."""
-        value = x.meta["val"]
-        if isinstance(value, torch.Tensor) and lane_dtype(value.dtype) != value.dtype:
-            return self.call(aten.to.dtype, self._own_value(x), lane_dtype(value.dtype))
-        return self._own_value(x)
+        """The value of a captured node in the reverse graph, saved or computed again, in the dtype of the lanes."""
+        value, own = x.meta["val"], self._own_value(x)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != self._dtype:
+            return self.call(aten.to.dtype, own, self._dtype)
+        return own
 
     def _own_value(self, x: fx.Node) -> fx.Node:
         """The value of a captured node as the model computes it."""
@@ -71,6 +79,7 @@ class Emitter:
             return self._again[x]
         if x not in self._saved:
             self._saved[x] = self.placeholder(f"saved_{x.name}")
+            self._saved[x].meta["dtype"] = getattr(x.meta["val"], "dtype", None)
         return self._saved[x]
 
     def size(self, x: fx.Node, dim: int) -> Any:

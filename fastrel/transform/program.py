@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 
@@ -32,6 +33,7 @@ class Program:
     tensors that `record_names` names.
 
     Attributes:
+        dtype: of all lanes.
         leaves: which outputs are explained; `leaf_features`: their feature dimensions.
         blocks: the number of attention blocks that take part.
         generic: operators that had no rule of their own.
@@ -39,6 +41,7 @@ class Program:
 
     forward: fx.GraphModule
     reverse: fx.GraphModule
+    dtype: torch.dtype
     leaves: tuple[int, ...]
     leaf_features: tuple[tuple[int, ...], ...]
     record_names: tuple[tuple[int, str], ...]

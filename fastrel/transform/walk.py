@@ -22,8 +22,8 @@ from fastrel.reference.rules import Rules
 from fastrel.rules import rule_for
 from fastrel.rules.generic import generic
 from fastrel.transform.context import Context, Pending
-from fastrel.transform.emit import Emitter
-from fastrel.transform.lanes import Lane, Lanes, Part, Row
+from fastrel.transform.emit import Emitter, common_lane_dtype
+from fastrel.transform.lanes import Lane, Lanes, Part, Row, lane_dtype
 from fastrel.transform.method import AllMaps, LaneSum, Method
 from fastrel.transform.program import Map, Program
 
@@ -59,10 +59,15 @@ def transform(
         raise InputError("the model returns no floating-point tensor to explain")
     nodes = [captured.outputs[i] for i in leaves]
     stretch = Stretch.of(captured.facts, nodes, method.start_layer, everything=trace or method.to_the_end)
-    emit = Emitter(captured.graph, captured.facts.recomputed(memory))
+    dtype = common_lane_dtype(captured.facts.active)
+    emit = Emitter(captured.graph, captured.facts.recomputed(memory), dtype)
+    products = products if dtype == torch.float32 else Products()
     t = Context(captured.facts, stretch, method, rules, products, emit, trace)
     for i, leaf in enumerate(nodes):
-        grad, rel, row = (emit.placeholder(f"{lane}_{i}") for lane in ("grad", "rel", "row"))
+        seeds = [emit.placeholder(f"{lane}_{i}") for lane in ("grad", "rel", "row")]
+        if lane_dtype(leaf.meta["val"].dtype) != dtype:
+            seeds = [emit.call(aten.to.dtype, seed, dtype) for seed in seeds]
+        grad, rel, row = seeds
         t.give(
             leaf,
             Lane(grad) if method.needs_gradient else None,
@@ -76,6 +81,7 @@ def transform(
     return Program(
         forward,
         reverse,
+        dtype,
         tuple(leaves),
         tuple(tuple(t.features(leaf)) for leaf in nodes),
         tuple(name for name, _ in t.records),

@@ -105,8 +105,9 @@ void softmax(const AttentionHead<T>& h, int64_t q0, int64_t m, T* tile) {
     }
     T highest = none;
     for (int l = 0; l < kLanes<T>; ++l) highest = std::max(highest, top[l]);
-    if (highest == none) {
-      std::fill(row, row + padded, T(0));
+    if (highest == none) {  // all are excluded, or NaN, which is above nothing
+      const bool excluded = std::all_of(row, row + keys, [&](T x) { return x == none; });
+      std::fill(row, row + padded, excluded ? T(0) : std::numeric_limits<T>::quiet_NaN());
       continue;
     }
     Vec<T> total{};
@@ -128,14 +129,21 @@ void share_with_mask(const AttentionHead<T>& h, int64_t q0, int64_t m, const T* 
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < h.keys; ++j) {
       T& rel = rel_attn[i * padded + j];
-      if (rel == T(0)) continue;
-      const T bias = h.mask_bias ? h.mask_bias[(q0 + i) * h.mask_row + j * h.mask_col] : T(0);
+      const T given = h.mask_bias ? h.mask_bias[(q0 + i) * h.mask_row + j * h.mask_col] : T(0);
+      const T bias = given == -std::numeric_limits<T>::infinity() ? T(0) : given;  // what is excluded takes no part
       const T u = h.scale * products[i * padded + j], s = safe_divide<T, true>(rel, u + bias);
       sums[1] += bias * s;
       sums[2] += rel;
       rel = u * s;
       sums[0] += rel;
     }
+}
+
+// Zeros behind the `keys` columns of a product whose rows may hold infinity, of which padding makes NaN.
+template <class T>
+void clear_padding(int64_t m, int64_t keys, T* tile) {
+  const int64_t padded = round_up<T>(keys);
+  for (int64_t i = 0; i < m; ++i) std::fill(tile + i * padded + keys, tile + (i + 1) * padded, T(0));
 }
 
 // M of one row into `through`, weighted; returns its sum over keys.
@@ -151,7 +159,7 @@ T update_row(Update update, int64_t padded, const T* attn, const T* grad, const 
       case Update::kRelevance: m = load(rel + j); break;
       default: m = load(attn + j);
     }
-    m = m > zero ? m : zero;
+    m = m < zero ? zero : m;  // NaN stays
     total += m;
     if (through) store(through + j, load(through + j) + w * m);
   }
@@ -175,7 +183,7 @@ void attention_head(const AttentionHead<T>& h, std::vector<T>& memory) {
 
   const int64_t keys = h.keys, d = h.d, padded = round_up<T>(keys), width = round_up<T>(d);
   const auto same = [](T x) { return x; };
-  const auto relevant = [&](T x) { return h.official || x > 0 ? x : T(0); };
+  const auto relevant = [&](T x) { return h.official ? x : positive_part(x); };
   pack(d, keys, h.k, h.k_col, h.k_row, b.keys_t, same);
   if (b.keys) pack(keys, d, h.k, h.k_row, h.k_col, b.keys, same);
   if (b.values_t) pack(d, keys, h.v, h.v_col, h.v_row, b.values_t, same);
@@ -205,13 +213,17 @@ void attention_head(const AttentionHead<T>& h, std::vector<T>& memory) {
         gemm(m, keys, d, b.share, width, int64_t(1), b.relevant_t, b.rel_attn, padded, false);
         for (int64_t j = 0; j < m * padded; j += kLanes<T>)
           store(b.rel_attn + j, load(b.rel_attn + j) * load(b.attn + j) * T(0.5));
+        clear_padding(m, keys, b.rel_attn);
         if (h.rel_v) {
           pack(m, d, b.share, width, int64_t(1), b.packed_share, same);
           gemm(keys, d, m, b.attn, int64_t(1), padded, b.packed_share, b.sum_rel_v + sums, width, more);
         }
       }
       const T* grad = h.grad + t * h.grad_target + q0 * h.grad_row;
-      if (h.grad) gemm(m, keys, d, grad, h.grad_row, h.grad_col, b.values_t, b.grad_attn, padded, false);
+      if (h.grad) {
+        gemm(m, keys, d, grad, h.grad_row, h.grad_col, b.values_t, b.grad_attn, padded, false);
+        clear_padding(m, keys, b.grad_attn);
+      }
       if (h.row) {
         for (int64_t i = 0; i < m; ++i) {
           const int64_t at = i * padded;

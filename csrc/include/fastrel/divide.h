@@ -1,4 +1,4 @@
-// safe_divide of fastrel.reference.rules.
+// safe_divide and clamp of fastrel.reference.rules: NaN stays NaN.
 #pragma once
 
 #include "vector.h"
@@ -17,6 +17,12 @@ FASTREL_INLINE T safe_divide(T a, T b) {
   const T tiny = std::numeric_limits<T>::min();
   const T safe = b < tiny ? tiny : b;
   return b < tiny ? T(0) : a / safe;
+}
+
+// max(x, 0), written so that NaN is not below 0.
+template <class T>
+FASTREL_INLINE T positive_part(T x) {
+  return x < T(0) ? T(0) : x;
 }
 
 }  // namespace FASTREL_ISA

@@ -65,7 +65,7 @@ void share(int64_t begin, int64_t end, int64_t period, const T* u, const T* v, c
       const T w = p_u[i] + p_v[i];
       const T sign = w > T(0) ? T(1) : w < T(0) ? T(-1) : T(0);
       const T a = sign * p_u[i], b = sign * p_v[i];
-      const T pos_a = a > T(0) ? a : T(0), pos_b = b > T(0) ? b : T(0);
+      const T pos_a = positive_part(a), pos_b = positive_part(b);
       const T s = safe_divide<T, false>(p_rel[i], pos_a + pos_b);
       p_rel_u[i] = pos_a * s;
       p_rel_v[i] = pos_b * s;
@@ -115,7 +115,8 @@ void layer_norm_row(int64_t width, const T* __restrict g, const T* __restrict x,
   const auto scaled = [&](int64_t j) { return WEIGHTED ? g[j] * w[j] : g[j]; };
   const T mean = sum_row<T>(width, [&](int64_t j) { return x[j]; }) / T(width);
   const T variance = sum_row<T>(width, [&](int64_t j) { return (x[j] - mean) * (x[j] - mean); }) / T(width);
-  const T rstd = T(1) / std::sqrt(variance + eps);
+  // Squares that overflow would make the gradient 0, which looks like an answer.
+  const T rstd = variance > std::numeric_limits<T>::max() ? std::numeric_limits<T>::quiet_NaN() : T(1) / std::sqrt(variance + eps);
   const T mean_g = sum_row<T>(width, scaled) / T(width);
   const T mean_gx = sum_row<T>(width, [&](int64_t j) { return scaled(j) * (x[j] - mean) * rstd; }) / T(width);
   for (int64_t j = 0; j < width; ++j) out[j] = rstd * (scaled(j) - mean_g - (x[j] - mean) * rstd * mean_gx);
@@ -141,9 +142,11 @@ void attention_update(
   for (int64_t h = 0; h < heads; ++h) {
     const T *__restrict a = left ? left + h * size : nullptr, *__restrict b = right + h * size;
     if (a)
-      for (int64_t i = begin; i < end; ++i) p_out[i] += a[i] * b[i] > T(0) ? a[i] * b[i] : T(0);
+      for (int64_t i = begin; i < end; ++i) p_out[i] += positive_part(a[i] * b[i]);
+    else if (update == Update::kRelevance)
+      for (int64_t i = begin; i < end; ++i) p_out[i] += positive_part(b[i]);
     else
-      for (int64_t i = begin; i < end; ++i) p_out[i] += b[i] > T(0) ? b[i] : T(0);
+      for (int64_t i = begin; i < end; ++i) p_out[i] += b[i];
   }
   for (int64_t i = begin; i < end; ++i) p_out[i] *= share;
 }

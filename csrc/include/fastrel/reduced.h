@@ -15,7 +15,8 @@ constexpr float kFloor = 1.0f / 256;
 FASTREL_INLINE uint16_t to_bf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);  // which may carry a NaN's bits over into a number
+  return static_cast<uint16_t>((x == x ? rounded : bits | 0x00400000) >> 16);
 }
 
 FASTREL_INLINE float from_bf16(uint16_t x) {
@@ -27,7 +28,7 @@ FASTREL_INLINE float from_bf16(uint16_t x) {
 
 FASTREL_INLINE float reduced_ratio(float rel, float signed_sum, float magnitude) {
   const float z = (signed_sum + magnitude) * 0.5f, least = magnitude * kFloor;
-  return safe_divide<float, false>(rel, z > least ? z : least);
+  return safe_divide<float, false>(rel, z < least ? least : z);  // NaN is not below
 }
 
 inline void bf16_of(int64_t n, const float* __restrict x, uint16_t* __restrict out, uint16_t* __restrict magnitude) {
@@ -58,22 +59,32 @@ inline void bf16_widen(int64_t n, const uint16_t* __restrict x, float* __restric
   for (int64_t i = 0; i < n; ++i) out[i] = from_bf16(x[i]);
 }
 
+// max |x|, NaN where x holds NaN or infinity.
 FASTREL_INLINE float largest(int64_t n, const float* __restrict x) {
-  Vec<float> top{};
+  Vec<float> top{}, nothing{};
   int64_t i = 0;
   for (; i + kLanes<float> <= n; i += kLanes<float>) {
     const Vec<float> v = load(x + i), flipped = -v, m = v > flipped ? v : flipped;
     top = m > top ? m : top;
+    nothing += v - v;  // NaN from then on
   }
-  float result = 0;
+  float result = 0, rest = sum<float>(nothing);
   for (int l = 0; l < kLanes<float>; ++l) result = top[l] > result ? top[l] : result;
-  for (; i < n; ++i) result = std::fabs(x[i]) > result ? std::fabs(x[i]) : result;
-  return result;
+  for (; i < n; ++i) {
+    result = std::fabs(x[i]) > result ? std::fabs(x[i]) : result;
+    rest += x[i] - x[i];
+  }
+  return result + rest;
 }
 
-// A row as scale · int8; |row| too where wanted. Returns the scale.
+// A row as scale · int8; |row| too where wanted. Returns the scale: NaN, which int8 has not, where the row is not finite.
 inline float int8_of(int64_t n, const float* __restrict x, int8_t* __restrict out, int8_t* __restrict magnitude) {
   const float top = largest(n, x), scale = top / 127.0f, inverse = top > 0 ? 127.0f / top : 0.0f;
+  if (top != top) {
+    if (out) std::memset(out, 0, n);
+    if (magnitude) std::memset(magnitude, 0, n);
+    return top;
+  }
   if (out)
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int8_t>(static_cast<int32_t>(x[i] * inverse + (x[i] < 0 ? -0.5f : 0.5f)));
   if (magnitude)
