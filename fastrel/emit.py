@@ -62,7 +62,9 @@ class Emitter:
         """The value of a captured node in the reverse graph, saved or computed again; 16-bit values as float32."""
         value = x.meta["val"]
         if isinstance(value, torch.Tensor) and lane_dtype(value.dtype) != value.dtype:
-            return self.call(aten.to.dtype, self._own_value(x), lane_dtype(value.dtype))
+            wide = self.call(aten.to.dtype, self._own_value(x), lane_dtype(value.dtype))
+            wide.meta["widened"] = True  # from what the model has, exactly: kernels that take 16 bits need no cast
+            return wide
         return self._own_value(x)
 
     def _own_value(self, x: fx.Node) -> fx.Node:

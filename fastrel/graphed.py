@@ -41,7 +41,7 @@ def run(
     logits = outputs[program.leaves[0]]
     chosen = logits.argmax(1, keepdim=True) if classes is None else classes
     seed = torch.zeros(chosen.shape[1], *logits.shape, dtype=lane_dtype(logits.dtype), device=logits.device)
-    seed = seed.scatter(2, chosen.T[:, :, None], 1.0)
+    seed = seed.scatter(2, chosen.T.unsqueeze(-1), 1.0)
     row = seed.sum([dim + 1 for dim in program.leaf_features[0]], keepdim=True)
     relevance, grid, _ = program.reverse([seed, seed, row, *saved])
     return list(outputs), chosen, relevance.flatten(2).transpose(0, 1), None if grid is None else grid.transpose(0, 1)

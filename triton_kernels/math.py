@@ -1,4 +1,4 @@
-"""What the kernels compute, apart from loads and stores."""
+"""What the kernels compute, apart from loads and stores. NaN in, NaN out: nothing here may hide one."""
 
 import triton
 import triton.language as tl
@@ -9,6 +9,9 @@ TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 OFFICIAL_EPSILON: tl.constexpr = tl.constexpr(1e-9)
 #: A denominator that is a difference is rounding below this share of its terms: 8 eps.
 ROUNDING: tl.constexpr = tl.constexpr(9.5367431640625e-07)
+
+#: Triton's interpreter multiplies bfloat16 and float8 on bit patterns: operands are rounded, then widened again there.
+WIDEN: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 #: M of eq. (13) and its relatives, by the names that `fastrel.ops.UPDATES` has for them.
 UPDATES = {"gradient_relevance": 0, "gradient_attention": 1, "relevance": 2, "attention": 3}
@@ -21,19 +24,50 @@ def safe_divide(a, b, OFFICIAL: tl.constexpr):
         shifted = b + OFFICIAL_EPSILON
         return tl.where(b == 0.0, 0.0, a / tl.where(shifted == 0.0, OFFICIAL_EPSILON, shifted))
     else:
-        return tl.where(b < TINY, 0.0, a / tl.maximum(b, TINY))
+        return tl.where(b < TINY, 0.0, a / tl.maximum(b, TINY, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
 def positive(x):
     """x⁺."""
-    return tl.maximum(x, 0.0)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def negative(x):
     """x⁻ = min(x, 0)."""
-    return tl.minimum(x, 0.0)
+    return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def to_tf32(x):
+    """float32 rounded to TF32's 10 bits, to nearest, ties to even; the tensor core itself would drop the low 13 bits.
+
+    What rounds beyond the largest number becomes infinite, and NaN may keep a low bit only: it is put back.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def operand(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile as a product takes it: rounded to DOT, or to TF32 where it is multiplied in one TF32 product."""
+    if DOT == tl.float32:
+        return to_tf32(x) if PRECISION == "tf32" else x
+    rounded = x.to(DOT)
+    return rounded.to(tl.float32) if WIDEN else rounded
+
+
+@triton.jit
+def dot(a, b, acc, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b with b as it is in DOT already. SPLIT: a in two parts of DOT, which together hold 16 bits and more."""
+    high = operand(a, DOT, PRECISION)
+    acc = tl.dot(high, b, acc, input_precision=PRECISION)
+    if SPLIT:
+        low = a - high.to(tl.float32)
+        acc = tl.dot(operand(low, DOT, PRECISION), b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -57,3 +91,14 @@ def share(u, v, rel):
     part_u, part_v = positive(sign * u), positive(sign * v)
     s = safe_divide(rel, part_u + part_v, False)
     return part_u * s, part_v * s
+
+
+@triton.jit
+def tile_of(rows, columns, GROUP: tl.constexpr):
+    """This program's block of rows and of columns: GROUP blocks of rows take turns, so that their columns stay in the cache."""
+    program = tl.program_id(0)
+    in_group = GROUP * columns
+    first = program // in_group * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    within = program % in_group
+    return first + within % height, within // height
