@@ -57,7 +57,10 @@ def kept(prepare: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tens
         found = _kept.get(owner, {}).get(key)
         if found and found.version == weight._version and _unchanged(found.sample, weight):
             return found.result
-        made = _Prepared(weight._version, _sample_to_keep(weight), prepare(weight, purpose))
+        result = prepare(weight, purpose)
+        if any(x is weight for x in result):  # nothing was made; and what is kept must not keep its own key alive
+            return result
+        made = _Prepared(weight._version, _sample_to_keep(weight), result)
         if kept_bytes() + made.bytes <= limit():
             with _lock:
                 _kept.setdefault(owner, {})[key] = made

@@ -40,23 +40,31 @@ def negative(x):
 
 
 @triton.jit
-def to_tf32(x):
-    """float32 rounded to TF32's 10 bits, to nearest, ties to even; the tensor core itself would drop the low 13 bits.
-
-    What rounds beyond the largest number becomes infinite, and NaN may keep a low bit only: it is put back.
-    """
+def without_low_bits(x, BITS: tl.constexpr):
+    """float32 rounded to 23 − BITS bits of mantissa, to nearest, ties to even. What exceeds the largest number becomes infinite."""
     bits = x.to(tl.uint32, bitcast=True)
-    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000
+    half: tl.constexpr = (1 << (BITS - 1)) - 1
+    kept: tl.constexpr = 0xFFFFFFFF - ((1 << BITS) - 1)
+    rounded = (bits + half + ((bits >> BITS) & 1)) & kept
     return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
+def narrow(x, TO: tl.constexpr):
+    """float32 rounded to a narrower dtype, to nearest; the interpreter cuts bfloat16 off, and loses float8's carries."""
+    if WIDEN and TO == tl.bfloat16:
+        return without_low_bits(x, 16).to(TO)
+    if WIDEN and TO == tl.float8e4nv:
+        return without_low_bits(x, 20).to(TO)
+    return x.to(TO)
+
+
+@triton.jit
 def operand(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """A tile as a product takes it: rounded to DOT, or to TF32 where it is multiplied in one TF32 product."""
+    """A float32 tile as a product takes it: rounded to DOT, or to TF32, of which the tensor core would drop the low 13 bits."""
     if DOT == tl.float32:
-        return to_tf32(x) if PRECISION == "tf32" else x
-    rounded = x.to(DOT)
-    return rounded.to(tl.float32) if WIDEN else rounded
+        return without_low_bits(x, 13) if PRECISION == "tf32" else x
+    return narrow(x, DOT).to(tl.float32) if WIDEN else narrow(x, DOT)
 
 
 @triton.jit

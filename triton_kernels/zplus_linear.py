@@ -12,9 +12,12 @@ import triton
 import triton.language as tl
 from fastrel.triton_kernels import configs, zplus_products
 from fastrel.triton_kernels.launch import blocks, capability, dense, float32_precision, on_its_device
-from fastrel.triton_kernels.math import ROUNDING, dot, negative, operand, positive, safe_divide, tile_of
+from fastrel.triton_kernels.math import ROUNDING, dot, narrow, negative, operand, positive, safe_divide, tile_of
 from torch import Tensor
 
+from fastrel.ops.zplus_linear_reduced import FLOOR as LEAST_SHARE
+
+FLOOR: tl.constexpr = tl.constexpr(LEAST_SHARE)
 FLOAT8_MAX: tl.constexpr = tl.constexpr(zplus_products.FLOAT8_MAX)
 LEAST_SCALE: tl.constexpr = tl.constexpr(zplus_products.LEAST_SCALE)
 
@@ -68,7 +71,7 @@ def scaled_rows_kernel(
     for start in range(0, ins, BLOCK):
         i = start + tl.arange(0, BLOCK)
         b_x = tl.load(x_ptr + row * ins + i, mask=i < ins, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row * ins + i, (b_x / scale).to(tl.float8e4nv), mask=i < ins)
+        tl.store(out_ptr + row * ins + i, narrow(b_x / scale, tl.float8e4nv), mask=i < ins)
 
 
 @triton.jit(do_not_specialize=["n", "targets"])
@@ -83,7 +86,7 @@ def zplus_shares_kernel(
     w_scale_ptr,  # [outs]
     top_ptr,  # [targets, n, blocks of outs]
     n, outs, ins, targets, w_row, w_col,
-    HAS_OUTPUT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, OFFICIAL: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, REDUCED: tl.constexpr, OFFICIAL: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -112,16 +115,19 @@ def zplus_shares_kernel(
             z = tl.dot(a, b, z, input_precision=PRECISION, max_num_imprecise_acc=limit)
     inside = in_m[:, None] & in_o[None, :]
     at = row[:, None] * outs + o[None, :]
-    if HAS_OUTPUT:
-        b_y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BM, BN]
-        if HAS_BIAS:
-            b_y -= tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
-        twice = b_y + z
-        z = tl.where(twice < z * ROUNDING, 0.0, twice * 0.5)
     if SCALED:
         b_x_scale = tl.load(x_scale_ptr + m, mask=in_m, other=1.0)  # [BM]
         b_w_scale = tl.load(w_scale_ptr + o, mask=in_o, other=1.0)  # [BN]
         z = z * b_x_scale[:, None] * b_w_scale[None, :]
+    if HAS_OUTPUT:
+        b_y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BM, BN]
+        if HAS_BIAS:
+            b_y -= tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
+        half = (b_y + z) * 0.5
+        if REDUCED:
+            z = tl.maximum(half, z * FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            z = tl.where(half < z * (0.5 * ROUNDING), 0.0, half)
     size = tl.cast(n, tl.int64) * outs
     for t in range(targets):
         b_rel = tl.load(rel_ptr + t * size + at, mask=inside, other=0.0)  # [BM, BN]
@@ -130,7 +136,7 @@ def zplus_shares_kernel(
             s = s * b_w_scale[None, :]
             p_top = top_ptr + (tl.cast(t, tl.int64) * n + row) * columns + block_n
             tl.store(p_top, tl.max(tl.where(inside, tl.abs(s), 0.0), 1), mask=in_m)
-        tl.store(s_ptr + t * size + at, s.to(s_ptr.dtype.element_ty), mask=inside)
+        tl.store(s_ptr + t * size + at, narrow(s, s_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["lanes", "n"])
@@ -222,12 +228,11 @@ def zplus_linear_reduced(
     rel: Tensor,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`fastrel::zplus_linear_reduced` in the prepared weight's dtype, bfloat16 or float8_e4m3fn. Z from both signed products;
-    |W| is not looked at."""
+    """`fastrel::zplus_linear_reduced` in the prepared weight's dtype, bfloat16 or float8_e4m3fn. |W| is formed in registers."""
     kind = REDUCED[w.dtype]
     if kind.name == "bfloat16" and configs.products_first(x.numel() // x.shape[-1], w.shape):
         return zplus_products.linear(x, w, w_grad, rel, grad, "positive", parts=1)
-    return _fused(kind, x, w, scales, w_grad, None, None, rel, grad, "positive")
+    return _fused(kind, x, w, scales, w_grad, y, bias, rel, grad, "positive")
 
 
 def _fused(
@@ -264,7 +269,7 @@ def _fused(
         bias_ptr=unused if bias is None else dense(bias), rel_ptr=rel, s_ptr=s,
         x_scale_ptr=x_scale, w_scale_ptr=scales if scaled else unused, top_ptr=top,
         n=n, outs=outs, ins=ins, targets=targets, w_row=w.stride(0), w_col=w.stride(1),
-        HAS_OUTPUT=y is not None, HAS_BIAS=bias is not None, SCALED=scaled, OFFICIAL=rules == "official",
+        HAS_OUTPUT=y is not None, HAS_BIAS=bias is not None, SCALED=scaled, REDUCED=kind.stored == torch.bfloat16, OFFICIAL=rules == "official",
         DOT=kind.dot, PRECISION=kind.precision, **_options(tile),
     )  # fmt: skip
     rel_in = empty(*rel.shape[:-1], ins)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from fastrel.triton_kernels.launch import blocks, dense, on_its_device
-from fastrel.triton_kernels.math import negative, positive, safe_divide
+from fastrel.triton_kernels.math import narrow, negative, positive, safe_divide
 from torch import Tensor
 
 from fastrel import weights
@@ -37,17 +37,17 @@ def sides_kernel(
     inside = c < ins
     b_x = tl.load(x_ptr + row * ins + c, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
     p_out = out_ptr + row * 2 * ins + c
-    tl.store(p_out, positive(b_x).to(tl.bfloat16), mask=inside)
-    tl.store(p_out + ins, negative(b_x).to(tl.bfloat16), mask=inside)
+    tl.store(p_out, narrow(positive(b_x), tl.bfloat16), mask=inside)
+    tl.store(p_out + ins, narrow(negative(b_x), tl.bfloat16), mask=inside)
 
 
 @triton.jit
 def store_parts(p, x, outs, inside, PARTS: tl.constexpr):
     """x in bfloat16, and with two parts what that leaves of it, `outs` further on."""
-    high = x.to(tl.bfloat16)
+    high = narrow(x, tl.bfloat16)
     tl.store(p, high, mask=inside)
     if PARTS == 2:
-        tl.store(p + outs, (x - high.to(tl.float32)).to(tl.bfloat16), mask=inside)
+        tl.store(p + outs, narrow(x - high.to(tl.float32), tl.bfloat16), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -110,7 +110,7 @@ def lower(
             raise UnsupportedModelError(
                 f"backend {backend!r} cannot run: {op} {'; '.join(against)}; with 'auto', torch does it"
             )
-        if chosen.narrow and op is not ops.reduced_weight:
+        if chosen.narrow:
             with reverse.graph.inserting_before(node):
                 node.args = tuple(_as_the_model_has_it(x) for x in node.args)
         node.target = chosen.kernels().get(op, op)

@@ -22,7 +22,7 @@ from fastrel.backends import triton
 from fastrel.ops.library import REFERENCES
 from tests import golden_files as golden
 from tests import models
-from tests.devices import cases
+from tests.devices import arithmetic, cases
 from tests.devices.guards import Guards, guards  # noqa: F401  (a fixture)
 
 #: Of values; lanes are float32. bfloat16 is upcast right after the load, which is all that the interpreter gets right of it.
@@ -35,8 +35,8 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def compare(guards: Guards, op: torch._ops.OpOverload, *args: Any) -> None:  # noqa: F811
-    cases.compare(triton.kernels()[op], op, *args, around=guards.around)
+def compare(guards: Guards, op: torch._ops.OpOverload, *args: Any, operand: Any = None) -> None:  # noqa: F811
+    cases.compare(triton.kernels()[op], op, *args, around=guards.around, operand=operand)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,7 +97,7 @@ def test_attention_relevance(
     if dtype != torch.float32 and queries > 5:
         pytest.skip("the tails are the same")
     for args in cases.attention(dtype, rules, queries, keys, d, mask):
-        compare(guards, ops.attention_relevance, *args)
+        compare(guards, ops.attention_relevance, *args, operand=None if dtype == torch.float32 else arithmetic.tf32)
 
 
 @pytest.mark.parametrize("update", UPDATES)
