@@ -28,7 +28,7 @@ from fastrel.triton_kernels.launch import (
     on_its_device,
     with_unit_stride,
 )
-from fastrel.triton_kernels.math import UPDATES, operand, positive, safe_divide, update_of
+from fastrel.triton_kernels.math import UPDATES, dot, operand, positive, safe_divide, update_of
 from torch import Tensor
 
 from fastrel.ops.attention import mask_factor
@@ -114,6 +114,8 @@ def attention_rows_kernel(
     part = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = part // heads, part % heads
     b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row, PRECISION)  # [BM, D]
+    # In TF32, A in two parts: δ is subtracted from what it is the mean of, and denominators are worth their digits.
+    SPLIT: tl.constexpr = PRECISION == "tf32"
     highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, D), tl.float32)
@@ -132,10 +134,10 @@ def attention_rows_kernel(
         attn = tl.exp(scores - safe[:, None])
         total = total * kept + tl.sum(attn, 1)
         if GRAD:
-            out = tl.dot(operand(attn, tl.float32, PRECISION), b_v, out * kept[:, None], input_precision=PRECISION)
+            out = dot(attn, b_v, out * kept[:, None], SPLIT, tl.float32, PRECISION)
         if REL:
             b_relevant = b_v if OFFICIAL else positive(b_v)
-            out_relevant = tl.dot(operand(attn, tl.float32, PRECISION), b_relevant, out_relevant * kept[:, None], input_precision=PRECISION)
+            out_relevant = dot(attn, b_relevant, out_relevant * kept[:, None], SPLIT, tl.float32, PRECISION)
         highest = top
     share = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
     safe = tl.where(total == 0.0, 0.0, highest + tl.log(tl.where(total == 0.0, 1.0, total)))

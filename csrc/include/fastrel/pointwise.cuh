@@ -18,7 +18,7 @@ __global__ void ratio_kernel(
     T z = signed_sum[at] - (bias ? bias[at % outs] : T(0));
     if (magnitude) {
       const T size = magnitude[at], half = (z + size) * T(0.5), floor = size * least;
-      z = least > T(0) ? (half > floor ? half : floor) : half < size * (4 * Limits<T>::eps) ? T(0) : half;
+      z = least > T(0) ? (half < floor ? floor : half) : half < size * (4 * Limits<T>::eps) ? T(0) : half;
     }
     out[i] = safe_divide(rel[i], z, official);
   }
