@@ -15,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastrel.capture import in_order
 from fastrel.emit import lane_dtype
 from fastrel.errors import InputError
 from fastrel.explainer import image_size
@@ -47,11 +48,23 @@ def run(
     return list(outputs), chosen, relevance.flatten(2).transpose(0, 1), None if grid is None else grid.transpose(0, 1)
 
 
+def check_same_kind(given: Sequence[Tensor], captured: Sequence[Tensor]) -> None:
+    """Inputs of the very shapes, dtypes and devices that were captured: copying into their places would convert others unasked.
+
+    Raises:
+        InputError: anything else.
+    """
+    kinds, expected = ([(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in xs] for xs in (given, captured))
+    if kinds != expected:
+        raise InputError(f"inputs of {kinds} do not fit the captured graph, which takes {expected}")
+
+
 class Graphed:
     """Predictions and explanations by replay. Not for several threads at a time: inputs and results have one place each."""
 
     def __init__(self, explainer: Explainer, args: Any, kwargs: dict[str, Any], targets: int) -> None:
         args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+        self._model = explainer.model
         captured, values, self._inputs = explainer._enter(args, kwargs)
         device = captured.outputs[captured.logits_index].meta["val"].device
         if device.type != "cuda":
@@ -70,19 +83,19 @@ class Graphed:
                     run(self._program, values, self._classes)
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Other threads may allocate meanwhile, a DataLoader's that pins memory for one.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._results = run(self._program, values, self._classes)
 
     def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Explanation:
         """Explain inputs of the captured sizes, for as many classes per sample as were captured.
 
         Raises:
-            InputError: inputs or targets of other sizes than captured; NaN in them or in the result.
+            InputError: inputs or targets of other sizes or dtypes than captured; NaN or infinity in the output or the result.
         """
+        kwargs = in_order(self._model, args, kwargs)
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        shapes, expected = ([tuple(x.shape) for x in xs] for xs in (given, self._inputs))
-        if shapes != expected:
-            raise InputError(f"inputs of shapes {shapes} do not fit the captured graph, which takes {expected}")
+        check_same_kind(given, self._inputs)
         if (target is None) != (self._classes is None):
             raise InputError(
                 "a graph captured with targets=0 explains the predicted class; with targets=K it needs target=[B, K]"
@@ -101,6 +114,7 @@ class Graphed:
         outputs, classes, relevance, grid = pytree.tree_map(
             lambda x: x.clone() if isinstance(x, Tensor) else x, self._results
         )
+        check_finite("the model's output", outputs[self._program.leaves[0]])
         check_finite("the explanation", relevance)
         if self._classes is None or self._classes.shape[1] == 1:
             classes, relevance, grid = classes[:, 0], relevance[:, 0], None if grid is None else grid[:, 0]

@@ -404,7 +404,7 @@ def attention_relevance(
                 **_of_lanes(options, grad_in, rel_in, row_in), **blocking,
             )  # fmt: skip
     if mask_sums.numel():
-        factor = mask_factor(mask_sums.sum((2, 4)))[:, :, None, None, None]
+        factor = mask_factor(mask_sums.sum((2, 4))).view(targets, batch, 1, 1, 1)
         rel_q, rel_k = rel_q * factor, rel_k * factor
     return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, none if row is None else through.sum(2)
 

@@ -83,5 +83,9 @@ __device__ T block_max(T x) {
 #define FASTREL_EACH(i, n) \
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < (n); i += int64_t(gridDim.x) * blockDim.x)
 
+// The same where x counts samples, maps or heads, of which there may be more than y can count.
+#define FASTREL_EACH_OF_MANY(i, n) \
+  for (int64_t i = blockIdx.y * int64_t(blockDim.x) + threadIdx.x; i < (n); i += int64_t(gridDim.y) * blockDim.x)
+
 }  // namespace cuda
 }  // namespace fastrel
