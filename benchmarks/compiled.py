@@ -7,6 +7,7 @@ tests/test_triton.py compares with.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -16,57 +17,43 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
-import triton.language as tl
-from fastrel.triton_kernels import (
-    attention_relevance,
-    attention_update,
-    configs,
-    layer_norm_backward,
-    residual_add,
-    rollout_row,
-    zplus_linear,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from fastrel import ops
 from fastrel.backends import triton as triton_backend
+from tests.devices.recorder import Variant, recorded
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "golden" / "triton_resources.json"
 
 #: Shared memory that one block may have, KiB, by target.
-SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
+    **{name: GPUTarget("cuda", int(name.removeprefix("sm_")), 32) for name in SHARED_LIMIT if name.startswith("sm_")},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-#: Sizes that are multiples of 16 in usual models; numbers of tokens are not.
-_MULTIPLES = ("ins", "outs", "d", "width", "size")
-
-#: Types of runtime arguments that are no float32 pointers.
-_FLOATS = {"scale": "fp32", "eps": "fp32"}
+DEVICE = torch.device("cuda:0")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with the constants that it is launched with on a target.
-
-    `pointers` names those that are not float32; `dots`: it has products that belong in tensor cores.
-    """
+    """A kernel as it is launched on a target, under the name of the launch; `dots`: its products belong in tensor cores."""
 
     name: str
-    kernel: Any
-    constants: dict[str, Any]
-    warps: int
-    stages: int
-    pointers: dict[str, str]
-    dots: bool
+    variant: Variant
+
+    @property
+    def dots(self) -> bool:
+        kernel = self.name.split()[0]
+        return (
+            "zplus" in kernel or kernel.startswith("attention_") and "update" not in kernel
+        ) and "ieee fp32" not in self.name
 
 
 @dataclass(frozen=True)
@@ -79,135 +66,92 @@ class Resources:
     tensor_cores: int
 
 
-def cases(target: str) -> Iterator[Case]:
-    """What would be launched on a target."""
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+
+def _linear(n: int, dtype: torch.dtype, purpose: Any = None, rules: str = "positive", width: int = 768) -> None:
+    kernels = triton_backend.kernels()
+    x, w, y, bias = (_empty(*shape, dtype=dtype) for shape in ((n, width), (width, width), (n, width), (width,)))
+    lane = _empty(1, n, width)
+    if purpose is None:
+        kernels[ops.zplus_linear](x, w, y, bias, lane, lane, rules)
+        return
+    parts = kernels[ops.reduced_weight](w, purpose)
+    w_grad = parts[0] if purpose == "bfloat16" else kernels[ops.reduced_weight](w, "gradient")[0]
+    kernels[ops.zplus_linear_reduced](x, *parts, w_grad, y, bias, lane, lane)
+
+
+def _attention(d: int, dtype: torch.dtype, rules: str, masked: bool) -> None:
+    q = _empty(2, 197, 12, d, dtype=dtype).transpose(1, 2)
+    lane = _empty(1, 2, 197, 12, d).transpose(2, 3)
+    mask = _empty(2, 1, 1, 197, dtype=dtype) if masked else None
+    options = (d**-0.5, False, 0, rules, "gradient_relevance", masked, True)
+    kernel = triton_backend.kernels()[ops.attention_relevance]
+    kernel(q, q, q, mask, lane, lane, _empty(1, 2, 197), *options)
+
+
+def launches(float8: bool) -> Iterator[tuple[str, Any]]:
+    """What models of the zoo make of every operator: ViT-B's and BERT's layers and heads, in every dtype and precision."""
+    kernels = triton_backend.kernels()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        yield name, lambda dtype=dtype: _linear(197, dtype)
+        if dtype != torch.float16:
+            yield f"{name} mixed", lambda dtype=dtype: _linear(197, dtype, "bfloat16")
+            if float8:
+                yield f"{name} low", lambda dtype=dtype: _linear(197, dtype, "float8")
+    yield "float32 official", lambda: _linear(197, torch.float32, rules="official")
+    yield "many rows", lambda: _linear(12608, torch.bfloat16)
+    yield "many rows mixed", lambda: _linear(12608, torch.bfloat16, "bfloat16")
+    for d in (32, 64, 128):
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{str(dtype).removeprefix('torch.')} d={d}"
+            yield name, lambda d=d, dtype=dtype: _attention(d, dtype, "positive", d == 64)
+            if d <= triton_backend.MAX_HEAD_OFFICIAL:
+                yield f"{name} official", lambda d=d, dtype=dtype: _attention(d, dtype, "official", True)
+    x, lane = (64, 197, 768), (1, 64, 197, 768)
+    for rules in ("positive", "official"):
+        add = kernels[ops.residual_add]
+        yield rules, lambda rules=rules: add(_empty(*x), _empty(*x), _empty(*lane), 0, rules)
+    norm, update, rollout = (kernels[op] for op in (ops.layer_norm_backward, ops.attention_update, ops.rollout_row))
+    yield "768", lambda: norm(_empty(*lane), _empty(*x), _empty(768), 1, 1e-6)
+    yield "", lambda: update(None, _empty(1, 2, 12, 197, 197), _empty(1, 2, 12, 197, 197), "gradient_relevance")
+    yield "", lambda: rollout(_empty(1, 2, 197), _empty(1, 2, 197, 197), True)
+
+
+@functools.cache
+def cases(target: str) -> tuple[Case, ...]:
+    """What would be launched on a target, recorded."""
     amd = target.startswith("gfx")
     capability = 80 if amd else int(target.removeprefix("sm_"))
-    full = "ieee" if amd else "tf32x3"
-    kinds = {
-        "float32": ("fp32", tl.float32, full),
-        "tf32": ("bf16", tl.float32, "tf32"),
-        "bfloat16": ("bf16", tl.bfloat16, "ieee"),
-    }
-    if capability >= 89:
-        kinds["float8"] = ("fp8e4nv", tl.float8e4nv, "ieee")
-    for kind, (weight, dot, precision) in kinds.items():
-        if amd and kind == "tf32":
-            continue
-        value = "bf16" if kind == "tf32" else "fp32"
-        table_key = "float32" if kind == "tf32" else kind
-        stored = {"s_ptr": "bf16"} if kind in ("bfloat16", "float8") else {}
-        tile = configs.of(configs.SHARES[table_key], capability)
-        common = {"SCALED": kind == "float8", "DOT": dot, "PRECISION": precision}
-        shares = {
-            **common, "HAS_OUTPUT": kind == "float32", "HAS_BIAS": kind == "float32", "OFFICIAL": kind == "float32",
-            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
-        }  # fmt: skip
-        pointers = {"x_ptr": value, "w_ptr": weight, **stored}
-        yield Case(
-            f"zplus_shares {kind}",
-            zplus_linear.zplus_shares_kernel,
-            shares,
-            tile.warps,
-            tile.stages,
-            pointers,
-            True,
-        )
-        tile = configs.of(configs.BACK[table_key], capability)
-        back = {
-            **common, "HAS_GRAD": True, "OWN_WEIGHT": kind != "float8", "DOT_GRAD": dot if kind != "float8" else tl.bfloat16,
-            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
-        }  # fmt: skip
-        pointers |= {"w_grad_ptr": "bf16" if kind == "float8" else weight}
-        yield Case(f"zplus_back {kind}", zplus_linear.zplus_back_kernel, back, tile.warps, tile.stages, pointers, True)
-    for width in (32, 64, 128):
-        official = ("official", 2, full, "fp32"), ("official", 2, "tf32", "bf16")
-        for rules, mask, precision, value in (
-            ("positive", 0, full, "fp32"),
-            ("positive", 0, "tf32", "bf16"),
-            *(official if width <= triton_backend.MAX_HEAD_OFFICIAL else ()),
-        ):
-            if amd and precision == "tf32":
-                continue
-            if width > attention_relevance.MAX_TF32X3 and precision == full:
-                precision = "ieee"
-            common = {
-                "REL": True, "GRAD": True, "MASK": mask, "CAUSAL": False, "OFFICIAL": rules == "official",
-                "PRECISION": precision, "D": width,
-            }  # fmt: skip
-            pointers = {"q_ptr": value, "k_ptr": value, "v_ptr": value}
-            dots = amd or precision != "ieee"
-            label = f"{rules}{' masked' if mask else ''} d={width} {precision}"
-            yield _tiled(
-                f"attention_rows {label}",
-                attention_relevance.attention_rows_kernel,
-                "rows",
-                common,
-                capability,
-                pointers,
-                dots,
-            )
-            lanes = (
-                {"": (True, True)}
-                if precision == "tf32" and rules == "positive"
-                else {" gradient": (True, False), " relevance": (False, True)}
-            )
-            for kind, (grad, rel) in lanes.items():
-                sweep = {**common, "GRAD_IN": grad, "REL_IN": rel, "GRAD": grad, "SUMS": grad, "ROW": grad, "UPDATE": 0}
-                for part in ("queries", "keys"):
-                    kernel = getattr(attention_relevance, f"attention_{part}_kernel")
-                    if part == "keys" or grad or rules == "official":
-                        name = f"attention_{part} {label}{kind}"
-                        yield _tiled(name, kernel, part + kind.removesuffix(" gradient"), sweep, capability, pointers, dots)
-    block = {"BLOCK": residual_add.BLOCK}
-    yield Case("residual_share", residual_add.residual_share_kernel, block, 4, 3, {}, False)
-    yield Case("residual_sums", residual_add.residual_sums_kernel, {**block, "RUN": residual_add.RUN}, 4, 3, {}, False)
-    yield Case("residual_scale", residual_add.residual_scale_kernel, {**block, "CHUNKS": 64}, 4, 3, {}, False)
-    norm = {"WEIGHTED": True, "BLOCK": 1024}
-    yield Case("layer_norm_backward 768", layer_norm_backward.layer_norm_backward_kernel, norm, 2, 3, {}, False)
-    update = {"ATTN": True, "GRAD": True, "REL": True, "UPDATE": 0, "BLOCK": attention_update.BLOCK}
-    yield Case("attention_update", attention_update.attention_update_kernel, update, 4, 3, {}, False)
-    roll = {"BLOCK_Q": rollout_row.BLOCK_Q, "BLOCK_K": rollout_row.BLOCK_K}
-    yield Case("rollout_kept", rollout_row.rollout_kept_kernel, roll, 4, 3, {}, False)
-    yield Case("rollout_through", rollout_row.rollout_through_kernel, roll, 4, 3, {}, False)
-
-
-def _tiled(
-    name: str, kernel: Any, sweep: str, constants: dict[str, Any], capability: int, pointers: dict[str, str], dots: bool
-) -> Case:
-    tile = configs.attention(constants["PRECISION"], constants["D"], sweep, capability)
-    return Case(name, kernel, {**constants, "BLOCK_M": tile.m, "BLOCK_N": tile.n}, tile.warps, tile.stages, pointers, dots)
+    found: dict[str, Case] = {}
+    seen_variants: set[Any] = set()
+    version = mock.patch.object(torch.version, "hip", "6.4" if amd else None)
+    with recorded(capability, devices=1) as seen, FakeTensorMode(), version:
+        for label, launch in launches(float8=capability >= 89):
+            seen.kernels.clear()
+            launch()
+            for variant in seen.kernels:
+                constants = dict(zip(variant.kernel.arg_names, range(1000), strict=False))
+                values = {name: dict(variant.constants).get((i,)) for name, i in constants.items()}
+                flags = "".join(f" {flag.lower()}" for flag in ("REL_IN", "GRAD_IN") if values.get(flag))
+                dot = values.get("DOT")
+                how = f" {values['PRECISION']}" if values.get("PRECISION") else ""
+                how += f" {dot.name}" if dot is not None else " fp32" if how else ""
+                name = " ".join(f"{variant.kernel.fn.__name__} {label}{how}{flags}".split())
+                if (key := repr(variant)) not in seen_variants:
+                    seen_variants.add(key)
+                    found[name] = Case(name, variant)
+    return tuple(found.values())
 
 
 def compiled(case: Case, target: str) -> Any:
     """The binary and all its stages."""
-    # As Triton specialises a launch at usual sizes: unit strides are constants, sizes and other strides multiples of 16.
-    unit = dict.fromkeys(("w_col", "w_grad_col", "mask_col"), 1)
-    constants = {name: value for name, value in (unit | case.constants).items() if name in case.kernel.arg_names}
-    signature = {}
-    for name in case.kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = f"*{case.pointers.get(name, 'fp32')}"
-        else:
-            signature[name] = _FLOATS.get(name, "i32")
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(case.kernel.arg_names)
-        if name.endswith("_ptr")
-        or (name not in constants and name in _MULTIPLES)
-        or re.search("_(batch|head|row|target)$", name)
-    }
-    source = ASTSource(case.kernel, signature, constants, divisible)
-    options = {"num_warps": case.warps, "num_stages": case.stages}
-    if (
-        TARGETS[target].backend == "cuda"
-        and case.name.startswith(("attention_rows", "attention_queries", "attention_keys", "rollout"))
-        and case.constants.get("PRECISION") != "ieee"
-    ):
-        options["maxnreg"] = 255  # launch.ALL_REGISTERS
-    return triton.compile(source, target=TARGETS[target], options=options)
+    options = dict(case.variant.options)
+    if target.startswith("gfx"):
+        options.pop("maxnreg", None)
+    return triton.compile(case.variant.source(), target=TARGETS[target], options=options)
 
 
 def resources(case: Case, target: str) -> Resources:

@@ -44,11 +44,22 @@ def run(
     logits = outputs[program.leaves[0]]
     chosen = logits.argmax(1, keepdim=True) if classes is None else classes
     seed = torch.zeros(chosen.shape[1], *logits.shape, dtype=lane_dtype(logits.dtype), device=logits.device)
-    seed = seed.scatter(2, chosen.T[:, :, None], 1.0)
+    seed = seed.scatter(2, chosen.T.unsqueeze(-1), 1.0)
     row = seed.sum([dim + 1 for dim in program.leaf_features[0]], keepdim=True)
     rows, grids, _ = program.reverse([seed, seed, row, *saved])
     relevance = [one.flatten(2).transpose(0, 1) for one in rows]
     return list(outputs), chosen, relevance, [None if grid is None else grid.transpose(0, 1) for grid in grids]
+
+
+def check_same_kind(given: Sequence[Tensor], captured: Sequence[Tensor]) -> None:
+    """Inputs of the very shapes, dtypes and devices that were captured: copying into their places would convert others unasked.
+
+    Raises:
+        InputError: anything else.
+    """
+    kinds, expected = ([(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in xs] for xs in (given, captured))
+    if kinds != expected:
+        raise InputError(f"inputs of {kinds} do not fit the captured graph, which takes {expected}")
 
 
 class Graphed:
@@ -78,20 +89,19 @@ class Graphed:
                     run(self._program, values, self._classes)
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Other threads may allocate meanwhile, a DataLoader's that pins memory for one.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._results = run(self._program, values, self._classes)
 
     def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Explanation:
         """Explain inputs of the captured sizes, for as many classes per sample as were captured.
 
         Raises:
-            InputError: inputs or targets of other sizes than captured; NaN in them or in the result.
+            InputError: inputs or targets of other sizes or dtypes than captured; NaN or infinity in the output or the result.
         """
         ordered = in_order(self._model, args, kwargs)
         given = [x for x in pytree.tree_leaves((args, ordered)) if isinstance(x, Tensor)]
-        shapes, expected = ([(tuple(x.shape), x.dtype) for x in xs] for xs in (given, self._inputs))
-        if shapes != expected:
-            raise InputError(f"inputs of shapes and dtypes {shapes} do not fit the captured graph, which takes {expected}")
+        check_same_kind(given, self._inputs)
         if (target is None) != (self._classes is None):
             raise InputError(
                 "a graph captured with targets=0 explains the predicted class; with targets=K it needs target=[B, K]"
@@ -110,6 +120,7 @@ class Graphed:
         outputs, classes, relevance, grids = pytree.tree_map(
             lambda x: x.clone() if isinstance(x, Tensor) else x, self._results
         )
+        check_finite("the model's output", outputs[self._program.leaves[0]])
         one = self._classes is None or self._classes.shape[1] == 1
         maps: dict[str, TokenMap] = {}
         for name, image, row, grid in zip(self._names, self._images, relevance, grids, strict=True):

@@ -49,6 +49,8 @@ def products(
     if dtype != torch.float32:
         return Products()
     if backend in ("triton", "cuda") or (device is not None and device.type == "cuda"):
+        if device is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            return Products()  # bfloat16 is emulated there
         return Products("float8" if precision == "low" and _fast_float8(device, backend) else "bfloat16", True)
     if precision == "low":
         return Products("int8", fast_bfloat16())
@@ -59,7 +61,11 @@ def _fast_float8(device: torch.device | None, backend: str) -> bool:
     """Whether Triton kernels run and multiply in float8; under the interpreter they do."""
     if backend not in ("auto", "triton") or triton.unavailable():
         return False
-    return device is None or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    if device is None or device.type != "cuda":
+        return True
+    if torch.version.hip:  # CDNA3's float8 is another one, and CDNA2 has none
+        return torch.cuda.get_device_properties(device).gcnArchName.startswith(("gfx95", "gfx12"))
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def fast_bfloat16() -> bool:

@@ -22,7 +22,7 @@ SAMPLES = 64
 @dataclass(frozen=True)
 class _Prepared:
     version: int
-    sample: Tensor
+    sample: Tensor | None
     result: tuple[Tensor, ...]
 
     @property
@@ -50,21 +50,32 @@ def kept(prepare: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tens
     """`prepare(weight, purpose)`, its results kept until the weight changes, within `limit`."""
 
     def prepared(weight: Tensor, purpose: str) -> tuple[Tensor, ...]:
-        # On a GPU, comparing samples would wait for it, and converting is quick there.
-        if weight.is_inference() or weight.device.type != "cpu" or limit() == 0:
+        if weight.is_inference() or limit() == 0:
             return prepare(weight, purpose)
         owner = weight if weight._base is None else weight._base
         key = (purpose, prepare, weight.data_ptr(), weight.shape, weight.stride())
         found = _kept.get(owner, {}).get(key)
-        if found and found.version == weight._version and torch.equal(found.sample, _sample(weight)):
+        if found and found.version == weight._version and _unchanged(found.sample, weight):
             return found.result
-        made = _Prepared(weight._version, _sample(weight).clone(), prepare(weight, purpose))
+        result = prepare(weight, purpose)
+        if any(x is weight for x in result):  # nothing was made; and what is kept must not keep its own key alive
+            return result
+        made = _Prepared(weight._version, _sample_to_keep(weight), result)
         if kept_bytes() + made.bytes <= limit():
             with _lock:
                 _kept.setdefault(owner, {})[key] = made
         return made.result
 
     return prepared
+
+
+def _sample_to_keep(weight: Tensor) -> Tensor | None:
+    """None on a GPU, where comparing would wait for all that was launched: there only autograd's version tells of a change."""
+    return _sample(weight).clone() if weight.device.type == "cpu" else None
+
+
+def _unchanged(sample: Tensor | None, weight: Tensor) -> bool:
+    return sample is None or torch.equal(sample, _sample(weight))
 
 
 def _sample(weight: Tensor) -> Tensor:

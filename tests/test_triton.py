@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import compiled
 from fastrel import Explainer, InputError
 from fastrel.backends import BACKENDS
-from fastrel.graphed import run
+from fastrel.graphed import Graphed, run
 from tests import golden_files as golden
 from tests import models
 
@@ -105,6 +105,43 @@ def test_nothing_between_inputs_and_map_looks_at_values(name: str) -> None:
     assert [x.shape for x in shapes[2]] == [x.shape for x in relevance]
     with pytest.raises(InputError, match="a CUDA graph needs a model on a CUDA device, and this one is on cpu"):
         explainer.graphed(**given)
+
+
+def _replayed(explainer: Explainer, given: dict[str, torch.Tensor]) -> Graphed:
+    """A Graphed whose graph is replayed by running the program: all of it but the capture, which needs a device."""
+    graphed = Graphed.__new__(Graphed)
+    captured, values, inputs = explainer._enter((), {name: x.clone() for name, x in given.items()})
+    graphed._model, graphed._inputs, graphed._spec, graphed._classes = explainer.model, inputs, captured.out_spec, None
+    graphed._program = explainer._program(captured, (captured.logits_index,))
+
+    class Graph:
+        def replay(self) -> None:
+            graphed._results = run(graphed._program, values, None)
+
+    graphed._graph = Graph()
+    return graphed
+
+
+def test_a_graph_takes_keywords_in_any_order() -> None:
+    """A BERT tokenizer returns token_type_ids before attention_mask; the model's signature has them the other way round."""
+    model, given = models.build("hf_bert"), models.inputs("hf_bert")
+    given["token_type_ids"] = (torch.arange(given["input_ids"].shape[1]) % 2).expand_as(given["input_ids"]).contiguous()
+    swapped = {name: given[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
+    explainer = Explainer(model, backend="torch")
+    expected = explainer(**given)
+    ours = _replayed(explainer, given)(**swapped)
+    assert torch.equal(ours.logits, expected.logits)
+    assert torch.equal(ours.relevance, expected.relevance)
+
+
+def test_a_graph_refuses_other_dtypes_and_what_is_not_finite() -> None:
+    model, given = models.build("timm_vit"), models.inputs("timm_vit")
+    graphed = _replayed(Explainer(model, backend="torch"), given)
+    with pytest.raises(InputError, match=r"'float32'\)\] do not fit the captured graph, which takes .*'float64'\)\]"):
+        graphed(given["x"].float())
+    given["x"][0, 0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match="the model's output"):
+        graphed(given["x"])
 
 
 @pytest.mark.gpu

@@ -19,8 +19,16 @@ import torch
 import triton
 import triton.language as tl
 from fastrel.triton_kernels import configs
-from fastrel.triton_kernels.launch import ALL_REGISTERS, blocks, capability, precision, with_unit_stride
-from fastrel.triton_kernels.math import UPDATES, positive, safe_divide, update_of
+from fastrel.triton_kernels.launch import (
+    ALL_REGISTERS,
+    blocks,
+    capability,
+    dense,
+    float32_precision,
+    on_its_device,
+    with_unit_stride,
+)
+from fastrel.triton_kernels.math import UPDATES, dot, operand, positive, safe_divide, update_of
 from torch import Tensor
 
 from fastrel.ops.attention import mask_factor
@@ -31,13 +39,17 @@ MAX_TF32X3 = 64
 #: Kinds of masks: none, True where a key is attended to, a bias of the scores.
 NO_MASK, KEEP, BIAS = 0, 1, 2
 
+#: What strides of a tensor [batch, heads, rows, d] are of.
+ROWS = ("batch", "head", "row")
+
 
 @triton.jit
-def load_rows(p, row, rows, d, D: tl.constexpr, stride):
-    """A tile [rows, D] of float32 from the rows `row` of a matrix with d columns."""
+def load_rows(p, row, rows, d, D: tl.constexpr, stride, PRECISION: tl.constexpr):
+    """A tile [rows, D] of float32, as products in PRECISION take it, from the rows `row` of a matrix with d columns."""
     c = tl.arange(0, D)
     at = row.to(tl.int64)[:, None] * stride + c[None, :]
-    return tl.load(p + at, mask=(row < rows)[:, None] & (c < d)[None, :], other=0.0).to(tl.float32)
+    tile = tl.load(p + at, mask=(row < rows)[:, None] & (c < d)[None, :], other=0.0)
+    return operand(tile, tl.float32, PRECISION) if tile.dtype == tl.float32 else tile.to(tl.float32)
 
 
 @triton.jit
@@ -83,7 +95,7 @@ def official_scores_relevance(rel_attn, product, bias, scale, MASKED: tl.constex
         return safe_divide(rel_attn, product, True), nothing, nothing, nothing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "targets", "query_start"])
 def attention_rows_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr,
     rel_ptr, grad_ptr,  # [targets, batch, heads, queries, d]
@@ -97,10 +109,13 @@ def attention_rows_kernel(
     REL: tl.constexpr, GRAD: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, OFFICIAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    part = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(queries, BLOCK_M)
+    i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = part // heads, part % heads
-    b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row)  # [BM, D]
+    b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row, PRECISION)  # [BM, D]
+    # In TF32, A in two parts: δ is subtracted from what it is the mean of, and denominators are worth their digits.
+    SPLIT: tl.constexpr = PRECISION == "tf32"
     highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, D), tl.float32)
@@ -108,8 +123,8 @@ def attention_rows_kernel(
     p_mask = mask_ptr + b * mask_batch + h * mask_head
     for start in tl.range(0, keys, BLOCK_N, disable_licm=True):
         j = start + tl.arange(0, BLOCK_N)
-        b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row)  # [BN, D]
-        b_v = load_rows(v_ptr + b * v_batch + h * v_head, j, keys, d, D, v_row)  # [BN, D]
+        b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row, PRECISION)  # [BN, D]
+        b_v = load_rows(v_ptr + b * v_batch + h * v_head, j, keys, d, D, v_row, PRECISION)  # [BN, D]
         _, _, scores = products_and_scores(
             b_q, b_k, i, j, queries, keys, p_mask, mask_row, mask_col, scale, query_start, MASK, CAUSAL, PRECISION
         )
@@ -119,28 +134,29 @@ def attention_rows_kernel(
         attn = tl.exp(scores - safe[:, None])
         total = total * kept + tl.sum(attn, 1)
         if GRAD:
-            out = tl.dot(attn, b_v, out * kept[:, None], input_precision=PRECISION)
+            out = dot(attn, b_v, out * kept[:, None], SPLIT, tl.float32, PRECISION)
         if REL:
             b_relevant = b_v if OFFICIAL else positive(b_v)
-            out_relevant = tl.dot(attn, b_relevant, out_relevant * kept[:, None], input_precision=PRECISION)
+            out_relevant = dot(attn, b_relevant, out_relevant * kept[:, None], SPLIT, tl.float32, PRECISION)
         highest = top
     share = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
     safe = tl.where(total == 0.0, 0.0, highest + tl.log(tl.where(total == 0.0, 1.0, total)))
     own = part * queries + i
-    size = tl.num_programs(1).to(tl.int64) * queries
+    size = (tl.num_programs(0) // tiles).to(tl.int64) * queries
     tl.store(lse_ptr + own, safe, mask=i < queries)
-    for t in range(targets):
+    for target in range(targets):
+        t = tl.cast(target, tl.int64)
         if REL:
-            b_rel = load_rows(rel_ptr + t * rel_target + b * rel_batch + h * rel_head, i, queries, d, D, rel_row)  # [BM, D]
+            b_rel = load_rows(rel_ptr + t * rel_target + b * rel_batch + h * rel_head, i, queries, d, D, rel_row, "ieee")
             s = safe_divide(b_rel, out_relevant * share[:, None], OFFICIAL)
             store_rows(s_ptr + (t * size + part * queries) * d, i, queries, d, D, d, s)
         if GRAD:
             p_grad = grad_ptr + t * grad_target + b * grad_batch + h * grad_head
-            b_grad = load_rows(p_grad, i, queries, d, D, grad_row)  # [BM, D]
+            b_grad = load_rows(p_grad, i, queries, d, D, grad_row, PRECISION)  # [BM, D]
             tl.store(delta_ptr + t * size + own, tl.sum(b_grad * out * share[:, None], 1), mask=i < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "targets", "query_start"])
 def attention_queries_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr,
     rel_q_ptr, grad_q_ptr,  # [targets, batch, queries, heads, d]
@@ -153,20 +169,21 @@ def attention_queries_kernel(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    part, t = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(queries, BLOCK_M)
+    i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    part, t = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
     b, h = part // heads, part % heads
-    parts = tl.num_programs(1).to(tl.int64)
+    parts = (tl.num_programs(0) // tiles).to(tl.int64)
     own = (t * parts + part) * queries
-    b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row)  # [BM, D]
+    b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row, PRECISION)  # [BM, D]
     b_lse = tl.load(lse_ptr + part * queries + i, mask=i < queries, other=0.0)  # [BM]
     rel_attn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     grad_attn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if REL:
-        b_s = load_rows(s_ptr + own * d, i, queries, d, D, d)  # [BM, D]
+        b_s = load_rows(s_ptr + own * d, i, queries, d, D, d, PRECISION)  # [BM, D]
     if GRAD:
         p_grad = grad_ptr + t * grad_target + b * grad_batch + h * grad_head
-        b_grad = load_rows(p_grad, i, queries, d, D, grad_row)  # [BM, D]
+        b_grad = load_rows(p_grad, i, queries, d, D, grad_row, PRECISION)  # [BM, D]
         b_delta = tl.load(delta_ptr + own + i, mask=i < queries, other=0.0)  # [BM]
     grad_q = tl.zeros((BLOCK_M, D), tl.float32)
     rel_q = tl.zeros((BLOCK_M, D), tl.float32)
@@ -177,8 +194,8 @@ def attention_queries_kernel(
     p_mask = mask_ptr + b * mask_batch + h * mask_head
     for start in tl.range(0, keys, BLOCK_N, disable_licm=True):
         j = start + tl.arange(0, BLOCK_N)
-        b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row)  # [BN, D]
-        b_v = load_rows(v_ptr + b * v_batch + h * v_head, j, keys, d, D, v_row)  # [BN, D]
+        b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row, PRECISION)  # [BN, D]
+        b_v = load_rows(v_ptr + b * v_batch + h * v_head, j, keys, d, D, v_row, PRECISION)  # [BN, D]
         product, bias, scores = products_and_scores(
             b_q, b_k, i, j, queries, keys, p_mask, mask_row, mask_col, scale, query_start, MASK, CAUSAL, PRECISION
         )
@@ -192,10 +209,10 @@ def attention_queries_kernel(
             sums += tl.sum(update_of(attn, grad_attn, rel_attn, UPDATE), 1)
         if GRAD_IN:
             weighted = attn * (grad_attn - b_delta[:, None]) * scale
-            grad_q = tl.dot(weighted, b_k, grad_q, input_precision=PRECISION)
+            grad_q = tl.dot(operand(weighted, tl.float32, PRECISION), b_k, grad_q, input_precision=PRECISION)
         if REL_IN and OFFICIAL:
             s_scores, row_own, row_mask, row_rel = official_scores_relevance(rel_attn, product, bias, scale, MASK != 0)
-            rel_q = tl.dot(s_scores, b_k, rel_q, input_precision=PRECISION)
+            rel_q = tl.dot(operand(s_scores, tl.float32, PRECISION), b_k, rel_q, input_precision=PRECISION)
             sum_own += row_own
             sum_mask += row_mask
             sum_rel += row_rel
@@ -213,7 +230,7 @@ def attention_queries_kernel(
         tl.store(sum_ptr + own + i, sums / heads, mask=i < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "targets", "query_start"])
 def attention_keys_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr,
     row_ptr,  # [targets, batch, queries]
@@ -226,14 +243,15 @@ def attention_keys_kernel(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part, t = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(keys, BLOCK_N)
+    j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    part, t = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
     b, h = part // heads, part % heads
-    parts = tl.num_programs(1).to(tl.int64)
+    parts = (tl.num_programs(0) // tiles).to(tl.int64)
     own = (t * parts + part) * queries
     sample = t * (parts // heads) + b
-    b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row)  # [BN, D]
-    b_v = load_rows(v_ptr + b * v_batch + h * v_head, j, keys, d, D, v_row)  # [BN, D]
+    b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row, PRECISION)  # [BN, D]
+    b_v = load_rows(v_ptr + b * v_batch + h * v_head, j, keys, d, D, v_row, PRECISION)  # [BN, D]
     b_relevant = b_v if OFFICIAL else positive(b_v)
     rel_attn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     grad_attn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -245,32 +263,32 @@ def attention_keys_kernel(
     p_mask = mask_ptr + b * mask_batch + h * mask_head
     for start in tl.range(0, queries, BLOCK_M, disable_licm=True):
         i = start + tl.arange(0, BLOCK_M)
-        b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row)  # [BM, D]
+        b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row, PRECISION)  # [BM, D]
         b_lse = tl.load(lse_ptr + part * queries + i, mask=i < queries, other=0.0)  # [BM]
         product, bias, scores = products_and_scores(
             b_q, b_k, i, j, queries, keys, p_mask, mask_row, mask_col, scale, query_start, MASK, CAUSAL, PRECISION
         )
         attn = tl.exp(scores - b_lse[:, None])
         if REL:
-            b_s = load_rows(s_ptr + own * d, i, queries, d, D, d)  # [BM, D]
+            b_s = load_rows(s_ptr + own * d, i, queries, d, D, d, PRECISION)  # [BM, D]
             rel_attn = 0.5 * attn * tl.dot(b_s, tl.trans(b_relevant), input_precision=PRECISION)
         if GRAD:
             p_grad = grad_ptr + t * grad_target + b * grad_batch + h * grad_head
-            b_grad = load_rows(p_grad, i, queries, d, D, grad_row)  # [BM, D]
+            b_grad = load_rows(p_grad, i, queries, d, D, grad_row, PRECISION)  # [BM, D]
             grad_attn = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
         if ROW:
             b_row = tl.load(row_ptr + sample * queries + i, mask=i < queries, other=0.0)  # [BM]
             through += tl.sum(b_row[:, None] * update_of(attn, grad_attn, rel_attn, UPDATE), 0)
         if GRAD_IN:
-            grad_v = tl.dot(tl.trans(attn), b_grad, grad_v, input_precision=PRECISION)
+            grad_v = tl.dot(tl.trans(operand(attn, tl.float32, PRECISION)), b_grad, grad_v, input_precision=PRECISION)
             b_delta = tl.load(delta_ptr + own + i, mask=i < queries, other=0.0)  # [BM]
             weighted = attn * (grad_attn - b_delta[:, None]) * scale
-            grad_k = tl.dot(tl.trans(weighted), b_q, grad_k, input_precision=PRECISION)
+            grad_k = tl.dot(tl.trans(operand(weighted, tl.float32, PRECISION)), b_q, grad_k, input_precision=PRECISION)
         if REL_IN:
-            rel_v = tl.dot(tl.trans(attn), b_s, rel_v, input_precision=PRECISION)
+            rel_v = tl.dot(tl.trans(operand(attn, tl.float32, PRECISION)), b_s, rel_v, input_precision=PRECISION)
             if OFFICIAL:
                 s_scores, _, _, _ = official_scores_relevance(rel_attn, product, bias, scale, MASK != 0)
-                rel_k = tl.dot(tl.trans(s_scores), b_q, rel_k, input_precision=PRECISION)
+                rel_k = tl.dot(tl.trans(operand(s_scores, tl.float32, PRECISION)), b_q, rel_k, input_precision=PRECISION)
     at = (sample * keys * heads + h) * d
     if GRAD_IN:
         store_rows(grad_k_ptr + at, j, keys, d, D, heads * d, grad_k)
@@ -283,6 +301,7 @@ def attention_keys_kernel(
         tl.store(through_ptr + (t * parts + part) * keys + j, through / heads, mask=j < keys)
 
 
+@on_its_device
 def attention_relevance(
     q: Tensor,
     k: Tensor,
@@ -324,15 +343,21 @@ def attention_relevance(
     delta = none if grad is None else empty(targets, batch, heads, queries)
 
     width = max(16, triton.next_power_of_2(d))
-    multiply, where = precision(q, k, v), capability(q.device)
+    narrow = all(x.dtype in (torch.bfloat16, torch.float16) for x in (q, k, v))
+    multiply = "tf32" if narrow and not torch.version.hip else float32_precision()
+    where = capability(q.device)
     if multiply == "tf32x3" and width > MAX_TF32X3:
         multiply = "ieee"
     kind = NO_MASK if mask is None else KEEP if mask.dtype == torch.bool else BIAS
     mask_values = q if mask is None else mask.view(torch.uint8) if kind == KEEP else mask
     grad_values, grad_strides = (q, (0, 0, 0, 0)) if grad is None else (grad, grad.stride()[:4])
-    values = (q, k, v, mask_values)
-    sizes = (heads, queries, keys, d)
-    value_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(mask))
+    values = {
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": mask_values, "lse_ptr": lse, "s_ptr": s, "delta_ptr": delta,
+        "grad_ptr": grad_values, "heads": heads, "queries": queries, "keys": keys, "d": d, "scale": scale,
+        "query_start": query_start,
+        **_strides("q", q.stride()), **_strides("k", k.stride()), **_strides("v", v.stride()), **_mask_strides(mask),
+        **_strides("grad", grad_strides, ("target", *ROWS)),
+    }  # fmt: skip
     options = {
         "REL": rel is not None, "GRAD": grad is not None, "MASK": kind, "CAUSAL": is_causal, "OFFICIAL": official,
         "PRECISION": multiply, "D": width,
@@ -345,11 +370,10 @@ def attention_relevance(
         return tile, {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "num_warps": tile.warps, "num_stages": tile.stages, **registers}
 
     tile, blocking = tiled("rows")
-    attention_rows_kernel[blocks(queries, tile.m), batch * heads](
-        *values, q if rel is None else rel, grad_values, lse, s, delta, *sizes, targets, scale, query_start, *value_strides,
-        *((0, 0, 0, 0) if rel is None else rel.stride()[:4]), *grad_strides, **options, **blocking,
+    attention_rows_kernel[(blocks(queries, tile.m) * batch * heads,)](
+        **values, rel_ptr=q if rel is None else rel, targets=targets,
+        **_strides("rel", (0, 0, 0, 0) if rel is None else rel.stride(), ("target", *ROWS)), **options, **blocking,
     )  # fmt: skip
-    saved = (*values, lse, s, delta, grad_values)
     options["UPDATE"] = UPDATES[update]
     sums = empty(targets, batch, heads, queries) if row is not None and normalize else none
     mask_sums = empty(targets, batch, heads, 3, queries) if mask is not None and wants_rel and official else none
@@ -360,13 +384,13 @@ def attention_relevance(
         rel_in, sums_in = rel_in and official, update_in and sums.numel() > 0
         tile, blocking = tiled("queries relevance" if rel_in and not grad_in else "queries")
         if grad_in or rel_in or sums_in:
-            attention_queries_kernel[blocks(queries, tile.m), batch * heads, targets](
-                *saved, rel_q, grad_q, sums, mask_sums, *sizes, scale, query_start, *value_strides, *grad_strides,
+            attention_queries_kernel[blocks(queries, tile.m) * batch * heads, targets](
+                **values, rel_q_ptr=rel_q, grad_q_ptr=grad_q, sum_ptr=sums, mask_sum_ptr=mask_sums,
                 GRAD_IN=grad_in, REL_IN=rel_in, SUMS=sums_in, **_of_lanes(options, grad_in, rel_in, sums_in), **blocking,
             )  # fmt: skip
     kept, weights = none, row
     if row is not None:
-        weights = row.contiguous()
+        weights = dense(row)
         if normalize:
             kept = weights = weights / (1 + sums.sum(2))
     through = none if row is None else empty(targets, batch, heads, keys)
@@ -374,13 +398,13 @@ def attention_relevance(
         row_in = update_in and row is not None
         tile, blocking = tiled("keys relevance" if rel_in and not grad_in else "keys")
         if grad_in or rel_in or row_in:
-            attention_keys_kernel[blocks(keys, tile.n), batch * heads, targets](
-                *saved, none if weights is None else weights, rel_k, rel_v, grad_k, grad_v, through, *sizes, scale, query_start,
-                *value_strides, *grad_strides, GRAD_IN=grad_in, REL_IN=rel_in, ROW=row_in,
+            attention_keys_kernel[blocks(keys, tile.n) * batch * heads, targets](
+                **values, row_ptr=none if weights is None else weights, rel_k_ptr=rel_k, rel_v_ptr=rel_v,
+                grad_k_ptr=grad_k, grad_v_ptr=grad_v, through_ptr=through, GRAD_IN=grad_in, REL_IN=rel_in, ROW=row_in,
                 **_of_lanes(options, grad_in, rel_in, row_in), **blocking,
             )  # fmt: skip
     if mask_sums.numel():
-        factor = mask_factor(mask_sums.sum((2, 4)))[:, :, None, None, None]
+        factor = mask_factor(mask_sums.sum((2, 4))).view(targets, batch, 1, 1, 1)
         rel_q, rel_k = rel_q * factor, rel_k * factor
     return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, none if row is None else through.sum(2)
 
@@ -390,9 +414,13 @@ def _of_lanes(options: dict[str, Any], grad_in: bool, rel_in: bool, update_in: b
     return {**options, "REL": options["REL"] and (rel_in or update_in), "GRAD": options["GRAD"] and (grad_in or update_in)}
 
 
-def _strides(mask: Tensor | None) -> tuple[int, ...]:
+def _strides(name: str, strides: tuple[int, ...], of: tuple[str, ...] = ROWS) -> dict[str, int]:
+    """Strides of a tensor [batch, heads, rows, d], by the kernels' names for them."""
+    return {f"{name}_{part}": stride for part, stride in zip(of, strides, strict=False)}
+
+
+def _mask_strides(mask: Tensor | None) -> dict[str, int]:
     """Strides of a mask that broadcasts to [batch, heads, queries, keys], 0 where it does."""
-    if mask is None:
-        return 0, 0, 0, 0
-    own = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
-    return (*[0] * (4 - len(own)), *own)
+    shape, strides = ((), ()) if mask is None else (mask.shape, mask.stride())
+    own = [0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
+    return _strides("mask", (*[0] * (4 - len(own)), *own), (*ROWS, "col"))

@@ -13,9 +13,13 @@ class Tile(NamedTuple):
     stages: int
 
 
+#: Blocks of rows of a product that take turns at a column, so that what they read of the weight stays in the cache.
+GROUP = 8
+
 #: First product of `zplus_linear` (rows × outs over ins).
 SHARES = {
     "float32": {80: Tile(64, 64, 32, 8, 2)},
+    "split": {80: Tile(64, 64, 32, 8, 2)},
     "bfloat16": {80: Tile(64, 64, 32, 8, 3), 90: Tile(64, 64, 64, 8, 3), 120: Tile(64, 64, 32, 8, 3)},
     "float8": {80: Tile(64, 64, 64, 8, 2)},
 }
@@ -23,9 +27,19 @@ SHARES = {
 #: Second product of `zplus_linear` (rows × ins over outs): three accumulators.
 BACK = {
     "float32": {80: Tile(64, 64, 16, 8, 2), 120: Tile(32, 64, 16, 8, 2)},
+    "split": {80: Tile(64, 64, 16, 8, 2)},
     "bfloat16": {80: Tile(64, 64, 32, 8, 2)},
     "float8": {80: Tile(64, 64, 32, 8, 2)},
 }
+
+#: From so many rows on, and in layers so wide, torch's own products with passes between them take less time than fused ones.
+MANY_ROWS, WIDE = 1024, 512
+
+
+def products_first(rows: int, weight: tuple[int, ...]) -> bool:
+    """Whether a layer in bfloat16 is multiplied by the vendor's library."""
+    return rows >= MANY_ROWS and min(weight) >= WIDE
+
 
 #: Sweeps of `attention_relevance`, by how it multiplies and padded head size: m queries and n keys at a time; k is not used.
 #: In float32, and under the official rules, a sweep holds lanes of one kind only, the gradient or (`… relevance`) relevance.

@@ -3,10 +3,16 @@
 import torch
 import triton
 import triton.language as tl
+from fastrel.triton_kernels.launch import dense, on_its_device
 from torch import Tensor
 
+from fastrel import ops
 
-@triton.jit
+#: Numbers that fit into a program: wider rows are left to torch.
+WIDEST = 65536
+
+
+@triton.jit(do_not_specialize=["rows"])
 def layer_norm_backward_kernel(
     grad_ptr,  # [lanes, width]
     x_ptr,  # [rows, width]
@@ -29,14 +35,17 @@ def layer_norm_backward_kernel(
     tl.store(out_ptr + lane * width + c, out, mask=inside)
 
 
+@on_its_device
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: float) -> Tensor:
-    """`fastrel::layer_norm_backward` for x of float32, bfloat16 or float16, rows of at most 65536 numbers."""
-    grad, x = grad.contiguous(), x.contiguous()
-    out = torch.empty_like(grad)
+    """`fastrel::layer_norm_backward` for x of float32, bfloat16 or float16, lanes of float32."""
     width = x.shape[-dims:].numel()
+    if width > WIDEST:
+        return ops.layer_norm_backward(grad, x.float(), None if weight is None else weight.float(), dims, eps)
+    grad, x = dense(grad), dense(x)
+    out = torch.empty_like(grad)
     block = triton.next_power_of_2(width)
     layer_norm_backward_kernel[(grad.numel() // width,)](
-        grad, x, x if weight is None else weight.contiguous(), out, x.numel() // width, width, eps,
+        grad, x, x if weight is None else dense(weight), out, x.numel() // width, width, eps,
         WEIGHTED=weight is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""What the kernels compute, apart from loads and stores."""
+"""What the kernels compute, apart from loads and stores. NaN in, NaN out: nothing here may hide one."""
 
 import triton
 import triton.language as tl
@@ -9,6 +9,9 @@ TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 OFFICIAL_EPSILON: tl.constexpr = tl.constexpr(1e-9)
 #: A denominator that is a difference is rounding below this share of its terms: 8 eps.
 ROUNDING: tl.constexpr = tl.constexpr(9.5367431640625e-07)
+
+#: Triton's interpreter multiplies bfloat16 and float8 on bit patterns: operands are rounded, then widened again there.
+WIDEN: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 #: M of eq. (13) and its relatives, by the names that `fastrel.ops.UPDATES` has for them.
 UPDATES = {"gradient_relevance": 0, "gradient_attention": 1, "relevance": 2, "attention": 3}
@@ -21,19 +24,58 @@ def safe_divide(a, b, OFFICIAL: tl.constexpr):
         shifted = b + OFFICIAL_EPSILON
         return tl.where(b == 0.0, 0.0, a / tl.where(shifted == 0.0, OFFICIAL_EPSILON, shifted))
     else:
-        return tl.where(b < TINY, 0.0, a / tl.maximum(b, TINY))
+        return tl.where(b < TINY, 0.0, a / tl.maximum(b, TINY, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
 def positive(x):
     """x⁺."""
-    return tl.maximum(x, 0.0)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def negative(x):
     """x⁻ = min(x, 0)."""
-    return tl.minimum(x, 0.0)
+    return tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def without_low_bits(x, BITS: tl.constexpr):
+    """float32 rounded to 23 − BITS bits of mantissa, to nearest, ties to even. What exceeds the largest number becomes infinite."""
+    bits = x.to(tl.uint32, bitcast=True)
+    half: tl.constexpr = (1 << (BITS - 1)) - 1
+    kept: tl.constexpr = 0xFFFFFFFF - ((1 << BITS) - 1)
+    rounded = (bits + half + ((bits >> BITS) & 1)) & kept
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def narrow(x, TO: tl.constexpr):
+    """float32 rounded to a narrower dtype, to nearest; the interpreter cuts bfloat16 off, and loses float8's carries."""
+    if WIDEN and TO == tl.bfloat16:
+        return without_low_bits(x, 16).to(TO)
+    if WIDEN and TO == tl.float8e4nv:
+        return without_low_bits(x, 20).to(TO)
+    return x.to(TO)
+
+
+@triton.jit
+def operand(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """A float32 tile as a product takes it: rounded to DOT, or to TF32, of which the tensor core would drop the low 13 bits."""
+    if DOT == tl.float32:
+        return without_low_bits(x, 13) if PRECISION == "tf32" else x
+    return narrow(x, DOT).to(tl.float32) if WIDEN else narrow(x, DOT)
+
+
+@triton.jit
+def dot(a, b, acc, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b with b as it is in DOT already. SPLIT: a in two parts of DOT, which together hold 16 bits and more."""
+    high = operand(a, DOT, PRECISION)
+    acc = tl.dot(high, b, acc, input_precision=PRECISION)
+    if SPLIT:
+        low = a - high.to(tl.float32)
+        acc = tl.dot(operand(low, DOT, PRECISION), b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -57,3 +99,14 @@ def share(u, v, rel):
     part_u, part_v = positive(sign * u), positive(sign * v)
     s = safe_divide(rel, part_u + part_v, False)
     return part_u * s, part_v * s
+
+
+@triton.jit
+def tile_of(rows, columns, GROUP: tl.constexpr):
+    """This program's block of rows and of columns: GROUP blocks of rows take turns, so that their columns stay in the cache."""
+    program = tl.program_id(0)
+    in_group = GROUP * columns
+    first = program // in_group * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    within = program % in_group
+    return first + within % height, within // height

@@ -6,7 +6,7 @@ The chunks' sums lie side by side and are added up in order: no atomics, the sam
 import torch
 import triton
 import triton.language as tl
-from fastrel.triton_kernels.launch import blocks
+from fastrel.triton_kernels.launch import blocks, dense, on_its_device
 from fastrel.triton_kernels.math import safe_divide, share
 from torch import Tensor
 
@@ -15,7 +15,7 @@ BLOCK = 1024
 RUN = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "total"])
 def residual_share_kernel(
     u_ptr, v_ptr,  # [size]
     rel_ptr, rel_u_ptr, rel_v_ptr,  # [targets, size]
@@ -31,7 +31,7 @@ def residual_share_kernel(
     tl.store(rel_v_ptr + at, rel_v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def residual_sums_kernel(
     u_ptr, v_ptr,  # [batch, size]
     rel_ptr,  # [targets, batch, size]
@@ -39,7 +39,7 @@ def residual_sums_kernel(
     batch, size,
     BLOCK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    chunk, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, sample = tl.program_id(1), tl.program_id(0).to(tl.int64)
     value = (sample % batch) * size
     sum_u = tl.zeros((BLOCK,), tl.float32)
     sum_v = tl.zeros((BLOCK,), tl.float32)
@@ -54,14 +54,14 @@ def residual_sums_kernel(
         sum_u += b_u * s
         sum_v += b_v * s
         sum_rel += b_rel
-    chunks = tl.num_programs(0)
+    chunks = tl.num_programs(1)
     p_sums = sums_ptr + sample * 3 * chunks + chunk
     tl.store(p_sums, tl.sum(sum_u))
     tl.store(p_sums + chunks, tl.sum(sum_v))
     tl.store(p_sums + 2 * chunks, tl.sum(sum_rel))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def residual_scale_kernel(
     u_ptr, v_ptr,  # [batch, size]
     rel_ptr, rel_u_ptr, rel_v_ptr,  # [targets, batch, size]
@@ -69,7 +69,7 @@ def residual_scale_kernel(
     batch, size, chunks,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, CHUNKS)
     p_sums = sums_ptr + sample * 3 * chunks + c
     sum_u = tl.sum(tl.load(p_sums, mask=c < chunks, other=0.0))
@@ -78,7 +78,7 @@ def residual_scale_kernel(
     both = tl.abs(sum_u) + tl.abs(sum_v)
     factor_u = safe_divide(safe_divide(tl.abs(sum_u), both, True) * sum_rel, sum_u, True)
     factor_v = safe_divide(safe_divide(tl.abs(sum_v), both, True) * sum_rel, sum_v, True)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     value, lane = (sample % batch) * size + at, sample * size + at
     b_u = tl.load(u_ptr + value, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
@@ -88,22 +88,24 @@ def residual_scale_kernel(
     tl.store(rel_v_ptr + lane, b_v * s * factor_v, mask=inside)
 
 
+@on_its_device
 def residual_add(u: Tensor, v: Tensor, rel: Tensor, batch_dim: int, rules: str) -> tuple[Tensor, Tensor]:
     """`fastrel::residual_add` for u, v of float32, bfloat16 or float16 and a lane of float32."""
     if rules == "positive":
-        u, v, rel = u.contiguous(), v.contiguous(), rel.contiguous()
+        u, v, rel = dense(u), dense(v), dense(rel)
         rel_u, rel_v = torch.empty_like(rel), torch.empty_like(rel)
         residual_share_kernel[(blocks(rel.numel(), BLOCK),)](u, v, rel, rel_u, rel_v, u.numel(), rel.numel(), BLOCK=BLOCK)
         return rel_u, rel_v
     u, v, rel = (
-        x.movedim(d, d - batch_dim).contiguous() for x, d in ((u, batch_dim), (v, batch_dim), (rel, batch_dim + 1))
+        dense(x.movedim(d, d - batch_dim)) for x, d in ((u, batch_dim), (v, batch_dim), (rel, batch_dim + 1))
     )
     rel_u, rel_v = torch.empty_like(rel), torch.empty_like(rel)
-    batch, size = len(u), u[0].numel()
+    batch = len(u)
+    size = u.numel() // batch
     samples, chunks = rel.shape[0] * batch, blocks(size, BLOCK * RUN)
     sums = torch.empty(samples, 3, chunks, dtype=torch.float32, device=u.device)
-    residual_sums_kernel[chunks, samples](u, v, rel, sums, batch, size, BLOCK=BLOCK, RUN=RUN)
-    residual_scale_kernel[blocks(size, BLOCK), samples](
+    residual_sums_kernel[samples, chunks](u, v, rel, sums, batch, size, BLOCK=BLOCK, RUN=RUN)
+    residual_scale_kernel[samples, blocks(size, BLOCK)](
         u, v, rel, rel_u, rel_v, sums, batch, size, chunks, BLOCK=BLOCK, CHUNKS=triton.next_power_of_2(chunks)
     )
     return rel_u.movedim(1, batch_dim + 1), rel_v.movedim(1, batch_dim + 1)

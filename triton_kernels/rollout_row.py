@@ -3,13 +3,13 @@
 import torch
 import triton
 import triton.language as tl
-from fastrel.triton_kernels.launch import ALL_REGISTERS, blocks
+from fastrel.triton_kernels.launch import ALL_REGISTERS, blocks, dense, on_its_device
 from torch import Tensor
 
 BLOCK_Q, BLOCK_K = 32, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "maps"])
 def rollout_kept_kernel(
     row_ptr,  # [rows, queries]
     m_ptr,  # [maps, queries, keys]
@@ -17,8 +17,8 @@ def rollout_kept_kernel(
     queries, keys, maps,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = tl.program_id(0).to(tl.int64)
     total = tl.full((BLOCK_Q,), 1.0, tl.float32)
     for start in range(0, keys, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
@@ -28,7 +28,7 @@ def rollout_kept_kernel(
     tl.store(kept_ptr + row * queries + i, b_row / total, mask=i < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "keys", "maps"])
 def rollout_through_kernel(
     kept_ptr,  # [rows, queries]
     m_ptr,  # [maps, queries, keys]
@@ -36,8 +36,8 @@ def rollout_through_kernel(
     queries, keys, maps,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    row = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, queries, BLOCK_Q):
         i = start + tl.arange(0, BLOCK_Q)
@@ -48,15 +48,16 @@ def rollout_through_kernel(
     tl.store(through_ptr + row * keys + j, total, mask=j < keys)
 
 
+@on_its_device
 def rollout_row(row: Tensor, m: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """`fastrel::rollout_row` in float32."""
-    row, m = row.contiguous(), m.contiguous()
+    row, m = dense(row), dense(m)
     queries, keys = m.shape[-2:]
     rows, maps = row.numel() // queries, m.numel() // (queries * keys)
     kept = torch.empty_like(row) if normalize else row
     blocks_ = {"BLOCK_Q": BLOCK_Q, "BLOCK_K": BLOCK_K, **ALL_REGISTERS}
     if normalize:
-        rollout_kept_kernel[blocks(queries, BLOCK_Q), rows](row, m, kept, queries, keys, maps, **blocks_)
+        rollout_kept_kernel[rows, blocks(queries, BLOCK_Q)](row, m, kept, queries, keys, maps, **blocks_)
     through = torch.empty(*row.shape[:-1], keys, dtype=torch.float32, device=row.device)
-    rollout_through_kernel[blocks(keys, BLOCK_K), rows](kept, m, through, queries, keys, maps, **blocks_)
+    rollout_through_kernel[rows, blocks(keys, BLOCK_K)](kept, m, through, queries, keys, maps, **blocks_)
     return (kept if normalize else row.new_empty(0)), through

@@ -1,22 +1,80 @@
 """`zplus_linear` and `zplus_linear_reduced`: two products with everything around them fused into their tiles.
 
 The first forms Z and ends in S = R ⊘ Z; the second forms S W⁺, S W⁻ and g W from one pass over the weight and ends in
-R' = x⁺ ⊙ (S W⁺) + x⁻ ⊙ (S W⁻). Operands are cast to `DOT` as they are loaded; sums are float32.
+R' = x⁺ ⊙ (S W⁺) + x⁻ ⊙ (S W⁻). What they multiply in is the operator's (`KINDS`); sums are float32. Where there are many
+rows, torch's own products are faster (`zplus_products`).
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from fastrel.triton_kernels import configs
-from fastrel.triton_kernels.launch import INTERPRETED, blocks, capability, precision
-from fastrel.triton_kernels.math import ROUNDING, negative, positive, safe_divide
+from fastrel.triton_kernels import configs, zplus_products
+from fastrel.triton_kernels.launch import blocks, capability, dense, float32_precision, on_its_device
+from fastrel.triton_kernels.math import ROUNDING, dot, narrow, negative, operand, positive, safe_divide, tile_of
 from torch import Tensor
 
-#: Largest number of float8_e4m3fn.
-FLOAT8_MAX = 448.0
+from fastrel.ops.zplus_linear_reduced import FLOOR as LEAST_SHARE
+
+FLOOR: tl.constexpr = tl.constexpr(LEAST_SHARE)
+FLOAT8_MAX: tl.constexpr = tl.constexpr(zplus_products.FLOAT8_MAX)
+LEAST_SCALE: tl.constexpr = tl.constexpr(zplus_products.LEAST_SCALE)
 
 
-@triton.jit
+class Kind(NamedTuple):
+    """How a layer is multiplied: the dtype of operands, how float32 ones are, in two parts each or not; the gradient's
+    operands, and the dtype in which S lies between the two products."""
+
+    name: str
+    dot: tl.dtype
+    precision: str
+    split: bool
+    dot_grad: tl.dtype
+    stored: torch.dtype
+
+
+def kind_of(weight: torch.dtype) -> Kind:
+    """`zplus_linear` by the weight's dtype: float32's accuracy. 16-bit weights are exact in one operand of 16 bits, S and g in two."""
+    if weight == torch.bfloat16:
+        return Kind("split", tl.bfloat16, "ieee", True, tl.bfloat16, torch.float32)
+    if weight == torch.float16 and not torch.version.hip:
+        return Kind("split", tl.float32, "tf32", True, tl.float32, torch.float32)
+    return Kind("float32", tl.float32, float32_precision(), False, tl.float32, torch.float32)
+
+
+#: `zplus_linear_reduced` by the dtype of the prepared weight.
+REDUCED = {
+    torch.bfloat16: Kind("bfloat16", tl.bfloat16, "ieee", False, tl.bfloat16, torch.bfloat16),
+    torch.float8_e4m3fn: Kind("float8", tl.float8e4nv, "ieee", False, tl.bfloat16, torch.bfloat16),
+}
+
+
+@triton.jit(do_not_specialize=["n"])
+def scaled_rows_kernel(
+    x_ptr,  # [n, ins]
+    out_ptr,  # [n, ins]
+    scale_ptr,  # [n]
+    n, ins,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows of x in float8, each divided by its scale."""
+    row = tl.program_id(0).to(tl.int64)
+    top = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, ins, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        b_x = tl.load(x_ptr + row * ins + i, mask=i < ins, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.abs(b_x), propagate_nan=tl.PropagateNan.ALL)
+    # A sum of NaN is NaN; a maximum over lanes may lose it.
+    scale = tl.maximum(tl.max(top), LEAST_SCALE) / FLOAT8_MAX + 0.0 * tl.sum(top)
+    tl.store(scale_ptr + row, scale)
+    for start in range(0, ins, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        b_x = tl.load(x_ptr + row * ins + i, mask=i < ins, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * ins + i, narrow(b_x / scale, tl.float8e4nv), mask=i < ins)
+
+
+@triton.jit(do_not_specialize=["n", "targets"])
 def zplus_shares_kernel(
     x_ptr,  # [n, ins]
     w_ptr,  # [outs, ins]
@@ -27,30 +85,18 @@ def zplus_shares_kernel(
     x_scale_ptr,  # [n]
     w_scale_ptr,  # [outs]
     top_ptr,  # [targets, n, blocks of outs]
-    n,
-    outs,
-    ins,
-    targets,
-    w_row,
-    w_col,
-    HAS_OUTPUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SCALED: tl.constexpr,
-    OFFICIAL: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, outs, ins, targets, w_row, w_col,
+    HAS_OUTPUT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, REDUCED: tl.constexpr, OFFICIAL: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(outs, BLOCK_N)
+    block_m, block_n = tile_of(tl.cdiv(n, BLOCK_M), columns, GROUP)
+    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m, in_o = m < n, o < outs
     row = m.to(tl.int64)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if SCALED:
-        b_x_scale = tl.load(x_scale_ptr + m, mask=in_m, other=1.0)  # [BM]
-        b_w_scale = tl.load(w_scale_ptr + o, mask=in_o, other=1.0)  # [BN]
     for start in range(0, ins, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)
         in_i = i < ins
@@ -58,36 +104,42 @@ def zplus_shares_kernel(
         p_w = w_ptr + o.to(tl.int64)[None, :] * w_row + i.to(tl.int64)[:, None] * w_col
         b_w = tl.load(p_w, mask=in_o[None, :] & in_i[:, None], other=0.0)  # [BK, BN]
         b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
-        if SCALED:
-            b_x = b_x / b_x_scale[:, None]
+        limit: tl.constexpr = BLOCK_K if SCALED else None
         if HAS_OUTPUT:
-            z = tl.dot(tl.abs(b_x).to(DOT), tl.abs(b_w).to(DOT), z, input_precision=PRECISION)
+            a, b = operand(tl.abs(b_x), DOT, PRECISION), operand(tl.abs(b_w), DOT, PRECISION)
+            z = tl.dot(a, b, z, input_precision=PRECISION, max_num_imprecise_acc=limit)
         else:
-            z = tl.dot(positive(b_x).to(DOT), positive(b_w).to(DOT), z, input_precision=PRECISION)
-            z = tl.dot(negative(b_x).to(DOT), negative(b_w).to(DOT), z, input_precision=PRECISION)
+            a, b = operand(positive(b_x), DOT, PRECISION), operand(positive(b_w), DOT, PRECISION)
+            z = tl.dot(a, b, z, input_precision=PRECISION, max_num_imprecise_acc=limit)
+            a, b = operand(negative(b_x), DOT, PRECISION), operand(negative(b_w), DOT, PRECISION)
+            z = tl.dot(a, b, z, input_precision=PRECISION, max_num_imprecise_acc=limit)
     inside = in_m[:, None] & in_o[None, :]
     at = row[:, None] * outs + o[None, :]
+    if SCALED:
+        b_x_scale = tl.load(x_scale_ptr + m, mask=in_m, other=1.0)  # [BM]
+        b_w_scale = tl.load(w_scale_ptr + o, mask=in_o, other=1.0)  # [BN]
+        z = z * b_x_scale[:, None] * b_w_scale[None, :]
     if HAS_OUTPUT:
         b_y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BM, BN]
         if HAS_BIAS:
             b_y -= tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
-        twice = b_y + z
-        z = tl.where(twice < z * ROUNDING, 0.0, twice * 0.5)
-    if SCALED:
-        z = z * b_x_scale[:, None] * b_w_scale[None, :]
-    size = n.to(tl.int64) * outs
+        half = (b_y + z) * 0.5
+        if REDUCED:
+            z = tl.maximum(half, z * FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            z = tl.where(half < z * (0.5 * ROUNDING), 0.0, half)
+    size = tl.cast(n, tl.int64) * outs
     for t in range(targets):
         b_rel = tl.load(rel_ptr + t * size + at, mask=inside, other=0.0)  # [BM, BN]
         s = safe_divide(b_rel, z, OFFICIAL)
         if SCALED:
             s = s * b_w_scale[None, :]
-            tops = tl.num_programs(1)
-            p_top = top_ptr + (t * n + row) * tops + tl.program_id(1)
+            p_top = top_ptr + (tl.cast(t, tl.int64) * n + row) * columns + block_n
             tl.store(p_top, tl.max(tl.where(inside, tl.abs(s), 0.0), 1), mask=in_m)
-        tl.store(s_ptr + t * size + at, s, mask=inside)
+        tl.store(s_ptr + t * size + at, narrow(s, s_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lanes", "n"])
 def zplus_back_kernel(
     x_ptr,  # [n, ins]
     s_ptr,  # [lanes, outs], lanes = targets · n
@@ -96,34 +148,25 @@ def zplus_back_kernel(
     w_grad_ptr,  # [outs, ins]
     rel_in_ptr,  # [lanes, ins]
     grad_in_ptr,  # [lanes, ins]
-    s_scale_ptr,  # [lanes]
-    lanes,
-    n,
-    outs,
-    ins,
-    w_row,
-    w_col,
-    w_grad_row,
-    w_grad_col,
+    top_ptr,  # [lanes, tops]
+    lanes, n, outs, ins, tops, w_row, w_col, w_grad_row, w_grad_col,
     HAS_GRAD: tl.constexpr,
     OWN_WEIGHT: tl.constexpr,  # the gradient's product takes the same weight
-    SCALED: tl.constexpr,
-    DOT: tl.constexpr,
-    DOT_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    lane = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    i = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    SCALED: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, DOT_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TOPS: tl.constexpr,
+):  # fmt: skip
+    block_m, block_n = tile_of(tl.cdiv(lanes, BLOCK_M), tl.cdiv(ins, BLOCK_N), GROUP)
+    lane = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_lane, in_i = lane < lanes, i < ins
     row = lane.to(tl.int64)
     c_pos = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     c_neg = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     c_grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if SCALED:
-        b_scale = tl.load(s_scale_ptr + lane, mask=in_lane, other=1.0)  # [BM]
+        c = tl.arange(0, TOPS)
+        b_top = tl.load(top_ptr + row[:, None] * tops + c[None, :], mask=in_lane[:, None] & (c < tops)[None, :], other=0.0)
+        b_scale = tl.maximum(tl.max(b_top, 1), LEAST_SCALE) / FLOAT8_MAX  # [BM]
     for start in range(0, outs, BLOCK_K):
         o = start + tl.arange(0, BLOCK_K)
         in_o = o < outs
@@ -133,14 +176,19 @@ def zplus_back_kernel(
         b_s = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BM, BK]
         b_w = tl.load(w_ptr + far * w_row + near * w_col, mask=in_w, other=0.0).to(tl.float32)  # [BK, BN]
         if SCALED:
-            b_s = b_s / b_scale[:, None]
-        c_pos = tl.dot(b_s.to(DOT), positive(b_w).to(DOT), c_pos, input_precision=PRECISION)
-        c_neg = tl.dot(b_s.to(DOT), negative(b_w).to(DOT), c_neg, input_precision=PRECISION)
+            s = operand(b_s / b_scale[:, None], DOT, PRECISION)
+            b = operand(positive(b_w), DOT, PRECISION)
+            c_pos = tl.dot(s, b, c_pos, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_K)
+            b = operand(negative(b_w), DOT, PRECISION)
+            c_neg = tl.dot(s, b, c_neg, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_K)
+        else:
+            c_pos = dot(b_s, operand(positive(b_w), DOT, PRECISION), c_pos, SPLIT, DOT, PRECISION)
+            c_neg = dot(b_s, operand(negative(b_w), DOT, PRECISION), c_neg, SPLIT, DOT, PRECISION)
         if HAS_GRAD:
             b_grad = tl.load(grad_ptr + at, mask=inside, other=0.0)  # [BM, BK]
             if not OWN_WEIGHT:
-                b_w = tl.load(w_grad_ptr + far * w_grad_row + near * w_grad_col, mask=in_w, other=0.0)  # [BK, BN]
-            c_grad = tl.dot(b_grad.to(DOT_GRAD), b_w.to(DOT_GRAD), c_grad, input_precision=PRECISION)
+                b_w = tl.load(w_grad_ptr + far * w_grad_row + near * w_grad_col, mask=in_w, other=0.0).to(tl.float32)
+            c_grad = dot(b_grad, operand(b_w, DOT_GRAD, PRECISION), c_grad, SPLIT, DOT_GRAD, PRECISION)
     inside = in_lane[:, None] & in_i[None, :]
     b_x = tl.load(x_ptr + (row % n)[:, None] * ins + i[None, :], mask=inside, other=0.0).to(tl.float32)  # [BM, BN]
     rel = positive(b_x) * c_pos + negative(b_x) * c_neg
@@ -152,19 +200,23 @@ def zplus_back_kernel(
         tl.store(grad_in_ptr + at, c_grad, mask=inside)
 
 
+@on_its_device
 def zplus_linear(
     x: Tensor, weight: Tensor, y: Tensor | None, bias: Tensor | None, rel: Tensor, grad: Tensor | None, rules: str
 ) -> tuple[Tensor, Tensor]:
     """`fastrel::zplus_linear` with operands of float32, bfloat16 or float16 and lanes of float32.
 
-    Values of 16 bits are multiplied in TF32, which holds them exactly, and Z is then formed from both signed products;
-    in float32 it is formed from the layer's own output where that is given.
+    Z is formed from both signed products, except in float32 where the layer's own output is given: one that was rounded to
+    16 bits has no digits left for a difference.
     """
-    none = x.new_empty(0, dtype=rel.dtype)
-    from_output = y is not None and y.dtype == torch.float32 and weight.dtype == torch.float32
-    return _launch(x, weight, none, None if grad is None else weight, y if from_output else None, bias, rel, grad, rules)
+    kind = kind_of(weight.dtype)
+    if x.dtype == weight.dtype == torch.bfloat16 and configs.products_first(x.numel() // x.shape[-1], weight.shape):
+        return zplus_products.linear(x, weight, weight, rel, grad, rules, parts=2)
+    from_output = y is not None and y.dtype == weight.dtype == torch.float32
+    return _fused(kind, x, weight, None, weight, y if from_output else None, bias, rel, grad, rules)
 
 
+@on_its_device
 def zplus_linear_reduced(
     x: Tensor,
     w: Tensor,
@@ -176,14 +228,18 @@ def zplus_linear_reduced(
     rel: Tensor,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`fastrel::zplus_linear_reduced` in bfloat16 or float8_e4m3fn. |W| is formed in registers, Z from both signed products."""
-    return _launch(x, w, scales, w_grad, None, None, rel, grad, "positive")
+    """`fastrel::zplus_linear_reduced` in the prepared weight's dtype, bfloat16 or float8_e4m3fn. |W| is formed in registers."""
+    kind = REDUCED[w.dtype]
+    if kind.name == "bfloat16" and configs.products_first(x.numel() // x.shape[-1], w.shape):
+        return zplus_products.linear(x, w, w_grad, rel, grad, "positive", parts=1)
+    return _fused(kind, x, w, scales, w_grad, y, bias, rel, grad, "positive")
 
 
-def _launch(
+def _fused(
+    kind: Kind,
     x: Tensor,
     w: Tensor,
-    scales: Tensor,
+    scales: Tensor | None,
     w_grad: Tensor | None,
     y: Tensor | None,
     bias: Tensor | None,
@@ -192,41 +248,49 @@ def _launch(
     rules: str,
 ) -> tuple[Tensor, Tensor]:
     outs, ins = w.shape
-    x, rel = x.reshape(-1, ins).contiguous(), rel.contiguous()
-    n, targets = len(x), len(rel)
-    lanes = targets * n
-    scaled = scales.numel() > 0
-    kind = "float8" if scaled else "bfloat16" if w.dtype == torch.bfloat16 and x.dtype == torch.float32 else "float32"
-    # The interpreter computes bfloat16 on bit patterns: it multiplies in float32 instead.
-    dot = tl.float32 if INTERPRETED or kind == "float32" else tl.float8e4nv if scaled else tl.bfloat16
-    dot_grad = tl.float32 if INTERPRETED or kind == "float32" else tl.bfloat16
-    stored = torch.float32 if INTERPRETED or kind == "float32" else torch.bfloat16
-    multiply = precision(x, w)
-    where = capability(x.device)
-    tile = configs.of(configs.SHARES[kind], where)
-    none = scales if scaled else rel
+    rel = dense(rel)
+    given = dense(x.reshape(-1, ins))
+    n, targets, device, scaled = len(given), len(rel), rel.device, kind.name == "float8"
+    lanes, where = targets * n, capability(device)
+    bias = bias if y is not None else None
+    tile = configs.of(configs.SHARES[kind.name], where)
     tops = blocks(outs, tile.n)
-    s = torch.empty(rel.shape, dtype=stored, device=x.device)
-    x_scale = x.float().abs().amax(1).clamp_min(1e-30) / FLOAT8_MAX if scaled else none
-    top = torch.empty(targets, n, tops, dtype=torch.float32, device=x.device) if scaled else none
-    y = None if y is None else y.reshape(n, outs).contiguous()
-    zplus_shares_kernel[blocks(n, tile.m), tops](
-        x, w, none if y is None else y, none if bias is None else bias, rel, s, x_scale, none, top,
-        n, outs, ins, targets, *w.stride(),
-        HAS_OUTPUT=y is not None, HAS_BIAS=y is not None and bias is not None, SCALED=scaled, OFFICIAL=rules == "official",
-        DOT=dot, PRECISION=multiply, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        num_warps=tile.warps, num_stages=tile.stages,
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    unused = rel
+    s, operand_x, x_scale, top = empty(*rel.shape, dtype=kind.stored), given, unused, unused
+    if scaled:
+        operand_x, x_scale, top = empty(n, ins, dtype=w.dtype), empty(n), empty(lanes, tops)
+        scaled_rows_kernel[(n,)](x_ptr=given, out_ptr=operand_x, scale_ptr=x_scale, n=n, ins=ins, BLOCK=1024)
+    zplus_shares_kernel[(blocks(n, tile.m) * tops,)](
+        x_ptr=operand_x, w_ptr=w, y_ptr=unused if y is None else dense(y.reshape(n, outs)),
+        bias_ptr=unused if bias is None else dense(bias), rel_ptr=rel, s_ptr=s,
+        x_scale_ptr=x_scale, w_scale_ptr=scales if scaled else unused, top_ptr=top,
+        n=n, outs=outs, ins=ins, targets=targets, w_row=w.stride(0), w_col=w.stride(1),
+        HAS_OUTPUT=y is not None, HAS_BIAS=bias is not None, SCALED=scaled, REDUCED=kind.stored == torch.bfloat16, OFFICIAL=rules == "official",
+        DOT=kind.dot, PRECISION=kind.precision, **_options(tile),
     )  # fmt: skip
-    s_scale = top.amax(2).clamp_min(1e-30) / FLOAT8_MAX if scaled else none
-    rel_in = torch.empty(*rel.shape[:-1], ins, dtype=torch.float32, device=x.device)
+    rel_in = empty(*rel.shape[:-1], ins)
     grad_in = torch.empty_like(rel_in) if grad is not None else rel_in.new_empty(0)
-    tile = configs.of(configs.BACK[kind], where)
-    own = w_grad is None or w_grad is w
-    gradient_weight = w if w_grad is None else w_grad
-    zplus_back_kernel[blocks(lanes, tile.m), blocks(ins, tile.n)](
-        x, s, none if grad is None else grad.contiguous(), w, gradient_weight, rel_in, grad_in, s_scale,
-        lanes, n, outs, ins, *w.stride(), *gradient_weight.stride(),
-        HAS_GRAD=grad is not None, OWN_WEIGHT=own, SCALED=scaled, DOT=dot, DOT_GRAD=dot_grad, PRECISION=multiply,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+    tile = configs.of(configs.BACK[kind.name], where)
+    if w_grad is None or (w_grad.data_ptr() == w.data_ptr() and w_grad.dtype == w.dtype):
+        w_grad = w
+    zplus_back_kernel[(blocks(lanes, tile.m) * blocks(ins, tile.n),)](
+        x_ptr=given, s_ptr=s, grad_ptr=unused if grad is None else dense(grad), w_ptr=w, w_grad_ptr=w_grad,
+        rel_in_ptr=rel_in, grad_in_ptr=grad_in, top_ptr=top,
+        lanes=lanes, n=n, outs=outs, ins=ins, tops=tops,
+        w_row=w.stride(0), w_col=w.stride(1), w_grad_row=w_grad.stride(0), w_grad_col=w_grad.stride(1),
+        HAS_GRAD=grad is not None, OWN_WEIGHT=w_grad is w, SCALED=scaled, SPLIT=kind.split,
+        DOT=kind.dot, DOT_GRAD=kind.dot_grad, PRECISION=kind.precision, TOPS=triton.next_power_of_2(tops) if scaled else 1,
+        **_options(tile),
     )  # fmt: skip
     return rel_in, grad_in
+
+
+def _options(tile: configs.Tile) -> dict[str, Any]:
+    return {
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": configs.GROUP,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip

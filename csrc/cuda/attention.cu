@@ -11,7 +11,7 @@ struct Sizes {
   explicit Sizes(const Tensor& maps) : batch(maps.size(0)), heads(maps.size(1)), queries(maps.size(2)), keys(maps.size(3)) {
     STD_TORCH_CHECK(maps.is_contiguous(), "fastrel_cuda: attention maps must be contiguous");
   }
-  dim3 rows() const { return grid_of(queries, batch * heads); }
+  dim3 rows() const { return grid_of(batch * heads * queries); }
 };
 
 // Of a mask [batch, heads, queries, keys] with any strides.
@@ -53,7 +53,7 @@ Tensor attention_through(
     const Tensor weights = dense(weights_any);
     const Context context(attn);
     FASTREL_LAUNCH(
-        context, cuda::through_kernel<T>, grid_of(blocks_for(s.keys), s.batch * s.heads), s.heads, s.queries, s.keys,
+        context, cuda::through_kernel<T>, grid_of(s.batch * s.heads, blocks_for(s.keys)), s.heads, s.queries, s.keys,
         update_from(update), data<T>(attn), data<T>(grad_product), data<T>(rel_product), data<T>(weights), out<T>(through), add);
     return through;
   });
@@ -90,7 +90,7 @@ Tensor attention_update(OptionalTensor attn, OptionalTensor grad, OptionalTensor
     const int64_t maps = m.numel() / size;
     const Context context(m);
     FASTREL_LAUNCH(
-        context, cuda::attention_update_kernel<T>, grid_of(blocks_for(size), maps), heads, size,
+        context, cuda::attention_update_kernel<T>, grid_of(maps, blocks_for(size)), heads, size,
         a ? a->numel() / (heads * size) : maps, update, data<T>(a), data<T>(g), data<T>(r), out<T>(m));
     return m;
   });
@@ -109,9 +109,9 @@ std::tuple<Tensor, Tensor> rollout_row(Tensor row_any, Tensor m_any, bool normal
     const Context context(row);
     if (normalize)
       FASTREL_LAUNCH(
-          context, cuda::rollout_kept_kernel<T>, grid_of(queries, rows), queries, keys, maps, data<T>(row), data<T>(m), out<T>(kept));
+          context, cuda::rollout_kept_kernel<T>, grid_of(rows * queries), queries, keys, maps, data<T>(row), data<T>(m), out<T>(kept));
     FASTREL_LAUNCH(
-        context, cuda::rollout_through_kernel<T>, grid_of(blocks_for(keys), rows), queries, keys, maps,
+        context, cuda::rollout_through_kernel<T>, grid_of(rows, blocks_for(keys)), queries, keys, maps,
         normalize ? data<T>(kept) : data<T>(row), data<T>(m), out<T>(through));
     return std::tuple<Tensor, Tensor>{kept, through};
   });

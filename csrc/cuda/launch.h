@@ -46,7 +46,9 @@ inline unsigned blocks_for(int64_t n) {
 }
 
 inline dim3 grid_of(int64_t x, int64_t y = 1) {
-  STD_TORCH_CHECK(y <= 65535, "fastrel_cuda: a batch times heads or targets of ", y, " is more than 65535; explain fewer at a time");
+  STD_TORCH_CHECK(
+      x < (int64_t(1) << 31) && y <= 65535, "fastrel_cuda: a grid of ", x, " x ", y, " blocks is more than a device takes; ",
+      "explain fewer samples or targets at a time");
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
 }
 

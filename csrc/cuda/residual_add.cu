@@ -23,10 +23,10 @@ std::tuple<Tensor, Tensor> run(const Tensor& u_any, const Tensor& v_any, const T
   const int64_t batch = u.size(0), size = u.numel() / batch, samples = rel.numel() / size, chunks = (size + kChunk - 1) / kChunk;
   const Tensor sums = torch::stable::new_empty(rel, {samples, 3, chunks}, ScalarType::Double);
   FASTREL_LAUNCH(
-      context, cuda::sums_kernel<T>, grid_of(chunks, samples), size, kChunk, batch, data<T>(u), data<T>(v), data<T>(rel),
+      context, cuda::sums_kernel<T>, grid_of(samples, chunks), size, kChunk, batch, data<T>(u), data<T>(v), data<T>(rel),
       out<double>(sums));
   FASTREL_LAUNCH(
-      context, cuda::scale_kernel<T>, grid_of(blocks_for(size), samples), size, chunks, batch, data<T>(u), data<T>(v),
+      context, cuda::scale_kernel<T>, grid_of(samples, blocks_for(size)), size, chunks, batch, data<T>(u), data<T>(v),
       data<T>(rel), data<double>(sums), out<T>(rel_u), out<T>(rel_v));
   return {rel_u, rel_v};
 }

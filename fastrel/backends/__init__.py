@@ -76,10 +76,9 @@ def choose(call: Call, allowed: list[Backend]) -> tuple[Backend, list[str]]:
     """The first backend that computes a call, torch if none does, and what spoke against those before it."""
     against: list[str] = []
     for candidate in allowed:
-        if candidate.unavailable():
-            continue
         reasons = candidate.supports(call)
-        if not reasons and call.op in candidate.kernels():
+        # Availability last: it may compile a library for minutes, which must be for something.
+        if not reasons and call.op in candidate.kernels() and not candidate.unavailable():
             return candidate, against
         against += [f"{candidate.name} {reason}" for reason in reasons]
     return BACKENDS["torch"], against
@@ -105,30 +104,34 @@ def lower(
     """
     allowed = candidates(backend, device)
     for node in reverse.graph.nodes:
-        if node.target not in REFERENCES:
-            continue
         op = node.target
+        if op not in REFERENCES and op is not ops.reduced_matmul:
+            continue
         chosen, against = choose(Call.of(node, dtype), allowed)
         if against and backend != "auto":
             raise UnsupportedModelError(
                 f"backend {backend!r} cannot run: {op} {'; '.join(against)}; with 'auto', torch does it"
             )
         if chosen.narrow:
-            node.args = tuple(_as_the_model_has_it(x) for x in node.args)
-        node.target = chosen.kernels()[op]
+            with reverse.graph.inserting_before(node):
+                node.args = tuple(_as_the_model_has_it(x) for x in node.args)
+        node.target = chosen.kernels().get(op, op)
         if keep_weights and op is ops.reduced_weight:
             node.target = weights.kept(node.target)
     reverse.graph.eliminate_dead_code()
     reverse.recompile()
 
 
+#: What takes a part of a value or turns it around, before or after a cast alike.
+_VIEWS = {aten.narrow.default, aten.t.default}
+
+
 def _as_the_model_has_it(x: Any) -> Any:
-    """A saved 16-bit value without its cast to float32."""
-    if (
-        isinstance(x, fx.Node)
-        and x.target is aten.to.dtype
-        and isinstance(x.args[0], fx.Node)
-        and x.args[0].meta.get("dtype") in (torch.bfloat16, torch.float16)
-    ):
+    """A 16-bit value, or a part of one, without its cast to float32."""
+    if not isinstance(x, fx.Node):
+        return x
+    if x.meta.get("widened"):
         return x.args[0]
+    if x.target in _VIEWS and isinstance(x.args[0], fx.Node) and x.args[0].meta.get("widened"):
+        return x.graph.call_function(x.target, (x.args[0].args[0], *x.args[1:]))  # type: ignore[arg-type]
     return x

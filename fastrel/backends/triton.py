@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
+import os
 from typing import Any
 
 import torch
 
 from fastrel import ops
 from fastrel.backends.common import Call, without_kernel
+
+log = logging.getLogger("fastrel")
 
 #: Largest head size that attention kernels hold in registers; under the official rules relevance goes on to the scores.
 MAX_HEAD, MAX_HEAD_OFFICIAL = 128, 64
@@ -20,32 +24,49 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
-def _interpreted() -> bool:
-    from fastrel.triton_kernels.launch import INTERPRETED
-
-    return INTERPRETED
+def interpreted() -> bool:
+    """Whether kernels run on a CPU, as Triton itself will find when it is imported; a CPU explanation does not import it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-@functools.cache
 def unavailable() -> str | None:
-    """Why Triton kernels cannot run on this machine."""
+    """Why Triton kernels cannot run on this machine; `runs_on` knows of one device."""
     if not _installed():
         return "triton is not installed"
-    if _interpreted():
-        return None
-    if not torch.cuda.is_available():
+    if not interpreted() and not torch.cuda.is_available():
         return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"compute capability {torch.cuda.get_device_capability()} is below 8.0"
     return None
 
 
 def runs_on(device: torch.device) -> str | None:
-    """On a GPU; under the interpreter on a CPU."""
-    if device.type == "cuda" or (_installed() and _interpreted()):
+    """On a GPU where a kernel could be compiled and launched; under the interpreter on a CPU."""
+    if device.type == "cuda":
+        reason = unavailable()
+        return reason or _fails_on(torch.cuda.current_device() if device.index is None else device.index)
+    if _installed() and interpreted():
         return None
     return f"it runs on a GPU, and the model is on {device}"
+
+
+@functools.cache
+def _fails_on(index: int) -> str | None:
+    """Why kernels do not run on this GPU, found by running one: Triton needs a driver, a C compiler and a cache it can write to."""
+    capability = torch.cuda.get_device_capability(index)
+    if torch.version.hip is None and capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} of cuda:{index} is below 8.0"
+    try:
+        from fastrel.triton_kernels.launch import trial
+
+        x = torch.zeros(16, device=f"cuda:{index}")
+        trial(x)
+        wrong = not bool((x == 1).all())
+    except Exception as error:
+        reason = f"a trial kernel failed on cuda:{index}: {str(error).strip() or type(error).__name__}"
+    else:
+        reason = f"a trial kernel computed nonsense on cuda:{index}" if wrong else ""
+    if reason:
+        log.warning("fastrel runs without Triton: %s", reason)
+    return reason or None
 
 
 @functools.cache
@@ -57,6 +78,7 @@ def kernels() -> dict[Any, Any]:
     from fastrel.triton_kernels.residual_add import residual_add
     from fastrel.triton_kernels.rollout_row import rollout_row
     from fastrel.triton_kernels.zplus_linear import zplus_linear, zplus_linear_reduced
+    from fastrel.triton_kernels.zplus_products import reduced_matmul, reduced_weight
 
     return {
         ops.zplus_linear: zplus_linear,
@@ -66,6 +88,8 @@ def kernels() -> dict[Any, Any]:
         ops.attention_update: attention_update,
         ops.rollout_row: rollout_row,
         ops.layer_norm_backward: layer_norm_backward,
+        ops.reduced_weight: reduced_weight,
+        ops.reduced_matmul: reduced_matmul,
     }
 
 

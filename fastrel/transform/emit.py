@@ -10,7 +10,6 @@ import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
-
 aten = torch.ops.aten
 
 
@@ -66,9 +65,12 @@ class Emitter:
     def saved(self, x: fx.Node) -> fx.Node:
         """The value of a captured node in the reverse graph, saved or computed again, in the dtype of the lanes."""
         value, own = x.meta["val"], self._own_value(x)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != self._dtype:
-            return self.call(aten.to.dtype, own, self._dtype)
-        return own
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == self._dtype:
+            return own
+        wide = self.call(aten.to.dtype, own, self._dtype)
+        # From what the model has, exactly: kernels that take 16 bits need no cast.
+        wide.meta["widened"] = value.dtype in (torch.bfloat16, torch.float16)
+        return wide
 
     def _own_value(self, x: fx.Node) -> fx.Node:
         """The value of a captured node as the model computes it."""

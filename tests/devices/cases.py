@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from fastrel import ops
 from fastrel.ops.library import REFERENCES
 from tests import golden_files as golden
+from tests.devices import arithmetic
 
 RULES = ["positive", "official"]
 UPDATES = [name for name in ops.UPDATES if name != "gradcam"]
@@ -24,18 +26,29 @@ def cast(x: Any, to: torch.dtype) -> Any:
 
 
 def compare(
-    kernel: Callable[..., Any], op: torch._ops.OpOverload, *args: Any, around: Callable[[Tensor], Tensor] | None = None
+    kernel: Callable[..., Any],
+    op: torch._ops.OpOverload,
+    *args: Any,
+    around: Callable[[Tensor], Tensor] | None = None,
+    operand: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """float64 within 1e-10 of plain PyTorch; else within twice the error of plain PyTorch in float32, or 5e-6."""
+    """float64 within 1e-10 of plain PyTorch; else within twice the error of plain PyTorch in float32, or 5e-6.
+
+    operand: what the kernel's products make of float32 operands, and plain PyTorch's therefore too; what is least is then
+    TF32's own rounding, half a unit in the last place.
+    """
+    least = 2.0**-11 if operand else 5e-6
     given = [around(x) if around and isinstance(x, Tensor) else x for x in args]
     ours = kernel(*given)
-    plain, exact = (REFERENCES[op](*(cast(x, dtype) for x in args)) for dtype in (torch.float32, torch.float64))
+    exact = REFERENCES[op](*(cast(x, torch.float64) for x in args))
+    with arithmetic.products(operand) if operand else contextlib.nullcontext():
+        plain = REFERENCES[op](*(cast(x, torch.float32) for x in args))
     ours, plain, exact = ((x,) if isinstance(x, Tensor) else x for x in (ours, plain, exact))
     for i, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
         assert a.shape == c.shape, f"output {i} of {op}"
         assert a.isfinite().all(), f"output {i} of {op}"
         if a.numel():
-            limit = 1e-10 if a.dtype == torch.float64 else max(2 * golden.relative_error(b.double(), c), 5e-6)
+            limit = 1e-10 if a.dtype == torch.float64 else max(2 * golden.relative_error(b.double(), c), least)
             assert golden.relative_error(a.double(), c) <= limit, f"output {i} of {op}"
 
 

@@ -135,6 +135,38 @@ def test_rollout_row(normalize: bool) -> None:
     compare(ops.rollout_row, row, m[0], normalize)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_is_not_hidden(bad: float) -> None:
+    """A comparison with NaN is false: what it chooses by must not take the other side."""
+    kernels, lane = cuda.kernels(), torch.rand(1, 3, 20)
+    x, weight = torch.randn(3, 16), torch.randn(20, 16)
+    x[1, 2] = bad
+    assert not kernels[ops.zplus_linear](x, weight, None, None, lane, None, "positive")[0][0, 1].isfinite().all()
+    prepared = REFERENCES[ops.reduced_weight](weight, "bfloat16")
+    reduced = kernels[ops.zplus_linear_reduced](x, *prepared, None, x @ weight.mT, None, lane, None)
+    assert not reduced[0][0, 1].isfinite().all()
+    u, v = torch.randn(2, 3, 20)
+    u[1, 2] = bad
+    for rules in cases.RULES:
+        assert not all(part.isfinite().all() for part in kernels[ops.residual_add](u, v, lane, 0, rules)), rules
+    maps = torch.rand(1, 2, 4, 4)
+    maps[0, 0, 1, 1] = bad
+    assert not kernels[ops.attention_update](None, maps, maps, "gradient_relevance").isfinite().all()
+    for position in range(3):
+        qkv = torch.randn(3, 1, 2, 5, 16)
+        qkv[position, 0, 0, 2, 3] = bad
+        lanes, row = torch.rand(1, 1, 2, 5, 16), torch.rand(1, 1, 5)
+        options = (0.25, False, 0, "positive", "gradient_relevance", False, True)
+        results = kernels[ops.attention_relevance](*qkv, None, lanes, lanes, row, *options)
+        assert not results[7].isfinite().all(), "qkv"[position]
+
+
+def test_more_samples_and_maps_than_y_can_count() -> None:
+    """A grid's y ends at 65535: a batch of windows times heads has more."""
+    m, row = torch.rand(65_600, 1, 1), torch.rand(65_600, 1)
+    compare(ops.rollout_row, row[None], m[None], False)
+
+
 @pytest.mark.parametrize("rules", cases.RULES)
 @pytest.mark.parametrize("name", ["timm_vit", "hf_bert"])
 def test_explanations(name: str, rules: str) -> None:

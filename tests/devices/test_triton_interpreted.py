@@ -14,16 +14,20 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start: tests/test_triton.py runs it", allow_module_level=True)
 
+import numpy as np
+from fastrel.triton_kernels import configs, zplus_products
 from fastrel.triton_kernels import math as kernel_math
 
 import fastrel
 from fastrel import ops
 from fastrel.backends import triton
+from fastrel.graphed import run
 from fastrel.ops.library import REFERENCES
 from tests import golden_files as golden
 from tests import models
-from tests.devices import cases
+from tests.devices import arithmetic, cases
 from tests.devices.guards import Guards, guards  # noqa: F401  (a fixture)
+from tests.devices.stores import conflicts, disjoint_stores  # noqa: F401  (a fixture)
 
 #: Of values; lanes are float32. bfloat16 is upcast right after the load, which is all that the interpreter gets right of it.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -35,8 +39,8 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def compare(guards: Guards, op: torch._ops.OpOverload, *args: Any) -> None:  # noqa: F811
-    cases.compare(triton.kernels()[op], op, *args, around=guards.around)
+def compare(guards: Guards, op: torch._ops.OpOverload, *args: Any, operand: Any = None) -> None:  # noqa: F811
+    cases.compare(triton.kernels()[op], op, *args, around=guards.around, operand=operand)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,6 +53,30 @@ def test_zplus_linear(guards: Guards, dtype: torch.dtype, rules: str, tokens: in
     exact_output = y if dtype == torch.float32 else None  # an output rounded to 16 bits is not what Z is formed from
     compare(guards, ops.zplus_linear, x, weight, exact_output, bias if exact_output is not None else None, rel, grad, rules)
     compare(guards, ops.zplus_linear, x, weight, None, None, rel, None, rules)
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(("tokens", "features", "outs"), [(1, 16, 24), (5, 70, 33)])
+def test_torchs_products_with_passes_between_them(
+    guards: Guards,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    rules: str,
+    tokens: int,
+    features: int,
+    outs: int,
+) -> None:
+    """In a bfloat16 model: 16-bit operands, S and the gradient in two parts, and still float32's accuracy."""
+    monkeypatch.setattr(configs, "products_first", lambda rows, weight: True)
+    x, weight = torch.randn(2, tokens, features).bfloat16(), torch.randn(outs, features).bfloat16()
+    rel, grad = torch.rand(3, 2, tokens, outs), torch.randn(3, 2, tokens, outs)
+    compare(guards, ops.zplus_linear, x, weight, None, None, rel, grad, rules)
+    compare(guards, ops.zplus_linear, x, weight.mT.contiguous().mT, None, None, rel, None, rules)
+
+
+def test_torchs_products_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one part each, they err as rounding to bfloat16 does."""
+    monkeypatch.setattr(configs, "products_first", lambda rows, weight: True)
+    test_reduced_products_err_as_their_rounding_does("bfloat16")
 
 
 def test_zplus_linear_takes_a_transposed_weight(guards: Guards) -> None:  # noqa: F811
@@ -66,8 +94,8 @@ def test_zplus_linear_at_the_edges(guards: Guards, rules: str) -> None:  # noqa:
 
 
 @pytest.mark.parametrize("purpose", ["bfloat16", "float8"])
-def test_reduced_products_err_as_their_rounding_does(guards: Guards, purpose: str) -> None:  # noqa: F811
-    """The interpreter multiplies in float32: scales, layout and the rounding of stored weights are what is tested."""
+def test_reduced_products_err_as_their_rounding_does(purpose: str) -> None:
+    """Operands are rounded as on a device; the interpreter's sums are exact."""
     x, weight, bias = torch.randn(2, 37, 100), torch.randn(70, 100), torch.randn(70)
     y, rel, grad = x @ weight.mT + bias, torch.rand(2, 2, 37, 70), torch.randn(2, 2, 37, 70)
     prepared = REFERENCES[ops.reduced_weight](weight, purpose)
@@ -75,7 +103,13 @@ def test_reduced_products_err_as_their_rounding_does(guards: Guards, purpose: st
     wide = [cases.cast(x, torch.float64) for x in (x, weight, y, bias, rel, grad)]
     exact = REFERENCES[ops.zplus_linear](*wide, "positive")
     plain = REFERENCES[ops.zplus_linear_reduced](x, *prepared, w_grad, y, bias, rel, grad)
-    ours = triton.kernels()[ops.zplus_linear_reduced](x, *prepared, w_grad, y, bias, rel, grad)
+    kernels = triton.kernels()
+    ours_prepared, own_grad = (
+        kernels[ops.reduced_weight](weight, purpose),
+        kernels[ops.reduced_weight](weight, "gradient")[0],
+    )
+    assert torch.equal(ours_prepared[0].float(), prepared[0].float())
+    ours = kernels[ops.zplus_linear_reduced](x, *ours_prepared, own_grad, y, bias, rel, grad)
     for mine, rounded, wanted in zip(ours, plain, exact, strict=True):
         error = golden.relative_error(mine.double(), wanted)
         assert 1e-6 < error < 1.5 * golden.relative_error(rounded.double(), wanted)
@@ -97,7 +131,7 @@ def test_attention_relevance(
     if dtype != torch.float32 and queries > 5:
         pytest.skip("the tails are the same")
     for args in cases.attention(dtype, rules, queries, keys, d, mask):
-        compare(guards, ops.attention_relevance, *args)
+        compare(guards, ops.attention_relevance, *args, operand=None if dtype == torch.float32 else arithmetic.tf32)
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -171,6 +205,62 @@ def test_rollout_row(guards: Guards, normalize: bool, size: int) -> None:  # noq
     row, m = torch.rand(3, 2, size), torch.rand(3, 2, size, size)
     compare(guards, ops.rollout_row, row, m, normalize)
     compare(guards, ops.rollout_row, row, m[0], normalize)
+
+
+NOT_FINITE = [float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("bad", NOT_FINITE)
+def test_what_is_not_a_number_is_not_hidden(bad: float) -> None:
+    """Triton's own maximum drops NaN: an image with one in it would be explained as if nothing were wrong."""
+    kernels = triton.kernels()
+    lane, x, weight = torch.rand(1, 3, 20), torch.randn(3, 16), torch.randn(20, 16)
+    x[1, 2] = bad
+    for dtype in DTYPES:
+        values = (x.to(dtype), weight.to(dtype), None, None)
+        rel_in, grad_in = kernels[ops.zplus_linear](*values, lane, lane, "positive")
+        assert not rel_in[0, 1].isfinite().all(), dtype
+        broken = lane.clone()
+        broken[0, 2, 3] = bad
+        rel_in, grad_in = kernels[ops.zplus_linear](torch.randn(3, 16).to(dtype), *values[1:], broken, broken, "positive")
+        assert not rel_in[0, 2].isfinite().all(), dtype
+        assert not grad_in[0, 2].isfinite().all(), dtype
+    products = zplus_products.linear(x.bfloat16(), weight.bfloat16(), weight.bfloat16(), lane, lane, "positive", parts=2)
+    assert not products[0][0, 1].isfinite().all()
+    u, v = torch.randn(2, 3, 20)
+    u[1, 2] = bad
+    for rules in RULES:
+        assert not all(part.isfinite().all() for part in kernels[ops.residual_add](u, v, lane, 0, rules)), rules
+    maps = torch.rand(1, 2, 4, 4)
+    maps[0, 0, 1, 1] = bad
+    assert not kernels[ops.attention_update](None, maps, maps, "gradient_relevance").isfinite().all()
+    assert not kernels[ops.layer_norm_backward](lane, u, None, 1, 1e-5).isfinite().all()
+    qkv = torch.randn(3, 1, 2, 5, 16)
+    for position in range(3):
+        broken_qkv = qkv.clone()
+        broken_qkv[position, 0, 0, 2, 3] = bad
+        lanes, row = torch.rand(1, 1, 2, 5, 16), torch.rand(1, 1, 5)
+        options = (0.25, False, 0, "positive", "gradient_relevance", False, True)
+        results = kernels[ops.attention_relevance](*broken_qkv, None, lanes, lanes, row, *options)
+        assert not results[7].isfinite().all(), "qkv"[position]
+
+
+def test_a_map_of_an_image_with_a_hole_is_no_map() -> None:
+    """What a CUDA graph replays: nobody looks at the logits in between."""
+    model, images = models.build("timm_vit").float(), models.inputs("timm_vit")["x"].float()
+    explainer = fastrel.Explainer(model, backend="triton")
+    explainer(images)
+    _, values, _ = explainer._enter((), {"x": images})
+    (program,) = explainer._programs.values()
+    images[0, 0, 3, 3], images[1, 0, 3, 3] = NOT_FINITE
+    _, _, relevance, _ = run(program, values, None)
+    assert [bool(row.isfinite().all()) for row in relevance] == [False, False, True]
+
+
+def test_stores_of_two_programs_to_one_place_are_found() -> None:
+    """A check that could not fail would prove nothing."""
+    assert conflicts([(0, np.array([1, 2])), (1, np.array([3]))]) == 0
+    assert conflicts([(0, np.array([1, 2, 2])), (1, np.array([2]))]) == 1
 
 
 def test_helpers_are_the_references_equations() -> None:

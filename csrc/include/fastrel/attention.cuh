@@ -26,7 +26,7 @@ template <class T>
 __global__ void softmax_kernel(
     int64_t heads, int64_t queries, int64_t keys, T scale, bool causal, int64_t query_start, const T* bias, const bool* keep,
     MaskStrides mask, T* attn) {
-  const int64_t query = blockIdx.x, part = blockIdx.y;
+  const int64_t part = blockIdx.x / queries, query = blockIdx.x % queries;
   const int64_t at = (part / heads) * mask.batch + (part % heads) * mask.head + query * mask.row;
   T* row = attn + (part * queries + query) * keys;
   const int64_t seen = causal && query_start + query + 1 < keys ? query_start + query + 1 : keys;
@@ -36,7 +36,7 @@ __global__ void softmax_kernel(
     T score = row[j] * scale + (bias ? bias[at + j * mask.col] : T(0));
     if (j >= seen || (keep && !keep[at + j * mask.col])) score = none;
     row[j] = score;
-    top = score > top ? score : top;
+    top = score > top || score != score ? score : top;
   }
   top = block_max(top);
   T sum = 0;
@@ -45,7 +45,7 @@ __global__ void softmax_kernel(
     sum += row[j];
   }
   sum = block_sum(sum);
-  const T share = sum > T(0) ? T(1) / sum : T(0);
+  const T share = sum == T(0) ? T(0) : T(1) / sum;
   for (int64_t j = threadIdx.x; j < keys; j += blockDim.x) row[j] *= share;
 }
 
@@ -54,7 +54,7 @@ template <class T>
 __global__ void map_sums_kernel(
     int64_t heads, int64_t queries, int64_t keys, Update update, const T* attn, const T* grad_product, const T* rel_product,
     T* sums) {
-  const int64_t row = blockIdx.y * queries + blockIdx.x, at = row * keys;
+  const int64_t row = blockIdx.x, at = row * keys;
   T sum = 0;
   for (int64_t j = threadIdx.x; j < keys; j += blockDim.x) {
     const T a = attn[at + j], r = rel_product ? T(0.5) * a * rel_product[at + j] : T(0);
@@ -69,9 +69,9 @@ template <class T>
 __global__ void through_kernel(
     int64_t heads, int64_t queries, int64_t keys, Update update, const T* attn, const T* grad_product, const T* rel_product,
     const T* weights, T* through, bool add) {
-  const int64_t part = blockIdx.y;
+  const int64_t part = blockIdx.x;
   const T* own = weights + (part / heads) * queries;
-  FASTREL_EACH(j, keys) {
+  FASTREL_EACH_OF_MANY(j, keys) {
     T sum = 0;
     for (int64_t q = 0; q < queries; ++q) {
       const int64_t at = (part * queries + q) * keys + j;
@@ -90,7 +90,7 @@ template <class T>
 __global__ void score_lanes_kernel(
     int64_t heads, int64_t queries, int64_t keys, T scale, const T* attn, const T* products, const T* bias, MaskStrides mask,
     T* grad_product, T* rel_product, T* sums) {
-  const int64_t query = blockIdx.x, part = blockIdx.y, row = part * queries + query, at = row * keys;
+  const int64_t row = blockIdx.x, part = row / queries, query = row % queries, at = row * keys;
   const int64_t masked = (part / heads) * mask.batch + (part % heads) * mask.head + query * mask.row;
   if (grad_product) {
     T sum = 0;
@@ -121,8 +121,8 @@ __global__ void score_lanes_kernel(
 template <class T>
 __global__ void attention_update_kernel(
     int64_t heads, int64_t size, int64_t attn_maps, Update update, const T* attn, const T* grad, const T* rel, T* out) {
-  const int64_t map = blockIdx.y;
-  FASTREL_EACH(i, size) {
+  const int64_t map = blockIdx.x;
+  FASTREL_EACH_OF_MANY(i, size) {
     T sum = 0;
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t at = (map * heads + h) * size + i;
@@ -136,7 +136,7 @@ __global__ void attention_update_kernel(
 // row / (1 + Σ_k M), a block per query; m repeats every `maps` rows.
 template <class T>
 __global__ void rollout_kept_kernel(int64_t queries, int64_t keys, int64_t maps, const T* row, const T* m, T* kept) {
-  const int64_t query = blockIdx.x, own = blockIdx.y;
+  const int64_t own = blockIdx.x / queries, query = blockIdx.x % queries;
   const T* weights = m + ((own % maps) * queries + query) * keys;
   T sum = 0;
   for (int64_t j = threadIdx.x; j < keys; j += blockDim.x) sum += weights[j];
@@ -147,8 +147,8 @@ __global__ void rollout_kept_kernel(int64_t queries, int64_t keys, int64_t maps,
 // Σ_q kept_q M_q, a thread per key.
 template <class T>
 __global__ void rollout_through_kernel(int64_t queries, int64_t keys, int64_t maps, const T* kept, const T* m, T* through) {
-  const int64_t own = blockIdx.y;
-  FASTREL_EACH(j, keys) {
+  const int64_t own = blockIdx.x;
+  FASTREL_EACH_OF_MANY(j, keys) {
     T sum = 0;
     for (int64_t q = 0; q < queries; ++q) sum += kept[own * queries + q] * m[((own % maps) * queries + q) * keys + j];
     through[own * keys + j] = sum;

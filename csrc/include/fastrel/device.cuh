@@ -35,9 +35,10 @@ __device__ inline double absolute(double x) { return fabs(x); }
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
 
+// NaN stays NaN, here and wherever a value is chosen by a comparison.
 template <class T>
 __device__ T positive(T x) {
-  return x > T(0) ? x : T(0);
+  return x < T(0) ? T(0) : x;
 }
 
 // safe_divide of fastrel.reference.rules.
@@ -68,19 +69,23 @@ __device__ T block_max(T x) {
   FASTREL_SHARED(T, parts, kThreads / kWarp);
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     const T other = __shfl_xor_sync(0xffffffffu, x, offset);
-    x = other > x ? other : x;
+    x = other > x || other != other ? other : x;
   }
   __syncthreads();
   if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = x;
   __syncthreads();
   T top = parts[0];
-  for (int i = 1; i < kThreads / kWarp; ++i) top = parts[i] > top ? parts[i] : top;
+  for (int i = 1; i < kThreads / kWarp; ++i) top = parts[i] > top || parts[i] != parts[i] ? parts[i] : top;
   return top;
 }
 
 // This thread's numbers among n, in strides of the grid.
 #define FASTREL_EACH(i, n) \
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < (n); i += int64_t(gridDim.x) * blockDim.x)
+
+// The same where x counts samples, maps or heads, of which there may be more than y can count.
+#define FASTREL_EACH_OF_MANY(i, n) \
+  for (int64_t i = blockIdx.y * int64_t(blockDim.x) + threadIdx.x; i < (n); i += int64_t(gridDim.y) * blockDim.x)
 
 }  // namespace cuda
 }  // namespace fastrel

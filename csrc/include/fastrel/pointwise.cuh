@@ -18,7 +18,7 @@ __global__ void ratio_kernel(
     T z = signed_sum[at] - (bias ? bias[at % outs] : T(0));
     if (magnitude) {
       const T size = magnitude[at], half = (z + size) * T(0.5), floor = size * least;
-      z = least > T(0) ? (half > floor ? half : floor) : half < size * (4 * Limits<T>::eps) ? T(0) : half;
+      z = least > T(0) ? (half < floor ? floor : half) : half < size * (4 * Limits<T>::eps) ? T(0) : half;
     }
     out[i] = safe_divide(rel[i], z, official);
   }
@@ -50,7 +50,7 @@ __global__ void share_kernel(int64_t n, int64_t period, const T* u, const T* v, 
 // Values are [batch, size], lanes [samples, size], sums [samples, 3, chunks].
 template <class T>
 __global__ void sums_kernel(int64_t size, int64_t chunk, int64_t batch, const T* u, const T* v, const T* rel, double* sums) {
-  const int64_t sample = blockIdx.y, first = blockIdx.x * chunk, value = (sample % batch) * size, lane = sample * size;
+  const int64_t sample = blockIdx.x, first = blockIdx.y * chunk, value = (sample % batch) * size, lane = sample * size;
   const int64_t last = first + chunk < size ? first + chunk : size;
   double a = 0, b = 0, r = 0;
   for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
@@ -61,8 +61,8 @@ __global__ void sums_kernel(int64_t size, int64_t chunk, int64_t batch, const T*
   }
   a = block_sum(a), b = block_sum(b), r = block_sum(r);
   if (threadIdx.x == 0) {
-    double* own = sums + sample * 3 * gridDim.x + blockIdx.x;
-    own[0] = a, own[gridDim.x] = b, own[2 * gridDim.x] = r;
+    double* own = sums + sample * 3 * gridDim.y + blockIdx.y;
+    own[0] = a, own[gridDim.y] = b, own[2 * gridDim.y] = r;
   }
 }
 
@@ -70,14 +70,14 @@ __global__ void sums_kernel(int64_t size, int64_t chunk, int64_t batch, const T*
 template <class T>
 __global__ void scale_kernel(
     int64_t size, int64_t chunks, int64_t batch, const T* u, const T* v, const T* rel, const double* sums, T* rel_u, T* rel_v) {
-  const int64_t sample = blockIdx.y, value = (sample % batch) * size, lane = sample * size;
+  const int64_t sample = blockIdx.x, value = (sample % batch) * size, lane = sample * size;
   double total[3] = {0, 0, 0};
   for (int k = 0; k < 3; ++k)
     for (int64_t c = 0; c < chunks; ++c) total[k] += sums[(sample * 3 + k) * chunks + c];
   const double both = absolute(total[0]) + absolute(total[1]);
   const T factor_u = T(safe_divide(safe_divide(absolute(total[0]), both, true) * total[2], total[0], true));
   const T factor_v = T(safe_divide(safe_divide(absolute(total[1]), both, true) * total[2], total[1], true));
-  FASTREL_EACH(i, size) {
+  FASTREL_EACH_OF_MANY(i, size) {
     const T s = safe_divide(rel[lane + i], u[value + i] + v[value + i], true);
     rel_u[lane + i] = u[value + i] * s * factor_u;
     rel_v[lane + i] = v[value + i] * s * factor_v;

@@ -1,0 +1,82 @@
+"""Whole explanations on fake tensors "on" a GPU: what they launch, with nothing computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from fastrel import backends, methods
+from fastrel import precision as precision_
+from fastrel.capture import capture, in_order
+from fastrel.emit import lane_dtype
+from fastrel.graphed import run
+from fastrel.transform import Program, transform
+from tests.devices.recorder import Recorded
+
+aten = torch.ops.aten
+
+
+def lowered(
+    model: nn.Module, given: dict[str, Any], device: torch.device, *, precision: str = "float32", rules: str = "positive"
+) -> tuple[Program, list[Any]]:
+    """The program that explains a model, its operators chosen for Triton on `device`, and the values it takes."""
+    given = in_order(model, (), given)
+    captured = capture(model, (), given)
+    dtype = lane_dtype(captured.outputs[captured.logits_index].meta["val"].dtype)
+    products = precision_.products(precision, rules, dtype, device, "triton")
+    method = methods.get("transformer_attribution")
+    program = transform(captured, method, rules=rules, leaves=(captured.logits_index,), products=products)
+    backends.lower(program.reverse, "triton", device, dtype)
+    values = captured.parameters(model)
+    assert values is not None
+    return program, [*values, *given.values()]
+
+
+class _FusedAttention(TorchFunctionMode):
+    """torch's fused attention as the one launch that it is on a GPU; without one it would fall apart into its parts."""
+
+    def __init__(self, seen: Recorded) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.scaled_dot_product_attention.default:
+            self._seen.operators.append("fused attention")
+            q, v = args[0], args[2]
+            return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
+        return func(*args, **(kwargs or {}))
+
+
+class Launches:
+    """Runs a program on fake tensors of any batch size; `explain` forgets what earlier runs launched."""
+
+    def __init__(self, seen: Recorded, program: Program, values: list[Any], device: torch.device, inputs: int = 1) -> None:
+        self._seen, self._program, self._device, self._inputs = seen, program, device, inputs
+        self._mode = FakeTensorMode()
+        with self._mode:
+            self._values = [self._fake(x) for x in values]
+
+    def _fake(self, x: Any, batch: int | None = None) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        if batch is not None:
+            return torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=self._device)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=self._device)
+
+    def explain(self, batch: int, targets: int = 0) -> None:
+        """One explanation, for the predicted class or for `targets` classes."""
+        self._seen.operators.clear()
+        self._seen.launches.clear()
+        self._seen.kernels.clear()
+        with self._mode, _FusedAttention(self._seen):
+            inputs = [self._fake(x, batch) for x in self._values[-self._inputs :]]
+            classes = torch.empty(batch, targets, dtype=torch.long, device=self._device) if targets else None
+            run(self._program, [*self._values[: -self._inputs], *inputs], classes)
+
+    @property
+    def count(self) -> int:
+        return len(self._seen.operators) + len(self._seen.launches)

@@ -1,0 +1,258 @@
+"""What a GPU would be asked to do, recorded without one: Triton's own host path on a fake driver, tensors on a fake cuda:1."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not launched", allow_module_level=True)
+
+import triton.language as tl
+
+from fastrel import ops
+from fastrel.backends import triton
+from tests.devices import recorder
+from tests.devices.programs import Launches, lowered
+from tests.devices.recorder import GRID_LIMITS, Recorded, recorded
+
+DEVICE = torch.device("cuda:1")
+
+
+@pytest.fixture
+def seen() -> Iterator[Recorded]:
+    with recorded(capability=90) as launches, FakeTensorMode():
+        yield launches
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+
+def linear(n: int, dtype: torch.dtype = torch.float32, features: int = 64, targets: int = 1) -> None:
+    x, weight = on_gpu(n, features, dtype=dtype), on_gpu(features, features, dtype=dtype)
+    lane = on_gpu(targets, n, features)
+    y = on_gpu(n, features, dtype=dtype)
+    triton.kernels()[ops.zplus_linear](x, weight, y, None, lane, lane, "positive")
+
+
+def reduced(n: int, purpose: Any, x: torch.dtype = torch.float32, features: int = 64) -> None:
+    kernels = triton.kernels()
+    weight = on_gpu(features, features, dtype=x)
+    w, w_abs, scales = kernels[ops.reduced_weight](weight, purpose)
+    w_grad = w if purpose == "bfloat16" else kernels[ops.reduced_weight](weight, "gradient")[0]
+    lane, y = on_gpu(1, n, features), on_gpu(n, features, dtype=x)
+    kernels[ops.zplus_linear_reduced](on_gpu(n, features, dtype=x), w, w_abs, scales, w_grad, y, None, lane, lane)
+
+
+def attention(
+    batch: int, heads: int, tokens: int, d: int = 64, dtype: torch.dtype = torch.float32, targets: int = 1
+) -> None:
+    q = on_gpu(batch, heads, tokens, d, dtype=dtype)
+    lane, row = on_gpu(targets, batch, heads, tokens, d), on_gpu(targets, batch, tokens)
+    options = (0.125, False, 0, "positive", "gradient_relevance", True, True)
+    triton.kernels()[ops.attention_relevance](q, q, q, None, lane, lane, row, *options)
+
+
+def every_operator(n: int) -> None:
+    """Every launcher for n rows, of one sample each where there are samples."""
+    kernels = triton.kernels()
+    linear(n)
+    linear(n, torch.bfloat16)
+    linear(n, torch.bfloat16, features=768)
+    reduced(n, "bfloat16")
+    reduced(n, "float8")
+    attention(n, 2, 5)
+    attention(n, 2, 5, dtype=torch.bfloat16)
+    x, lane, maps = on_gpu(n, 3, 64), on_gpu(1, n, 3, 64), on_gpu(1, n, 2, 5, 5)
+    for rules in ("positive", "official"):
+        kernels[ops.residual_add](x, x, lane, 0, rules)
+    kernels[ops.layer_norm_backward](lane, x, on_gpu(64), 1, 1e-5)
+    kernels[ops.attention_update](None, maps, maps, "gradient_relevance")
+    kernels[ops.rollout_row](on_gpu(1, n, 5), on_gpu(1, n, 5, 5), True)
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 4096])
+def test_every_kernel_compiles_for_any_number_of_rows(seen: Recorded, n: int) -> None:
+    """One among them: Triton makes a constant of an argument that is 1."""
+    every_operator(n)
+    assert {launch.name for launch in seen.launches} >= {
+        "zplus_shares_kernel",
+        "zplus_back_kernel",
+        "attention_keys_kernel",
+    }
+
+
+def test_launches_go_to_the_device_of_the_tensors_whatever_the_current_one(seen: Recorded) -> None:
+    every_operator(3)
+    assert seen.device == 0
+    assert seen.launches
+    assert all(launch.on_its_tensors_device() for launch in seen.launches)
+
+
+def test_another_number_of_rows_compiles_nothing(seen: Recorded) -> None:
+    for n in (16, 17, 2, 48):
+        every_operator(n)
+        if n == 16:
+            seen.kernels.clear()
+    assert [kernel.kernel.fn.__name__ for kernel in seen.kernels] == []
+    every_operator(4096)  # from so many rows on torch multiplies: its passes
+    assert {kernel.kernel.fn.__name__ for kernel in seen.kernels} == {"sides_kernel", "shares_kernel", "combine_kernel"}
+    seen.kernels.clear()
+    every_operator(5001)
+    assert seen.kernels == []
+
+
+@pytest.mark.parametrize("samples", [65536, 200_000])
+def test_grids_hold_for_batches_of_windows(seen: Recorded, samples: int) -> None:
+    """Swin-B at batch 256 has 65536 windows times heads; y and z of a grid end at 65535."""
+    kernels = triton.kernels()
+    attention(samples // 4, 4, 49, 32)
+    x, lane, maps = on_gpu(samples, 2, 8), on_gpu(1, samples, 2, 8), on_gpu(1, samples, 2, 5, 5)
+    kernels[ops.residual_add](x, x, lane, 0, "official")
+    kernels[ops.attention_update](None, maps, maps, "gradient_relevance")
+    kernels[ops.rollout_row](on_gpu(1, samples, 5), on_gpu(1, samples, 5, 5), True)
+    linear(samples * 16, torch.bfloat16, features=512)
+    for launch in seen.launches:
+        assert all(size <= limit for size, limit in zip(launch.grid, GRID_LIMITS, strict=True)), launch.name
+
+
+DOTS = {
+    # what is asked: weight's and values' dtype, what the operator multiplies in
+    "float32": (torch.float32, None, {("fp32", "tf32x3", False)}),
+    "float32 in bfloat16 models": (torch.bfloat16, None, {("bf16", "ieee", True)}),
+    "float32 in float16 models": (torch.float16, None, {("fp32", "tf32", True)}),
+    "mixed": (torch.float32, "bfloat16", {("bf16", "ieee", False)}),
+    "mixed in bfloat16 models": (torch.bfloat16, "bfloat16", {("bf16", "ieee", False)}),
+    "low": (torch.float32, "float8", {("fp8e4nv", "ieee", False)}),
+    "low in bfloat16 models": (torch.bfloat16, "float8", {("fp8e4nv", "ieee", False)}),
+}
+
+
+@pytest.mark.parametrize("name", DOTS)
+def test_what_a_layer_multiplies_in_is_what_its_operator_says(seen: Recorded, name: str) -> None:
+    """Not what dtypes suggest: values computed again are float32 beside a 16-bit weight, or both are 16-bit."""
+    dtype, purpose, expected = DOTS[name]
+    for x_dtype in {dtype, torch.float32}:
+        x, w = on_gpu(5, 64, dtype=x_dtype), on_gpu(64, 64, dtype=dtype)
+        lane, y = on_gpu(1, 5, 64), on_gpu(5, 64, dtype=dtype)
+        kernels = triton.kernels()
+        if purpose:
+            parts = kernels[ops.reduced_weight](w, purpose)
+            kernels[ops.zplus_linear_reduced](x, *parts, kernels[ops.reduced_weight](w, "gradient")[0], y, None, lane, lane)
+        else:
+            kernels[ops.zplus_linear](x, w, y, None, lane, lane, "positive")
+    products = [launch for launch in seen.launches if launch.name.startswith("zplus")]
+    assert {(x.arguments["DOT"].name, x.arguments["PRECISION"], bool(x.arguments.get("SPLIT"))) for x in products} == (
+        expected | {(dot, precision, False) for dot, precision, _ in expected}
+    )
+
+
+def test_float8_sums_are_promoted_to_float32(seen: Recorded) -> None:
+    """Hopper adds float8 products in 14 bits until told otherwise."""
+    reduced(5, "float8")
+    variants = [k for k in seen.kernels if k.kernel.fn.__name__.startswith("zplus")]
+    assert len(variants) == 2
+    for variant in variants:
+        module = recorder.to_ttir(variant.source(), seen.get_current_target(), dict(variant.options))
+        dots = [line for line in str(module).splitlines() if "tt.dot" in line and "f8E4M3" in line]
+        assert dots
+        assert all("maxNumImpreciseAcc = " in line for line in dots)
+
+
+@pytest.mark.parametrize("set_tf32", ["old", "new"])
+def test_torchs_setting_for_tf32_is_read_by_either_of_its_names(seen: Recorded, set_tf32: str) -> None:
+    """`torch.get_float32_matmul_precision` raises where the new name was used."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    linear(5)
+    try:
+        if set_tf32 == "old":
+            torch.set_float32_matmul_precision("high")
+        else:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        linear(5)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
+    assert [launch.arguments["PRECISION"] for launch in seen.launches] == ["tf32x3", "tf32x3", "tf32", "tf32"]
+
+
+def test_wide_layer_norms_are_left_to_torch(seen: Recorded) -> None:
+    """A program holds a row of 65536 numbers at most; LayerNorm over [C, H, W] has more."""
+    x, lane = on_gpu(2, 100_000), on_gpu(1, 2, 100_000)
+    triton.kernels()[ops.layer_norm_backward](lane, x, None, 1, 1e-5)
+    assert seen.launches == []
+
+
+class TestWhetherTritonRuns:
+    """Asked per device, by a launch."""
+
+    @pytest.fixture(autouse=True)
+    def forget(self) -> Iterator[None]:
+        triton._fails_on.cache_clear()
+        yield
+        triton._fails_on.cache_clear()
+
+    def test_a_trial_kernel_that_fails_is_the_reason(self) -> None:
+        with (
+            mock.patch.object(torch.cuda, "is_available", lambda: True),
+            mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        ):
+            reason = triton.runs_on(torch.device("cuda:1"))
+        assert reason is not None
+        assert reason.startswith("a trial kernel failed on cuda:1: ")
+
+    def test_every_device_is_asked_for_its_own_capability(self) -> None:
+        old = {0: (9, 0), 1: (7, 5)}
+        with (
+            mock.patch.object(torch.cuda, "is_available", lambda: True),
+            mock.patch.object(torch.cuda, "get_device_capability", lambda device=0: old[int(device)]),
+        ):
+            assert triton.runs_on(torch.device("cuda:1")) == "compute capability 7.5 of cuda:1 is below 8.0"
+
+
+def _vit(dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """ViT-B's twelve blocks; what is launched does not depend on their width."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=96, depth=12, num_heads=3, num_classes=10).eval()
+    return model.to(dtype), {"x": torch.randn(2, 3, 32, 32).to(dtype)}
+
+
+#: Launches of one explanation at batch 1 when everything is compiled and kept: forward pass (125) and reverse pass.
+BUDGET = {("float32", torch.float32): 490, ("float32", torch.bfloat16): 490}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), BUDGET)
+def test_an_explanation_keeps_to_its_launches(precision: str, dtype: torch.dtype) -> None:
+    model, given = _vit(dtype)
+    with recorded(90) as seen:
+        launches = Launches(seen, *lowered(model, given, DEVICE, precision=precision), DEVICE)
+        launches.explain(1)
+        launches.explain(1)
+        assert launches.count <= BUDGET[precision, dtype]
+        assert seen.kernels == []
+        casts = [name for name in seen.operators if "to_copy" in name]
+        assert len(casts) <= 25  # of grads of activations, of which torch has no mixed kind
+
+
+def test_the_last_blocks_lanes_lie_on_the_row_that_is_read() -> None:
+    model, given = _vit(torch.float32)
+    with recorded(90) as seen:
+        launches = Launches(seen, *lowered(model, given, DEVICE), DEVICE)
+        launches.explain(4)
+        rows = [x.arguments["lanes"] for x in seen.launches if x.name == "zplus_back_kernel"]
+        assert rows[:4] == [4, 4, 4, 4]  # head, second and first layer of the MLP, output projection
+        assert set(rows[5:]) == {4 * 17}
+
+
+def test_dots_are_named_as_triton_names_them() -> None:
+    """A guard for the table above."""
+    assert (tl.bfloat16.name, tl.float32.name, tl.float8e4nv.name) == ("bf16", "fp32", "fp8e4nv")
