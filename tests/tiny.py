@@ -1,0 +1,79 @@
+"""Tiny models as their libraries write them to folders, and functions that `MODULE:FUNCTION` names."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "grip", "##ping", "clever", "film", ",")
+_BERT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+
+
+def vit() -> nn.Module:
+    """`tests.tiny:vit`: 32 x 32 pixels, 7 classes, prepared by its `pretrained_cfg`."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return model
+
+
+def bert_folder(folder: Path, **config: Any) -> Path:
+    """A classifier of texts with 32 positions."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    options = {**_BERT, "vocab_size": len(WORDS), "max_position_embeddings": 32, "id2label": {0: "negative", 1: "positive"}}
+    BertForSequenceClassification(BertConfig(**{**options, **config})).save_pretrained(folder)
+    return folder
+
+
+def vit_folder(folder: Path, **save: Any) -> Path:
+    """A classifier of pictures, 32 x 32 pixels."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    config = ViTConfig(**_BERT, image_size=32, patch_size=8, id2label={0: "cat", 1: "dog", 2: "zebra"})
+    ViTForImageClassification(config).save_pretrained(folder, **save)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def gpt_folder(folder: Path) -> Path:
+    """A language model with a byte-level vocabulary: one token per byte, and a few words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", *alphabet, "ba", "bad"])}
+    core = Tokenizer(models.BPE(vocabulary, [("b", "a"), ("ba", "d")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(vocabulary), n_positions=24, n_embd=32, n_layer=2, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def clip_folder(folder: Path) -> Path:
+    """Pictures with text."""
+    from transformers import BertTokenizerFast, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=16)
+    part = {**_BERT, "projection_dim": 24}
+    text = {**part, "vocab_size": len(WORDS), "max_position_embeddings": 16, "eos_token_id": 3}
+    config = CLIPConfig(text_config=text, vision_config={**part, "image_size": 32, "patch_size": 8}, projection_dim=24)
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(processor, tokenizer).save_pretrained(folder)
+    return folder
