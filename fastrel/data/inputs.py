@@ -145,6 +145,26 @@ def find(given: Sequence[str], content: Content, column: str | None = None) -> F
     return Found(list(items.values()), ignored)
 
 
+def locate(name: str, content: Content, column: str | None = None) -> Item:
+    """The item that `find` gave this name.
+
+    Raises:
+        InputError: it is not there any more.
+    """
+    if content == "image" and os.path.isfile(name):
+        return Item(name, File(name))
+    container = name
+    while container and not os.path.isfile(container):
+        shorter = container[: max(container.rfind(":"), container.rfind("/"))]
+        if len(shorter) == len(container) - 1 or os.path.isdir(container):
+            break
+        container = shorter
+    for item in find([container], content, column).items:
+        if item.name == name:
+            return item
+    raise InputError(f"{name!r} is not there any more, seen from this folder")
+
+
 def _arguments(given: Iterable[str]) -> Iterator[str]:
     for argument in given:
         if not argument.startswith("@") or os.path.lexists(argument):

@@ -47,7 +47,8 @@ def load(request: Request) -> Loaded:
     try:
         config = transformers.AutoConfig.from_pretrained(request.name)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load {request.name!r}: {_first_line(error)}{_hint(request.name)}") from error
+        known = "" if "/" in request.name else f"timm knows no model {request.name!r}, nor does torchvision; "
+        raise InputError(f"{known}cannot load {request.name!r} from Hugging Face: {_first_line(error)}") from error
     architectures = getattr(config, "architectures", None) or [""]
     kind = next((kind for ending, kind in _KINDS if architectures[0].endswith(ending)), None)
     if kind is None:
@@ -198,10 +199,6 @@ def _chances(config: Any) -> Any:
     if getattr(config, "problem_type", None) == "regression":
         return None
     return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
-
-
-def _hint(name: str) -> str:
-    return "" if "/" in name or Path(name).exists() else "; timm and torchvision know no such model either"
 
 
 def _first_line(error: Exception) -> str:

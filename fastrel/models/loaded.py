@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrel.errors import InputError
-from fastrel.models.readers import Pictures, Sample, Texts
+from fastrel.models.readers import Sample
 
 #: image: pictures -> classes. text: texts -> classes. causal: a text -> its next token. multimodal: picture and text -> scores.
 Kind: TypeAlias = Literal["image", "text", "causal", "multimodal"]
@@ -31,7 +31,7 @@ class Loaded:
 
     model: nn.Module
     kind: Kind
-    reader: Pictures | Texts | Any
+    reader: Any  # Pictures, Texts or PicturesWithText
     class_names: tuple[str, ...] = ()
     probabilities: Literal["softmax", "sigmoid"] | None = "softmax"
     source: dict[str, Any] = field(default_factory=dict)
