@@ -1,9 +1,12 @@
 """Tiny models as their libraries write them to folders, and functions that `MODULE:FUNCTION` names."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "grip", "##ping", "clever", "film", ",")
@@ -21,6 +24,36 @@ def vit() -> nn.Module:
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     return model
+
+
+class Deadly:
+    """A preprocessing that kills its process at red pictures; with a file, only if it is not there yet, and makes it."""
+
+    def __init__(self, once: str | None = None) -> None:
+        self.once = once
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        x = np.asarray(image.resize((32, 32)), np.float32).transpose(2, 0, 1) / 255
+        if x[0].mean() > 0.9 and x[1].mean() < 0.1 and not (self.once and Path(self.once).exists()):
+            if self.once:
+                Path(self.once).touch()
+            os._exit(1)
+        return x
+
+
+def deadly() -> tuple[nn.Module, Deadly]:
+    """`tests.tiny:deadly`: `vit` with a preprocessing that kills; FASTREL_TEST_ONCE names the file that ends it."""
+    return vit(), Deadly(os.environ.get("FASTREL_TEST_ONCE"))
+
+
+def pictures(folder: Path, count: int, red: int | None = None) -> Path:
+    """Pictures of noise, small; one of them may be red."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 255, (24, 24, 3), np.uint8)
+        image = Image.new("RGB", (24, 24), "red") if i == red else Image.fromarray(noise)
+        image.save(folder / f"{i:05d}.png", compress_level=0)
+    return folder
 
 
 def bert_folder(folder: Path, **config: Any) -> Path:

@@ -194,8 +194,11 @@ class Explain:
 def _decode(name: str, content: Any, loaded: Loaded) -> Decoded:
     if isinstance(content, (np.ndarray, Image.Image)):
         try:
-            image = content if isinstance(content, Image.Image) else Image.fromarray(content)
-            return Decoded(name, samples=loaded.reader(image.convert("RGB")))
+            if isinstance(content, np.ndarray):
+                if content.dtype != np.uint8 or content.ndim not in (2, 3):
+                    raise InputError(f"an array {content.shape} of {content.dtype} is no picture; [H, W, 3] of uint8 is")
+                content = Image.fromarray(content)
+            return Decoded(name, samples=loaded.reader(content.convert("RGB")))
         except Exception as error:  # whatever is no picture
             return Decoded(name, error=reason(error))
     where = File(name) if content is None else Value(content)

@@ -71,11 +71,12 @@ def run(options: argparse.Namespace) -> int:
     if not items:
         raise InputError(f"nothing to explain in {' '.join(options.inputs)}: no {content}s")
     settings = explain.settings.describe(explain.loaded) | {"column": options.column}
-    schema = table.schema(explain.shape(), settings | explain.settings.circumstances())
     with Store(options.out, settings, options.shard) as store:
         tasks = store.tasks(items, options.retry_errors, options.part)
         mine = {item.name for item in items[options.shard[0] :: options.shard[1]]}
-        _work(options, explain, tasks, store, schema, len(mine))
+        if tasks:
+            schema = table.schema(explain.shape(), settings | explain.settings.circumstances())
+            _work(options, explain, tasks, store, schema, len(mine))
         failed = {name: why for name, why in failures(store.folder) if name in mine}
     for name, why in list(failed.items())[:_SHOWN]:
         print(f"fastrel: not explained: {name}: {why}", file=sys.stderr)
@@ -87,8 +88,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _work(options: argparse.Namespace, explain: Explain, tasks: list[Any], store: Any, schema: Any, total: int) -> None:
     left = sum(len(task.items) for task in tasks)
-    if not left:
-        return
     with tqdm(total=total, initial=max(0, total - left), unit="item", smoothing=0.05) as bar:
         failed = 0
 

@@ -49,7 +49,7 @@ def text_page(rows: Sequence[Row]) -> str:
     """One piece of text, a paragraph per target."""
     tokens, maps = rows[0].tokens, [row.relevance for row in rows]
     assert tokens is not None
-    return page(tokens, torch.from_numpy(np.stack(maps)), [title(row) for row in rows])  # type: ignore[arg-type]
+    return page(tokens, torch.tensor(np.stack(maps)), [title(row) for row in rows])  # type: ignore[arg-type]
 
 
 def title(row: Row) -> str:
@@ -62,7 +62,7 @@ def _scaled(row: Row, picture: Image.Image) -> np.ndarray:
     """A map [gh, gw] as `Explanation.heatmap` scales it, in the picture's size."""
     if row.map is None:
         raise InputError("this method gives no map over the picture for this model")
-    x = torch.from_numpy(np.asarray(row.map, np.float32))[None, None]
+    x = torch.tensor(row.map, dtype=torch.float32)[None, None]
     return F.interpolate(x, size=(picture.height, picture.width), mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
