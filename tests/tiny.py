@@ -1,6 +1,7 @@
 """Tiny models as their libraries write them to folders, and functions that `MODULE:FUNCTION` names."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+
+from fastrel.data.preprocessing import Preprocessing
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "grip", "##ping", "clever", "film", ",")
 _BERT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
@@ -22,7 +25,13 @@ def vit() -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    model.pretrained_cfg = {
+        "input_size": (3, 32, 32),
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+    }
     return model
 
 
@@ -44,6 +53,32 @@ class Deadly:
 def deadly() -> tuple[nn.Module, Deadly]:
     """`tests.tiny:deadly`: `vit` with a preprocessing that kills; FASTREL_TEST_ONCE names the file that ends it."""
     return vit(), Deadly(os.environ.get("FASTREL_TEST_ONCE"))
+
+
+def once() -> tuple[nn.Module, Deadly]:
+    """`tests.tiny:once`: the same, but the file `died` in the current folder ends it."""
+    return vit(), Deadly("died")
+
+
+class Slow:
+    """A preprocessing that takes a while, so that a run can be killed in the middle."""
+
+    def __init__(self, prepare: Preprocessing) -> None:
+        self.prepare = prepare
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        time.sleep(0.03)
+        return self.prepare(image)
+
+
+def slow() -> tuple[nn.Module, Slow]:
+    """`tests.tiny:slow`: `vit`, slowly."""
+    return vit(), Slow(Preprocessing((32, 32), mean=(0.5,) * 3, std=(0.5,) * 3))
+
+
+def fatal() -> nn.Module:
+    """`tests.tiny:fatal`: no process outlives loading it."""
+    os._exit(1)
 
 
 def pictures(folder: Path, count: int, red: int | None = None) -> Path:

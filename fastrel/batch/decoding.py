@@ -20,6 +20,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from fastrel.data import pictures
 from fastrel.data.inputs import Item
 from fastrel.errors import FastrelError
@@ -138,8 +140,14 @@ def _begin(reader: Any, kind: Kind, at: Any, counter: Any, parent: int) -> None:
         _mine.update(reader=reader, kind=kind, at=at, slot=counter.value)
         counter.value += 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process says when to stop
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _one_thread()
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _one_thread() -> None:
+    """Threads of a forked process wait for ever for those that its parent had."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _follow(parent: int) -> None:
@@ -169,6 +177,7 @@ def _dies(item: Item, reader: Any, kind: Kind) -> bool:
 
 
 def _alone(item: Item, reader: Any, kind: Kind, survived: Any) -> None:
+    _one_thread()
     decode(item, reader, kind)
     survived.value = 1
 

@@ -8,6 +8,7 @@ file, and the driver keeps it as the local engine does: the same files, the same
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from fastrel.errors import FastrelError, InputError
 
 try:
     import ray
+    import ray.data
 except ImportError as missing:
     raise InputError('--ray needs Ray Data: pip install "fastrel[ray]"') from missing
 
@@ -53,7 +55,10 @@ def run(
     """
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+        own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         _require(actors, cpus, gpus)
         attempts: Any = ray.remote(num_cpus=0)(Attempts).remote(_PATIENCE * actors)
@@ -62,11 +67,9 @@ def run(
             Worker,
             batch_size=1,
             fn_constructor_args=(explain, list(tasks), schema, attempts, os.getcwd()),
-            concurrency=actors,
+            compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=cpus,
             num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
         )
         for row in results.iter_rows():
             task = tasks[row["task"]]

@@ -54,7 +54,11 @@ class Store:
         self._stack.close()
 
     def tasks(self, items: Sequence[Item], retry: bool, size: int = PART) -> list[Task]:
-        """What is left to do of these items, in their order; with `retry`, also what failed."""
+        """What is left to do of these items, in their order; with `retry`, also what failed.
+
+        A part is `size` neighbours, whichever of them were done before it: an item is always explained in the same company,
+        so that its numbers do not depend on where a run was interrupted.
+        """
         mine = items[self.shard[0] :: self.shard[1]]
         wanted = {item.name: item for item in mine}
         done: set[str] = set()
@@ -66,13 +70,19 @@ class Store:
             failed = dict.fromkeys(n for n, error in zip(names, errors, strict=True) if error is not None and n in wanted)
             if retry and failed:
                 again.append(Task(path.name, tuple(wanted[name] for name in failed)))
-        rest = [item for item in mine if item.name not in done]
-        first = 1 + max((int(n) for path in parts(self.folder) if (n := self._number(path.name))), default=-1)
-        new = [
-            Task(f"{self._prefix()}-{first + i:06d}.parquet", tuple(rest[at : at + size]))
-            for i, at in enumerate(range(0, len(rest), size))
-        ]
-        return again + new
+        used = {number for path in parts(self.folder) if (number := self._number(path.name)) is not None}
+        whole: dict[int, Sequence[Item]] = {}
+        single: list[Item] = []
+        for number, at in enumerate(range(0, len(mine), size)):
+            part = mine[at : at + size]
+            left = [item for item in part if item.name not in done]
+            if len(left) == len(part) and number not in used:
+                whole[number] = part
+            else:  # the data set was another one when its neighbours were done
+                single += left
+        first = 1 + max({*used, *whole}, default=-1)
+        whole |= {first + i: single[at : at + size] for i, at in enumerate(range(0, len(single), size))}
+        return again + [Task(f"{self._prefix()}-{number:06d}.parquet", tuple(part)) for number, part in whole.items()]
 
     def put(self, task: Task, table: Any) -> None:
         """Keep the rows of a task."""
@@ -97,9 +107,9 @@ class Store:
     def _prefix(self) -> str:
         return f"shard-{self.shard[0]}-of-{self.shard[1]}"
 
-    def _number(self, name: str) -> str | None:
+    def _number(self, name: str) -> int | None:
         found = re.fullmatch(re.escape(self._prefix()) + r"-(\d+)\.parquet", name)
-        return found[1] if found else None
+        return int(found[1]) if found else None
 
 
 def parts(folder: Path) -> list[Path]:

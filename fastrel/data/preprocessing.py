@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
@@ -105,8 +106,8 @@ class Wrapped:
         return x
 
     def describe(self) -> dict[str, Any]:
-        """How the callable shows itself."""
-        return {"transform": repr(self.transform), "mean": self.mean, "std": self.std}
+        """How the callable shows itself, but for where it lies in memory."""
+        return {"transform": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.transform)), "mean": self.mean, "std": self.std}
 
 
 #: From a picture in RGB to [C, H, W] float32, its mean taken off, divided by its deviation.
