@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def found(folder: Path) -> list[inputs.Item]:
 def rows(folder: Path) -> Any:
     """Every row with its error, in order."""
     return pa.concat_tables([pa.parquet.read_table(path) for path in parts(folder)])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Forked processes cannot use the threads that their parent had."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def run_local(
