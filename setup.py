@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 
@@ -47,12 +47,20 @@ def ahead_of_time() -> bool:
     return os.environ.get("FASTREL_BUILD") != "skip" and importlib.util.find_spec("torch") is not None
 
 
+def packages() -> list[str]:
+    """Those in fastrel/, and those that lie beside it in a checkout: [tool.setuptools.package-dir] says where."""
+    sources = [path for path in Path("csrc").rglob("*") if path.is_dir() and path.name != "__pycache__"]
+    beside = [Path("triton_kernels"), Path("csrc"), *sources]
+    return [*find_packages(include=["fastrel", "fastrel.*"]), *(f"fastrel.{'.'.join(path.parts)}" for path in beside)]
+
+
 if ahead_of_time():
     names = ["fastrel._C"] + ["fastrel._C_cuda"] * (os.environ.get("FASTREL_BUILD_CUDA") == "1")
     setup(
+        packages=packages(),
         ext_modules=[Extension(name, sources=[], py_limited_api=True) for name in names],
         cmdclass={"build_ext": BuildKernels},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 else:
-    setup()
+    setup(packages=packages())

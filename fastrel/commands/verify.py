@@ -1,49 +1,60 @@
 """`fastrel verify`: is the explanation of this model right?"""
 
+from __future__ import annotations
+
 import argparse
-from typing import Any
 
-import torch
+import numpy as np
+from PIL import Image
+from torch import Tensor
 
-from fastrel import Explainer
-from fastrel.commands import images, text
+from fastrel.commands import options as shared
+from fastrel.data import pictures
 from fastrel.errors import InputError
+from fastrel.models import Loaded, Sample
+from fastrel.options import RULES
+
+HELP = "check on a model of yours that its explanations are right; exit code 1 if not"
+EPILOG = """\
+examples:
+  fastrel verify --model swin_tiny_patch4_window7_224 --random
+  fastrel verify --model ./my-bert --text "not bad at all"
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("--random", action="store_true", help="random weights: nothing is loaded but the architecture")
+    parser.add_argument("--image", metavar="FILE", help="a picture to check on (default: noise)")
+    parser.add_argument("--text", help="a text to check a model of texts on")
+    parser.add_argument("--rules", choices=RULES, default="positive", help="(default: %(default)s)")
+    parser.add_argument("--start-layer", type=int, metavar="N", help="first block of the chain (default: 0)")
+    shared.model(parser)
+    shared.explaining(parser, several=False)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the report; 1 if a check fails."""
-    model, given = _subject(options)
-    report = Explainer(model, rules=options.rules, start_layer=options.start_layer).verify(**given)
+    settings = shared.settings(options, random=options.random)
+    loaded = settings.load()
+    args, kwargs = _samples(options, loaded)
+    report = settings.explainer(loaded).verify(*args, **kwargs)
     print(report)
     return 0 if report.ok else 1
 
 
-def _subject(options: argparse.Namespace) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The model and two samples."""
-    if options.text is not None:
-        if not options.model:
-            raise InputError("--text needs --model, the name or folder of a Hugging Face classifier")
-        model, tokenizer = text.load(options.model)
-        return model, dict(tokenizer([options.text] * 2, return_tensors="pt", truncation=True))
-    if options.random:
-        import timm
-
-        if options.model not in timm.list_models(options.model or ""):
-            raise InputError(
-                f"--random needs the name of a timm model, not {options.model!r}; `timm.list_models()` lists them"
-            )
-        torch.manual_seed(0)
-        model = timm.create_model(options.model).eval()
-        size: Any = model.pretrained_cfg
-        return model, {"x": torch.randn(2, *size["input_size"])}
-    vision = images.load(options.model, options.weights)
-    if options.image is None:
-        size = vision.preprocess(images.Image.new("RGB", (256, 256))).shape
-        torch.manual_seed(0)
-        return vision.model, {"x": torch.randn(2, *size)}
-    try:
-        picture = images.Image.open(options.image).convert("RGB")
-    except OSError as error:
-        raise InputError(f"cannot read the picture {options.image!r}: {error}") from error
-    x = vision.preprocess(picture)
-    return vision.model, {"x": torch.stack([x, x.flip(-1)])}
+def _samples(options: argparse.Namespace, loaded: Loaded) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Two of them, as arguments of the model."""
+    samples: list[Sample]
+    if loaded.kind == "image":
+        if options.text is not None:
+            raise InputError(f"{options.model!r} is a model of pictures; give --image or nothing, not --text")
+        noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+        image = Image.fromarray(noise) if options.image is None else pictures.read(options.image).image
+        (one,) = loaded.reader(image)
+        samples = [one, {name: np.ascontiguousarray(x[..., ::-1]) for name, x in one.items()}]
+    elif options.text is None or loaded.kind == "multimodal":
+        raise InputError(f"{options.model!r} is a model of texts: give --text")
+    else:
+        samples = [loaded.reader(options.text)[0]] * 2
+    return loaded.arguments(loaded.inputs(samples))

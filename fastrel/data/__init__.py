@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastrel.data.images import coco_masks, image_folder, imagenet_segmentation, mosaics
 from fastrel.data.items import ImageItem, TextItem
@@ -16,7 +17,11 @@ from fastrel.errors import InputError
 #: kind -> (reader, what it reads). `mosaics` needs no path.
 READERS: dict[str, tuple[Callable[..., list[ImageItem] | list[TextItem]], str]] = {
     "mosaics": (mosaics, "the held-out scenes that ship with fastrel, a cell per object"),
-    "images": (image_folder, "a folder of pictures whose file names begin with the class number, or a folder per class"),
+    "images": (
+        image_folder,
+        "a folder of pictures whose file names begin with the class number, or a folder per class, named by number, by a class "
+        "of the model or by WordNet number, else numbered in order",
+    ),
     "coco": (coco_masks, "a folder with manifest.json, pictures and <name>_mask.png"),
     "imagenet-seg": (imagenet_segmentation, "ImageNet-Segmentation, gtsegs_ijcv.mat"),
     "eraser": (eraser, "an ERASER .jsonl or .jsonl.gz, its documents beside it in docs/ or in the file"),
@@ -24,8 +29,8 @@ READERS: dict[str, tuple[Callable[..., list[ImageItem] | list[TextItem]], str]] 
 }
 
 
-def read(spec: str) -> list[ImageItem] | list[TextItem]:
-    """The items of KIND:PATH, for instance `coco:data/coco_masks`; `mosaics` stands alone.
+def read(spec: str, class_names: Sequence[str] = ()) -> list[ImageItem] | list[TextItem]:
+    """The items of KIND:PATH, for instance `coco:data/coco_masks`; `mosaics` stands alone. class_names: the model's.
 
     Raises:
         InputError: no such kind or file, or its content is not what the kind says.
@@ -36,7 +41,8 @@ def read(spec: str) -> list[ImageItem] | list[TextItem]:
         raise InputError(f"unknown data {spec!r}; give KIND:PATH with one of these kinds. {known}")
     if kind != "mosaics" and not (path and Path(path).exists()):
         raise InputError(f"{spec!r}: there is no file or folder {path!r}")
-    items = READERS[kind][0](*([Path(path)] if path else []))
+    given: list[Any] = [Path(path)] if path else []
+    items = READERS[kind][0](*given, *([class_names] if kind == "images" else []))
     if not items:
         raise InputError(f"{spec!r} holds no items")
     return items

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from fastrel.data import pictures
 from fastrel.data.items import ImageItem
 from fastrel.errors import InputError
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-
 
 def _open(path: Path) -> Image.Image:
-    with Image.open(path) as file:
-        return file.convert("RGB")
+    return pictures.read(path).image
 
 
 def _picture(grey: np.ndarray) -> Image.Image:
@@ -51,19 +50,44 @@ def mosaics() -> list[ImageItem]:
     return items
 
 
-def image_folder(folder: Path) -> list[ImageItem]:
-    """Pictures `<class number>_….jpg`, or one folder per class, the classes then being the sorted folders' positions."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
-    parents = sorted({p.parent for p in paths if p.parent != folder})
+def image_folder(folder: Path, class_names: Sequence[str] = ()) -> list[ImageItem]:
+    """Pictures `<class number>_….jpg`, or one folder per class.
+
+    The number of a folder's class is the one that its name begins with, if all do; else the place of its name among the
+    model's `class_names`, or of its WordNet number among ImageNet's, if all are there; else its position among all folders,
+    those without a picture included.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in pictures.SUFFIXES)
+    numbers = _folder_numbers(sorted(p.name for p in folder.iterdir() if p.is_dir()), class_names)
     items = []
     for path in paths:
+        name = path.relative_to(folder)
         number = re.match(r"\d+(?=[_.])", path.name) if path.parent == folder else None
         if number is None and path.parent == folder:
             raise InputError(f"{path.name}: pictures must be named <class number>_<anything>, or lie in a folder per class")
-        label = int(number[0]) if number else parents.index(path.parent)
-        name = str(path.relative_to(folder))
-        items.append(ImageItem(name, name, partial(_open, path), (label,)))
+        label = int(number[0]) if number else numbers[name.parts[0]]
+        items.append(ImageItem(str(name), str(name), partial(_open, path), (label,)))
     return items
+
+
+def _folder_numbers(folders: Sequence[str], class_names: Sequence[str]) -> dict[str, int]:
+    leading = [re.match(r"\d+(?=[_. -]|$)", name) for name in folders]
+    if all(leading):
+        return {name: int(found[0]) for name, found in zip(folders, leading, strict=True) if found}
+    known = {_plain(part): i for i, name in enumerate(class_names) for part in (name, *name.split(","))}
+    if all(_plain(name) in known for name in folders):
+        return {name: known[_plain(name)] for name in folders}
+    if all(re.fullmatch(r"n\d{8}", name) for name in folders):
+        from timm.data import ImageNetInfo
+
+        places = {name: i for i, name in enumerate(ImageNetInfo().label_names())}
+        if all(name in places for name in folders):
+            return {name: places[name] for name in folders}
+    return {name: i for i, name in enumerate(folders)}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", name).strip().lower()
 
 
 def coco_masks(folder: Path) -> list[ImageItem]:
@@ -71,10 +95,6 @@ def coco_masks(folder: Path) -> list[ImageItem]:
 
     `<picture's stem>_mask.png` holds `mask_value` where the category is.
     """
-
-    def mask(path: Path, value: int) -> np.ndarray:
-        with Image.open(path) as file:
-            return np.asarray(file) == value
 
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -84,13 +104,18 @@ def coco_masks(folder: Path) -> list[ImageItem]:
                 picture,
                 partial(_open, folder / picture),
                 tuple(found["imagenet"]),
-                partial(mask, folder / f"{Path(picture).stem}_mask.png", found["mask_value"]),
+                partial(_category, folder / f"{Path(picture).stem}_mask.png", found["mask_value"]),
             )
             for picture, entry in sorted(manifest.items())
             for category, found in sorted(entry["classes"].items())
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'manifest.json'} is not a manifest of masks: {error!r}") from error
+
+
+def _category(path: Path, value: int) -> np.ndarray:
+    with Image.open(path) as file:
+        return np.asarray(file) == value
 
 
 def imagenet_segmentation(path: Path) -> list[ImageItem]:

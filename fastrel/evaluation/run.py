@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from fastrel import methods
 from fastrel.data import ImageItem, TextItem
-from fastrel.errors import FastrelError, InputError
+from fastrel.errors import CaptureError, FastrelError, InputError, UnsupportedModelError
 from fastrel.evaluation import scorers
 from fastrel.evaluation.store import Score, Store
 from fastrel.evaluation.subjects import ImageSubject, TextSubject
 from fastrel.explainer import Explainer
 
 Failures = dict[str, str]
+
+#: What reading an item may raise: files that are not there, or not what they should be.
+_UNREADABLE = (InputError, OSError, ValueError, SyntaxError)
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,20 @@ def evaluate(
     metrics: Sequence[str],
     store: Store,
     progress: Callable[[str], None] = lambda item: None,
+    *,
+    explainer: Explainer | None = None,
+    batch_size: int = 1,
+    workers: int = 0,
 ) -> Failures:
     """Score every item with every configuration; scores already in the store are not computed again.
 
     Calls `progress` with the name of each item that is done with. Returns the items that could not be scored, with the
     reason; all others were.
+
+    Args:
+        explainer: of the subject's model, with the options that all configurations share; default: a plain one.
+        batch_size: how many items are explained at a time.
+        workers: threads that read and decode ahead.
 
     Raises:
         InputError: items of a kind that the subject does not take, or an unknown metric.
@@ -71,27 +84,88 @@ def evaluate(
     if any(not isinstance(item, subject.kind) for item in items):
         raise InputError(f"this model takes {subject.kind.__name__}s, the data holds {type(items[0]).__name__}s")
     functions = {name: scorers.get(subject.kind, name) for name in metrics}
-    shared = Explainer(subject.model)
+    shared = explainer or Explainer(subject.loaded.model)
     explainers = {configuration.name: configuration.explainer(shared) for configuration in chosen}
     failures: Failures = {}
+    todo = []
     for item in items:
-        for configuration in chosen:
-            explain: Any = functools.cache(functools.partial(subject.explain, explainers[configuration.name], item))  # type: ignore
-            for name, function in functions.items():
-                if store.done(item.name, configuration.name, name):
-                    continue
-                try:
-                    values = function(subject, item, explain)
-                except (InputError, OSError, ValueError, SyntaxError) as error:
-                    failures[item.name] = f"{configuration.name}: {' '.join(str(error).split())}"
-                    continue
-                except FastrelError as error:
-                    raise type(error)(f"{configuration.name}: {error}") from error
-                store.add(
-                    [Score(item.name, item.group, configuration.name, name, metric, v) for metric, v in values.items()]
-                )
-        progress(item.name)
+        if all(store.done(item.name, c, m) for c in explainers for m in functions):
+            progress(item.name)
+        else:
+            todo.append(item)
+    for batch in _read(subject, todo, batch_size, workers, failures):
+        for name, own in explainers.items():
+            left = [(i, s) for i, s in batch if any(not store.done(i.name, name, m) for m in functions)]
+            for item, maps in _explained(subject, own, left, scorers.needs_predicted(metrics), name, failures):
+                _score(subject, item, maps, functions, name, store, failures)
+        for item, _ in batch:
+            progress(item.name)
     if len(failures) == len(items) and not store.scores:
-        name, reason = next(iter(failures.items()))
-        raise InputError(f"none of {len(items)} items could be scored; {name}: {reason}")
+        first, reason = next(iter(failures.items()))
+        raise InputError(f"none of {len(items)} items could be scored; {first}: {reason}")
     return failures
+
+
+def _read(
+    subject: Any, items: Sequence[Any], size: int, workers: int, failures: Failures
+) -> Iterator[list[tuple[Any, Any]]]:
+    """Batches of (item, sample), read ahead; unreadable items go to the failures."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        flight: deque[tuple[Any, Future[Any]]] = deque()
+        ready = []
+        rest = iter(items)
+        while True:
+            while len(flight) < size * (1 + workers) and (item := next(rest, None)) is not None:
+                flight.append((item, pool.submit(subject.read, item)))
+            if not flight:
+                break
+            item, reading = flight.popleft()
+            try:
+                ready.append((item, reading.result()))
+            except _UNREADABLE as error:
+                failures[item.name] = _line(error)
+            if len(ready) == size or (ready and not flight):
+                yield ready
+                ready = []
+
+
+def _explained(
+    subject: Any, explainer: Explainer, batch: Sequence[tuple[Any, Any]], predicted: bool, name: str, failures: Failures
+) -> Iterator[tuple[Any, Any]]:
+    """The maps of a batch; if that fails, of each item alone, and those that fail alone are failures."""
+    if not batch:
+        return
+    items, samples = zip(*batch, strict=True)
+    try:
+        yield from zip(items, subject.explain(explainer, items, samples, predicted), strict=True)
+    except (CaptureError, UnsupportedModelError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    except (FastrelError, ValueError, RuntimeError) as error:
+        if len(batch) == 1:
+            failures[items[0].name] = f"{name}: {_line(error)}"
+            return
+        for one in batch:
+            yield from _explained(subject, explainer, [one], predicted, name, failures)
+
+
+def _score(
+    subject: Any, item: Any, maps: Any, functions: dict[str, Any], name: str, store: Store, failures: Failures
+) -> None:
+    """Every score of an item that is not there yet, kept at once."""
+
+    def explain(target: str = "label") -> Any:
+        return maps[target]
+
+    for metric, function in functions.items():
+        if store.done(item.name, name, metric):
+            continue
+        try:
+            values = function(subject, item, explain)
+        except _UNREADABLE as error:
+            failures[item.name] = f"{name}: {_line(error)}"
+            continue
+        store.add([Score(item.name, item.group, name, metric, key, value) for key, value in values.items()])
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ def segmentation(subject: ImageSubject, item: ImageItem, explain: Explain) -> Va
 
 def perturbation(subject: ImageSubject, item: ImageItem, explain: Explain, baseline: str = "black") -> Values:
     """AUC of positive and negative perturbation, of the predicted class and of the label, and the curves' points."""
-    filled = (torch.zeros(3, 1, 1) - subject.mean) / subject.std if baseline == "black" else torch.zeros(3, 1, 1)
+    filled = -subject.mean / subject.std if baseline == "black" else torch.zeros_like(subject.mean)
     found = explain("predicted")
     values = _curves(subject, found, "predicted", baseline, filled)
     if item.classes:
@@ -72,16 +72,9 @@ def perturbation(subject: ImageSubject, item: ImageItem, explain: Explain, basel
 
 def _curves(subject: ImageSubject, found: ImageMap, name: str, baseline: str, filled: Tensor) -> Values:
     values = {}
+    target = torch.tensor([found.explained])
     for order in ("positive", "negative"):
-        target = torch.tensor([found.explained])
-        curve = metrics.perturb(
-            subject.model,
-            found.x[None],
-            found.heat[None],
-            target,
-            order=order,
-            baseline=filled,
-        )
+        curve = metrics.perturb(subject.logits, found.x[None], found.heat[None], target, order=order, baseline=filled)
         values[f"{order} {name} ({baseline})"] = curve.auc
         for fraction, correct in zip(FRACTIONS, curve.accuracy, strict=True):
             values[f"{order} {name} ({baseline}) at {fraction:.1f}"] = float(correct)
@@ -125,6 +118,11 @@ IMAGE_SCORERS: dict[str, Callable[..., Values]] = {
     "perturbation-mean": perturbation_mean,
 }
 TEXT_SCORERS: dict[str, Callable[..., Values]] = {"rationale": rationale, "faithfulness": faithfulness}
+
+
+def needs_predicted(names: Iterable[str]) -> bool:
+    """Whether one of these scorers asks for the map of the predicted class beside that of the label."""
+    return any(name.startswith("perturbation") for name in names)
 
 
 def lower_is_better(metric: str) -> bool:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrel.data import ImageItem, TextItem
 from fastrel.errors import InputError
 from fastrel.explainer import Explainer
+from fastrel.models import Loaded, Sample
 
 
 class ImageMap(NamedTuple):
-    """The map [gh, gw] of one class of a picture, x [3, H, W] as the model reads it."""
+    """The map [gh, gw] of one class of a picture, x [C, H, W] as the model reads it; both on the CPU."""
 
     heat: Tensor
     x: Tensor
@@ -34,29 +35,62 @@ class TextMap(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSubject:
-    """A model of pictures. preprocess: picture -> [3, H, W]; mean, std [3, 1, 1]: how it normalises."""
+    """A model of pictures."""
 
-    model: nn.Module
-    preprocess: Callable[[Image.Image], Tensor]
-    mean: Tensor
-    std: Tensor
+    loaded: Loaded
     kind = ImageItem
 
-    def explain(self, explainer: Explainer, item: ImageItem, target: str = "label") -> ImageMap:
-        """The map of `label`, the best-scoring of the item's classes (or predicted if none), or of `predicted`."""
-        x = self.preprocess(item.picture())
-        prediction = explainer.predict(x[None])
-        logits = prediction.logits[0]
-        predicted = int(logits.argmax())
-        wrong = [c for c in item.classes if not 0 <= c < len(logits)]
-        if wrong:
-            raise InputError(f"{item.name}: class {wrong[0]} is out of range: the model has {len(logits)} classes")
-        labelled = max(item.classes, key=lambda c: float(logits[c]), default=predicted)
-        explained = labelled if target == "label" else predicted
-        patches = prediction.explain(explained).patches
-        if patches is None:
+    @property
+    def mean(self) -> Tensor:
+        """How it normalises, [C, 1, 1]."""
+        return torch.tensor(self.loaded.reader.prepare.mean).reshape(-1, 1, 1)
+
+    @property
+    def std(self) -> Tensor:
+        """How it normalises, [C, 1, 1]."""
+        return torch.tensor(self.loaded.reader.prepare.std).reshape(-1, 1, 1)
+
+    def read(self, item: ImageItem) -> Sample:
+        """The picture as the model reads it."""
+        return self.loaded.reader(item.picture())[0]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The model's logits [B, classes] for x [B, C, H, W], which may be on another device; on the CPU."""
+        with torch.no_grad():
+            output = self.loaded.model(x.to(self.loaded.device, self.loaded.dtype))
+        return (output if isinstance(output, Tensor) else output.logits).float().cpu()
+
+    def explain(
+        self, explainer: Explainer, items: Sequence[ImageItem], samples: Sequence[Sample], predicted: bool
+    ) -> list[dict[str, ImageMap]]:
+        """Per item its map of `label`, the best-scoring of its classes (or predicted if none), and if asked of `predicted`."""
+        batch = self.loaded.inputs(samples)
+        args, kwargs = self.loaded.arguments(batch)
+        prediction = explainer.predict(*args, **kwargs)
+        logits = prediction.logits.float().cpu()
+        best = logits.argmax(1).tolist()
+        for item in items:
+            wrong = [c for c in item.classes if not 0 <= c < logits.shape[1]]
+            if wrong:
+                raise InputError(f"{item.name}: class {wrong[0]} is out of range: the model has {logits.shape[1]} classes")
+        labels = [
+            max(item.classes, key=lambda c, row=row: float(row[c]), default=top)  # type: ignore[misc]
+            for item, row, top in zip(items, logits, best, strict=True)
+        ]
+        both = predicted and labels != best
+        targets = torch.tensor(list(zip(labels, best, strict=True))) if both else torch.tensor(labels)[:, None]
+        grid = prediction.explain(targets.to(prediction.logits.device)).grid
+        if grid is None:
             raise InputError(f"{explainer.method.name} gives no map over the picture for this model")
-        return ImageMap(patches[0], x, explained, predicted)
+        heats = grid.cpu()
+        xs = [torch.from_numpy(next(iter(sample.values()))) for sample in samples]
+        return [
+            {
+                "label": ImageMap(heats[i, 0], xs[i], labels[i], best[i]),
+                "predicted": ImageMap(heats[i, -1], xs[i], best[i] if both else labels[i], best[i]),
+            }
+            for i in range(len(items))
+        ]
 
     def mask(self, item: ImageItem) -> Tensor | None:
         """The item's mask as the model sees the picture, [H, W] of bool."""
@@ -65,43 +99,63 @@ class ImageSubject:
         mask, picture = item.mask(), item.picture()
         if mask.shape != (picture.height, picture.width):
             raise InputError(f"{item.name}: a mask of {mask.shape} for a picture of {(picture.height, picture.width)}")
-        seen = self.preprocess(Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB"))
-        return (seen * self.std + self.mean).mean(0) > 0.5
+        seen = self.loaded.reader.prepare(Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB"))
+        return (torch.from_numpy(seen) * self.std + self.mean).mean(0) > 0.5
 
 
 @dataclass(frozen=True)
 class TextSubject:
-    """A sequence classifier and its (fast) tokenizer. Texts longer than the model reads are cut."""
+    """A sequence classifier with its (fast) tokenizer. Texts longer than the model reads are cut, and `cut` names them."""
 
-    model: nn.Module
-    tokenizer: Any
+    loaded: Loaded
+    cut: set[str] = field(default_factory=set)
     kind = TextItem
 
-    def encode(self, words: list[str]) -> tuple[dict[str, Tensor], list[int | None]]:
-        """The model's inputs, and the word that each token belongs to (None: special)."""
-        limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 512))
-        encoded = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=limit, return_tensors="pt")
-        return dict(encoded), encoded.word_ids()
+    def read(self, item: TextItem) -> tuple[Sample, list[int | None]]:
+        """The text as the model reads it, and the word that each token belongs to."""
+        sample, word_of = self.encode(item.words)
+        if len(item.words) - 1 not in word_of:
+            self.cut.add(item.name)
+        return sample, word_of
 
-    def explain(self, explainer: Explainer, item: TextItem) -> TextMap:
-        """Relevance of every word for the item's label; words beyond the model's length get the lowest."""
-        inputs, word_of = self.encode(list(item.words))
-        prediction = explainer.predict(**inputs)
-        if not 0 <= item.label < prediction.logits.shape[1]:
-            raise InputError(f"{item.name}: class {item.label} is out of range: the model has {prediction.logits.shape[1]}")
-        row = prediction.explain(item.label).relevance[0].double().cpu().numpy()
-        words = np.full(len(item.words), row.min())
-        for token, word in enumerate(word_of):
-            if word is not None:
-                words[word] = max(words[word], row[token])
-        return TextMap(words, item.label)
+    def encode(self, words: Sequence[str]) -> tuple[Sample, list[int | None]]:
+        """A sample, and the word that each token belongs to (None: special)."""
+        reader = self.loaded.reader
+        encoded = reader.tokenizer(list(words), is_split_into_words=True, truncation=True, max_length=reader.limit)
+        names = [name for name in reader.tokenizer.model_input_names if name in encoded]
+        return {name: np.array(encoded[name], np.int64) for name in names}, encoded.word_ids()
+
+    def explain(
+        self,
+        explainer: Explainer,
+        items: Sequence[TextItem],
+        samples: Sequence[tuple[Sample, list[int | None]]],
+        predicted: bool,
+    ) -> list[dict[str, TextMap]]:
+        """Per item the relevance of every word for its label; words beyond the model's length get the lowest."""
+        args, kwargs = self.loaded.arguments(self.loaded.inputs([sample for sample, _ in samples]))
+        prediction = explainer.predict(*args, **kwargs)
+        count = prediction.logits.shape[1]
+        for item in items:
+            if not 0 <= item.label < count:
+                raise InputError(f"{item.name}: class {item.label} is out of range: the model has {count}")
+        relevance = prediction.explain([item.label for item in items]).relevance.double().cpu().numpy()
+        found = []
+        for item, (_, word_of), row in zip(items, samples, relevance, strict=True):
+            words = np.full(len(item.words), row[: len(word_of)].min())
+            for token, word in enumerate(word_of):
+                if word is not None:
+                    words[word] = max(words[word], row[token])
+            found.append({"label": TextMap(words, item.label)})
+        return found
 
     def probability(self, item: TextItem) -> Callable[[np.ndarray], float]:
         """A function kept [T] of bool -> the model's probability of the item's label with only those words."""
 
         def probability(kept: np.ndarray) -> float:
-            inputs, _ = self.encode([word for word, keep in zip(item.words, kept, strict=True) if keep])
+            sample, _ = self.encode([word for word, keep in zip(item.words, kept, strict=True) if keep])
             with torch.no_grad():
-                return float(self.model(**inputs).logits[0].softmax(0)[item.label])
+                output: Any = self.loaded.model(**self.loaded.inputs([sample]))
+            return float(output.logits[0].softmax(0)[item.label])
 
         return probability

@@ -109,9 +109,9 @@ def table(
             axis.imshow(np.asarray(panel))
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        axes[0].set_ylabel(name, fontsize=11)
+        axes[0].set_ylabel(name, fontsize=11, parse_math=False)
     for axis, title in zip(grid[0], columns, strict=True):
-        axis.set_title(title.replace("_", " "), fontsize=11)
+        axis.set_title(title.replace("_", " "), fontsize=11, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from torch import Tensor
 
 from fastrel.errors import InputError
@@ -29,7 +30,24 @@ footer {{ font: 13px system-ui, sans-serif; color: #777; margin-top: 2em; }}
 """
 
 
-def words(tokens: Sequence[str], relevance: Tensor) -> list[tuple[str, float]]:
+def _byte_of() -> dict[str, int]:
+    """Byte-level BPE writes a byte as a character: itself where it can be seen, else one from 256 on, in order."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_of()
+
+
+def _decoded(word: str) -> str:
+    """A word of byte-level BPE as a person writes it."""
+    if any(character not in _BYTE_OF for character in word):
+        return word
+    return bytes(_BYTE_OF[character] for character in word).decode("utf-8", "replace").strip()
+
+
+def words(tokens: Sequence[str], relevance: Tensor | np.ndarray) -> list[tuple[str, float]]:
     """Whole words and their relevance: sub-words are joined and count as the highest of them; special tokens are left out.
 
     tokens: T strings as a tokenizer returns them, with the marks of WordPiece (##), byte-level BPE (Ġ) or
@@ -45,13 +63,15 @@ def words(tokens: Sequence[str], relevance: Tensor) -> list[tuple[str, float]]:
     for token, value in zip(tokens, relevance.tolist(), strict=True):
         if token in _SPECIAL:
             continue
-        continues = token.startswith("##") or (marked and not token.startswith(("Ġ", "▁")))
+        continues = token.startswith("##") or (marked and not token.startswith(("Ġ", "▁", "Ċ")))
         text = token[2:] if token.startswith("##") else token.lstrip("Ġ▁")
         if continues and found:
             word, before = found[-1]
             found[-1] = (word + text, max(before, value))
         elif text:
             found.append((text, value))
+    if any(token.startswith(("Ġ", "Ċ")) for token in tokens):
+        found = [(_decoded(word) or "↵", value) for word, value in found]
     return found
 
 

@@ -1,0 +1,214 @@
+"""Batches explained: the same callable for a loop of one's own, Ray, Spark, and `fastrel batch`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastrel.batch.decoding import Decoded, decode, reason
+from fastrel.batch.row import Row
+from fastrel.batch.settings import Settings, count_of_highest
+from fastrel.data.inputs import File, Item, Value
+from fastrel.errors import CaptureError, InputError, UnsupportedModelError
+from fastrel.explainer import Explainer
+from fastrel.models import Loaded, Sample
+
+
+class Explain:
+    """Explains batches of pictures or texts; light to send to another process, where it loads its model at the first call.
+
+        explain = fastrel.batch.Explain("vit_base_patch16_224", target=("top3",), device="cuda")
+        rows = explain({"item": ["a.jpg", "b.jpg"]})                     # by path
+        rows = explain({"image": [jpeg_bytes, pil_image, array]})        # or by content; texts: {"text": […]}
+        dataset.map_batches(explain, batch_size=32)                      # Ray Data
+
+    Args:
+        model, and by name: the fields of `fastrel.batch.settings.Settings`.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        known = {field.name for field in fields(Settings)}
+        unknown = sorted({*options} - known)
+        if unknown:
+            raise InputError(f"unknown options {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        if isinstance(options.get("target"), (str, int)):
+            options["target"] = (str(options["target"]),)
+        self.settings = Settings(model, **options)
+        self._lock = threading.Lock()
+        self._ready: tuple[Loaded, Explainer, list[int] | None, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"settings": self.settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.settings, self._lock, self._ready = state["settings"], threading.Lock(), None
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model with what feeds it."""
+        return self._prepared()[0]
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """One row per item and target, by column; an item that fails has one row with an `error`, and nothing is raised.
+
+        Args:
+            batch: "item": names; "image": the bytes of a file, PIL images or arrays [H, W, 3] of uint8, or "text": strings.
+                Without the last two, items are paths.
+
+        Returns:
+            the columns of `fastrel.batch.row.Row`; "map" is [N, gh, gw] float32, NaN where there is an error.
+        """
+        given = next((batch[name] for name in ("image", "text") if name in batch), None)
+        names = [str(name) for name in batch.get("item", range(len(given) if given is not None else 0))]
+        try:
+            loaded = self.loaded
+            rows = self.rows([_decode(name, None if given is None else given[i], loaded) for i, name in enumerate(names)])
+        except Exception as error:  # the model itself; every row says so
+            rows = [Row(name, error=reason(error)) for name in names]
+        return _columns(rows)
+
+    def rows(self, items: Sequence[Decoded]) -> list[Row]:
+        """The rows of a batch.
+
+        A batch that fails is tried one by one, so that nothing but what is wrong fails.
+
+        Raises:
+            CaptureError, UnsupportedModelError, InputError: the model cannot be loaded or explained at all.
+        """
+        self._prepared()
+        places = [(item, window) for item in items for window in range(len(item.samples))]
+        try:
+            made = self._explained(places)
+        except (CaptureError, UnsupportedModelError):
+            raise
+        except Exception:
+            made = [rows for place in places for rows in self._one(place)]
+        explained = {(item.item, window): rows for (item, window), rows in zip(places, made, strict=True)}
+        rows = []
+        for item in items:
+            if item.error is not None:
+                rows.append(Row(item.item, item.sha256, notes=item.notes, error=item.error))
+            for window in range(len(item.samples)):
+                rows += explained[item.item, window]
+        return rows
+
+    def shape(self) -> tuple[int, ...] | None:
+        """That of this model's maps over pictures, None if they are not; explains noise, so that what cannot work fails now."""
+        loaded = self.loaded
+        if loaded.kind != "image":
+            return None
+        noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
+        (row, *_) = self._explained([(Decoded("noise", samples=loaded.reader(Image.fromarray(noise))), 0)])[0]
+        return None if row.map is None else row.map.shape
+
+    def _one(self, place: tuple[Decoded, int]) -> list[list[Row]]:
+        item, window = place
+        try:
+            return self._explained([place])
+        except Exception as error:
+            return [[Row(item.item, item.sha256, window, notes=item.notes, error=reason(error))]]
+
+    def _explained(self, places: Sequence[tuple[Decoded, int]]) -> list[list[Row]]:
+        """The rows of every sample."""
+        if not places:
+            return []
+        loaded, explainer, classes, highest = self._prepared()
+        samples = [item.samples[window] for item, window in places]
+        args, kwargs = loaded.arguments(loaded.inputs(samples))
+        prediction = explainer.predict(*args, **kwargs)
+        logits = prediction.logits
+        if logits.dim() != 2:
+            raise UnsupportedModelError(f"logits of shape {tuple(logits.shape)}, not [B, C]; these take a loop of your own")
+        if classes is None:
+            targets = logits.topk(min(highest, logits.shape[1])).indices
+        else:
+            targets = torch.tensor(classes, device=logits.device).expand(len(logits), -1)
+        explanation = prediction.explain(targets)
+        grid = None if explanation.grid is None else explanation.grid.float().cpu().numpy()
+        relevance = explanation.relevance.float().cpu().numpy()
+        return self._rows(places, samples, logits.float().cpu(), targets.cpu(), relevance, grid)
+
+    def _rows(
+        self,
+        places: Sequence[tuple[Decoded, int]],
+        samples: Sequence[Sample],
+        logits: Tensor,
+        targets: Tensor,
+        relevance: np.ndarray,
+        grid: np.ndarray | None,
+    ) -> list[list[Row]]:
+        loaded = self.loaded
+        chances = None
+        if loaded.probabilities is not None:
+            chances = logits.softmax(1) if loaded.probabilities == "softmax" else logits.sigmoid()
+        names = loaded.class_names
+        found = []
+        for b, (item, window) in enumerate(places):
+            ids = samples[b].get("input_ids")
+            tokens = None if ids is None else loaded.reader.tokens(ids.tolist())
+            predicted = int(logits[b].argmax())
+            found.append(
+                [
+                    Row(
+                        item.item,
+                        item.sha256,
+                        window,
+                        target=c,
+                        target_name=names[c] if c < len(names) else str(c),
+                        logit=float(logits[b, c]),
+                        probability=None if chances is None else float(chances[b, c]),
+                        predicted=predicted,
+                        map=None if grid is None else grid[b, k],
+                        relevance=relevance[b, k] if tokens is None else relevance[b, k, : len(tokens)],
+                        tokens=tokens,
+                        logits=logits[b].numpy(),
+                        notes=item.notes,
+                    )
+                    for k, c in enumerate(targets[b].tolist())
+                ]
+            )
+        return found
+
+    def _prepared(self) -> tuple[Loaded, Explainer, list[int] | None, int]:
+        with self._lock:
+            if self._ready is None:
+                settings = self.settings
+                highest = count_of_highest(settings.target)
+                loaded = settings.load()
+                if loaded.kind == "multimodal":
+                    raise InputError(
+                        f"{settings.model!r} takes pictures with texts; batches of these take a loop of your own"
+                    )
+                classes = None if highest else [loaded.class_index(word) for word in settings.target or ()]
+                self._ready = loaded, settings.explainer(loaded), classes, highest or 0
+        return self._ready
+
+
+def _decode(name: str, content: Any, loaded: Loaded) -> Decoded:
+    if isinstance(content, (np.ndarray, Image.Image)):
+        try:
+            if isinstance(content, np.ndarray):
+                if content.dtype != np.uint8 or content.ndim not in (2, 3):
+                    raise InputError(f"an array {content.shape} of {content.dtype} is no picture; [H, W, 3] of uint8 is")
+                content = Image.fromarray(content)
+            return Decoded(name, samples=loaded.reader(content.convert("RGB")))
+        except Exception as error:  # whatever is no picture
+            return Decoded(name, error=reason(error))
+    where = File(name) if content is None else Value(content)
+    return decode(Item(name, where), loaded.reader, loaded.kind)
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, Any]:
+    columns: dict[str, Any] = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Row)}
+    shapes = {row.map.shape for row in rows if row.map is not None}
+    if len(shapes) == 1:
+        missing = np.full(shapes.pop(), np.nan, np.float32)
+        columns["map"] = np.stack([missing if row.map is None else row.map.astype(np.float32) for row in rows])
+    return columns

@@ -1,0 +1,171 @@
+"""A run over a data set on a cluster, through Ray Data: a pool of actors that explain, one block of the data set per part.
+
+Ray's own checkpoints and `write_parquet` are not used: after a resume they batch the remaining items in another way, so that
+rows differ by rounding, and their filter needs processors of its own. Here an actor gives back a part as the bytes of a Parquet
+file, and the driver keeps it as the local engine does: the same files, the same batches, the same resumption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from fastrel.batch import table as tables
+from fastrel.batch.decoding import Decoded, decode
+from fastrel.batch.explain import Explain
+from fastrel.batch.local import Progress
+from fastrel.batch.row import Row
+from fastrel.batch.store import Store, Task
+from fastrel.errors import FastrelError, InputError
+
+try:
+    import ray
+    import ray.data
+except ImportError as missing:
+    raise InputError('--ray needs Ray Data: pip install "fastrel[ray]"') from missing
+
+KILLS = "it kills the process that explains it (tried twice)"
+
+#: How often actors may start without any batch being finished in between, per actor.
+_PATIENCE = 5
+
+
+def run(
+    explain: Explain,
+    tasks: Sequence[Task],
+    store: Store,
+    schema: Any,
+    progress: Progress,
+    *,
+    actors: int,
+    cpus: float = 1,
+    gpus: float = 0,
+    address: str | None = None,
+) -> None:
+    """Do the tasks with `actors` actors of so many processors and GPUs each; they see the same files as this process.
+
+    address: of a running cluster ("auto": the one of this machine); None starts one here, for the time of the run.
+
+    Raises:
+        InputError: the cluster has fewer processors or GPUs than the actors need.
+        FastrelError: actors die again and again before any batch is finished.
+    """
+    started = not ray.is_initialized()
+    if started:
+        own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        _require(actors, cpus, gpus)
+        attempts: Any = ray.remote(num_cpus=0)(Attempts).remote(_PATIENCE * actors)
+        blocks = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks))
+        results = blocks.map_batches(
+            Worker,
+            batch_size=1,
+            fn_constructor_args=(explain, list(tasks), schema, attempts, os.getcwd()),
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=cpus,
+            num_gpus=gpus,
+        )
+        for row in results.iter_rows():
+            task = tasks[row["task"]]
+            store.put(task, tables.decode(row["parquet"]))
+            progress(len(task.items), int(row["failed"]))
+    except ray.exceptions.RayError as error:
+        raise FastrelError(f"Ray gave up: {_cause(error)}") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _require(actors: int, cpus: float, gpus: float) -> None:
+    """Ray waits for ever for processors that are not there."""
+    total = ray.cluster_resources()
+    for kind, each in (("CPU", cpus), ("GPU", gpus)):
+        if total.get(kind, 0) < actors * each:
+            raise InputError(
+                f"{actors} actors of {each:g} {kind}s each need {actors * each:g}; the cluster has {total.get(kind, 0):g}"
+            )
+
+
+class Attempts:
+    """Remembers which batches were begun and not ended: where actors died."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience, self.idle_starts = patience, 0
+        self.begun: dict[str, int] = {}
+        self.at: dict[str, str] = {}
+        self.killers: dict[str, set[str]] = {}
+
+    def start(self) -> bool:
+        """An actor starts; False: too many did without anything being finished."""
+        self.idle_starts += 1
+        return self.idle_starts <= self.patience
+
+    def begin(self, batch: str) -> tuple[int, set[str]]:
+        """A batch begins: how often it did before, and the items at which it ended badly."""
+        before = self.begun.get(batch, 0)
+        self.begun[batch] = before + 1
+        if batch in self.at:
+            self.killers.setdefault(batch, set()).add(self.at.pop(batch))
+        return before, self.killers.get(batch, set())
+
+    def item(self, batch: str, item: str | None) -> None:
+        """It is at this item; None: at none."""
+        if item is None:
+            self.at.pop(batch, None)
+        else:
+            self.at[batch] = item
+
+    def end(self, batch: str) -> None:
+        """A batch is finished."""
+        self.idle_starts = 0
+        self.begun.pop(batch, None)
+        self.killers.pop(batch, None)
+
+
+class Worker:
+    """An actor's work: parts of the data set."""
+
+    def __init__(self, explain: Explain, tasks: list[Task], schema: Any, attempts: Any, folder: str) -> None:
+        self.explain, self.tasks, self.schema, self.attempts = explain, tasks, schema, attempts
+        with contextlib.suppress(OSError):
+            os.chdir(folder)  # items are named as they were given
+        if not ray.get(attempts.start.remote()):
+            raise RuntimeError("actors die again and again before anything is finished; is there memory for the model?")
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A part as the bytes of its file."""
+        number = int(batch["task"][0])
+        items = self.tasks[number].items
+        size = self.explain.settings.batch_size
+        rows = [row for at in range(0, len(items), size) for row in self._batch(f"{number}:{at}", items[at : at + size])]
+        failed = len({row.item for row in rows if row.error is not None})
+        return {"task": [number], "parquet": [tables.encode(tables.table(rows, self.schema))], "failed": [failed]}
+
+    def _batch(self, key: str, items: Sequence[Any]) -> list[Row]:
+        """The rows of a batch; one at whose first try an actor died is tried once more, item by item."""
+        reader, kind = self.explain.loaded.reader, self.explain.loaded.kind
+        before, killers = ray.get(self.attempts.begin.remote(key))
+        rows: list[Row] = []
+        if before == 0:
+            rows = self.explain.rows([decode(item, reader, kind) for item in items])
+        for item in items if before else ():
+            if item.name in killers:
+                rows += self.explain.rows([Decoded(item.name, error=KILLS)])
+                continue
+            ray.get(self.attempts.item.remote(key, item.name))
+            rows += self.explain.rows([decode(item, reader, kind)])
+            ray.get(self.attempts.item.remote(key, None))
+        ray.get(self.attempts.end.remote(key))
+        return rows
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what Ray says, which is that of the actor's own error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,94 @@
+"""What a run over a data set is asked for: everything that its numbers depend on, and where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+import fastrel
+from fastrel.errors import InputError
+from fastrel.explainer import Explainer
+from fastrel.models import Loaded, load
+
+#: Fields that say where and how fast, not what.
+_PLACE = frozenset({"device", "backend", "batch_size", "memory"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A model as `fastrel.models.load` takes it, a method as `Explainer` takes it, and the targets.
+
+    target: class numbers or names, or one word such as "top3": that many of the highest classes; None: the highest one.
+    """
+
+    model: str | None = None
+    weights: str | None = None
+    random: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
+    long: Literal["refuse", "window"] = "refuse"
+    method: str = "transformer_attribution"
+    rules: str = "positive"
+    start_layer: int | None = None
+    normalize_rollout: bool | None = None
+    precision: str = "float32"
+    backend: str = "auto"
+    memory: str = "normal"
+    target: tuple[str, ...] | None = None
+    batch_size: int = 8
+
+    def load(self) -> Loaded:
+        """The model with what feeds it."""
+        return load(
+            self.model,
+            weights=self.weights,
+            random=self.random,
+            dtype=self.dtype,
+            device=self.device,
+            long=self.long,
+        )
+
+    def explainer(self, loaded: Loaded) -> Explainer:
+        """Its explainer."""
+        return Explainer(
+            loaded.model,
+            self.method,
+            rules=self.rules,
+            start_layer=self.start_layer,
+            normalize_rollout=self.normalize_rollout,
+            precision=self.precision,
+            backend=self.backend,
+            memory=self.memory,
+        )
+
+    def describe(self, loaded: Loaded) -> dict[str, Any]:
+        """What the numbers depend on, as JSON: runs that differ in it must not be mixed."""
+        own = {name: value for name, value in asdict(self).items() if name not in _PLACE}
+        own["target"] = None if self.target is None else list(self.target)
+        return own | {"kind": loaded.kind, "reader": loaded.reader.describe(), "sha256": loaded.fingerprint()}
+
+    def circumstances(self) -> dict[str, Any]:
+        """What the numbers depend on by rounding at most."""
+        return {
+            "fastrel": fastrel.__version__,
+            "torch": torch.__version__,
+            **{name: value for name, value in asdict(self).items() if name in _PLACE},
+        }
+
+
+def count_of_highest(target: tuple[str, ...] | None) -> int | None:
+    """K of "topK", 1 if no target is given, None if classes are.
+
+    Raises:
+        InputError: "top0", or "topK" among classes.
+    """
+    if target is None:
+        return 1
+    counts = [word[3:] for word in target if word.startswith("top") and word[3:].isdigit()]
+    if not counts:
+        return None
+    if len(target) > 1 or int(counts[0]) < 1:
+        raise InputError(f"target {' '.join(target)!r}: give topK alone, with K from 1 on, or classes")
+    return int(counts[0])

@@ -1,0 +1,71 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path of the same suffix beside `path`, moved there if the block ends well and removed if not.
+
+    Raises:
+        OSError: as the file system has it, with `path` in it.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".tmp-{os.getpid()}-{next(_numbers)}{target.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(target)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a whole file, text in UTF-8."""
+    with replaced(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def folder(path: str | os.PathLike[str]) -> Path:
+    """The folder at `path`, made if there is none.
+
+    Raises:
+        OSError: a file is in the way, or it cannot be made.
+    """
+    found = Path(path)
+    if found.exists() and not found.is_dir():
+        raise NotADirectoryError(20, "is a file, a folder is needed", str(found))
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[bool]:
+    """Hold the lock file at `path`, released even by a kill; False: another process has it. True where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    with open(path, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        except OSError:  # a file system without locks
+            yield True
+            return
+        yield True

@@ -1,0 +1,275 @@
+"""What is to be explained, as people name it: files, folders, patterns, lists, tables, archives, data sets on disk.
+
+`find` turns it into items: a name that nothing else has and where the content is; nothing is opened but tables and the
+directories of archives. Needs no torch; tables need pyarrow.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from fastrel.data import pictures
+from fastrel.errors import InputError
+
+#: What the items hold.
+Content: TypeAlias = Literal["image", "text"]
+
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+TEXTS = frozenset({".txt", ".md"})
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of its own."""
+
+    path: str
+
+    def load(self) -> bytes:
+        """Its bytes."""
+        return pictures.file_bytes(self.path)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of a file: a member of a tar archive."""
+
+    path: str
+    offset: int
+    size: int
+
+    def load(self) -> bytes:
+        """Its bytes."""
+        if self.size > pictures.MAX_BYTES:
+            raise InputError(f"{self.size} bytes; at most {pictures.MAX_BYTES} are read")
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            found = file.read(self.size)
+        if len(found) < self.size:
+            raise InputError(f"the archive ends {self.size - len(found)} bytes too early")
+        return found
+
+
+@dataclass(frozen=True)
+class Value:
+    """Content that is already here: a text, or the bytes of a picture."""
+
+    content: str | bytes
+
+    def load(self) -> str | bytes:
+        """It."""
+        return self.content
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture inside a Parquet file or a data set on disk."""
+
+    path: str
+    column: str
+    row: int
+
+    def load(self) -> bytes:
+        """Its bytes, or those of the file that it names."""
+        from fastrel.data import tables
+
+        found = tables.cell(self.path, self.column, self.row)
+        if isinstance(found, dict):  # the picture type of Hugging Face data sets
+            found = found.get("bytes") or found.get("path")
+        if isinstance(found, str):
+            return pictures.file_bytes(os.path.join(os.path.dirname(self.path), found))
+        if not isinstance(found, bytes):
+            raise InputError(f"column {self.column!r} holds {type(found).__name__}, not a picture's bytes or path")
+        return found
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An item that is known to be there and cannot be had."""
+
+    reason: str
+
+    def load(self) -> bytes:
+        """Raises InputError with the reason."""
+        raise InputError(self.reason)
+
+
+Where: TypeAlias = File | Slice | Value | Cell | Broken
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to explain. Its name is how it was given: a path, ARCHIVE/MEMBER, or TABLE:ROW, rows counted from 0."""
+
+    name: str
+    where: Where
+
+
+@dataclass(frozen=True)
+class Found:
+    """Items in a fixed order, each name once; ignored: how many files in folders and archives hold something else."""
+
+    items: list[Item]
+    ignored: int
+
+
+def find(given: Sequence[str], content: Content, column: str | None = None) -> Found:
+    """The items in what was given.
+
+    Args:
+        given: files, folders (searched for files of the kind, sub-folders too), patterns, `@FILE` (a list of these, one a
+            line), .csv, .tsv, .jsonl and .parquet tables, .tar archives, and data sets as Hugging Face's `save_to_disk`
+            writes them. What does not exist becomes an item that fails.
+        content: "image" or "text".
+        column: of tables and data sets: paths (relative to the table) or pictures, or texts.
+
+    Raises:
+        InputError: a list or table that cannot be read, or without such a column.
+    """
+    items: dict[str, Item] = {}
+    ignored = 0
+    for argument in _arguments(given):
+        for item in _items(argument, content, column):
+            if item is None:
+                ignored += 1
+            else:
+                name = os.fsencode(item.name).decode("utf-8", "backslashreplace")  # file names need not be UTF-8
+                items.setdefault(name, replace(item, name=name))
+    return Found(list(items.values()), ignored)
+
+
+def locate(name: str, content: Content, column: str | None = None) -> Item:
+    """The item that `find` gave this name.
+
+    Raises:
+        InputError: it is not there any more.
+    """
+    if content == "image" and os.path.isfile(name):
+        return Item(name, File(name))
+    container = name
+    while container and not os.path.isfile(container):
+        shorter = container[: max(container.rfind(":"), container.rfind("/"))]
+        if len(shorter) == len(container) - 1 or os.path.isdir(container):
+            break
+        container = shorter
+    for item in find([container], content, column).items:
+        if item.name == name:
+            return item
+    raise InputError(f"{name!r} is not there any more, seen from this folder")
+
+
+def _arguments(given: Iterable[str]) -> Iterator[str]:
+    for argument in given:
+        if not argument.startswith("@") or os.path.lexists(argument):
+            yield argument
+            continue
+        try:
+            lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the list {argument[1:]!r} cannot be read: {error}") from error
+        yield from (line.strip() for line in lines if line.strip())
+
+
+def _items(argument: str, content: Content, column: str | None) -> Iterator[Item | None]:
+    path = os.path.normpath(argument) if argument else argument
+    if os.path.isdir(path):
+        dataset = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_info.json", "dataset_dict.json"))
+        yield from _dataset(path, content, column) if dataset else _folder(path, content)
+    elif not os.path.lexists(path) and glob.has_magic(argument):
+        matches = sorted(glob.glob(argument, recursive=True))
+        if not matches:
+            yield Item(argument, Broken("no file fits this pattern"))
+        for match in matches:
+            yield from _items(match, content, column)
+    elif os.path.isfile(path) and path.lower().endswith(TABLES):
+        yield from _table(path, content, column)
+    elif os.path.isfile(path) and _is_archive(path):
+        yield from _archive(path, content)
+    else:
+        yield Item(path, File(path))
+
+
+def _wanted(name: str, content: Content) -> bool:
+    return os.path.splitext(name)[1].lower() in (pictures.SUFFIXES if content == "image" else TEXTS)
+
+
+def _folder(folder: str, content: Content) -> Iterator[Item | None]:
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            yield Item(path, File(path)) if _wanted(name, content) else None
+
+
+def _is_archive(path: str) -> bool:
+    return path.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"))
+
+
+def _archive(path: str, content: Content) -> Iterator[Item | None]:
+    if not path.lower().endswith(".tar"):
+        yield Item(path, Broken("a compressed archive cannot be read at any place; unpack it to a .tar"))
+        return
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                known = _wanted(member.name, content) and not member.issparse()
+                yield Item(f"{path}/{member.name}", Slice(path, member.offset_data, member.size)) if known else None
+    except (tarfile.TarError, OSError) as error:
+        yield Item(path, Broken(f"not a whole tar archive: {error}"))
+
+
+def _table(path: str, content: Content, column: str | None) -> Iterator[Item]:
+    if path.lower().endswith(".parquet"):
+        from fastrel.data import tables
+
+        yield from _rows(path, path, tables.columns(path), tables.column(path, column), content, column)
+        return
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            if path.lower().endswith((".csv", ".tsv")):
+                rows: list[Any] = list(csv.DictReader(file, delimiter="\t" if path.lower().endswith(".tsv") else ","))
+            else:
+                rows = [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"the table {path!r} cannot be read: {error}") from error
+    if any(not isinstance(row, dict) for row in rows):
+        raise InputError(f"{path!r}: every line must be a JSON object")
+    names = list(dict.fromkeys(name for row in rows for name in row if name is not None))
+    yield from _rows(path, path, names, None if column is None else [row.get(column) for row in rows], content, column)
+
+
+def _dataset(folder: str, content: Content, column: str | None) -> Iterator[Item]:
+    from fastrel.data import tables
+
+    for name, file in tables.dataset_files(folder):
+        yield from _rows(name, file, tables.columns(file), tables.column(file, column), content, column)
+
+
+def _rows(
+    name: str, file: str, names: Sequence[str], values: Iterable[Any] | None, content: Content, column: str | None
+) -> Iterator[Item]:
+    if column is None or column not in names or values is None:
+        known = ", ".join(names)
+        asked = "say which column holds what is to be explained" if column is None else f"there is no column {column!r}"
+        raise InputError(f"{name!r}: {asked}; its columns are {known}")
+    for row, value in enumerate(values):
+        yield Item(f"{name}:{row}", _where(file, column, row, value, content))
+
+
+def _where(file: str, column: str, row: int, value: Any, content: Content) -> Where:
+    if content == "text":
+        return Value(value) if isinstance(value, str) else Broken(f"{column!r} holds {type(value).__name__}, not a text")
+    if isinstance(value, str) and value:
+        return File(os.path.join(os.path.dirname(file), value))
+    if value is Ellipsis:  # a picture inside the table, left there until it is asked for
+        return Cell(file, column, row)
+    return Broken(f"{column!r} holds {value!r}, neither a path nor a picture")

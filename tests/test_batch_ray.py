@@ -1,0 +1,135 @@
+"""`fastrel batch --ray` on a cluster of two nodes on this machine: the rows of the local engine, whatever dies.
+
+`python -m pytest tests/test_batch_ray.py` runs it by itself; FASTREL_KILLS=10 kills the driver ten times.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastrel.batch import local, read, table
+from fastrel.batch.explain import Explain
+from fastrel.batch.store import Store, parts
+from fastrel.cli import main
+from fastrel.errors import FastrelError, InputError
+from tests import tiny
+from tests.test_batch import found, rows
+
+pytest.importorskip("ray")
+from fastrel.batch import on_ray
+
+KILLS = int(os.environ.get("FASTREL_KILLS", "3"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Two nodes of one processor each; the address."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    yield nodes.address
+    nodes.shutdown()
+
+
+@pytest.fixture(scope="module")
+def explain() -> Explain:
+    torch.set_num_threads(1)
+    made = Explain("tests.tiny:vit", target=("top2",), batch_size=3)
+    made.shape()
+    return made
+
+
+def run(engine: str, explain: Explain, folder: Path, out: Path, **options: Any) -> None:
+    """One of the engines over a folder, eight items a part."""
+    with Store(str(out), {}) as store:
+        tasks = store.tasks(found(folder), retry=False, size=8)
+        schema = table.schema((4, 4), {})
+        if engine == "local":
+            local.run(explain, tasks, store, schema, 0, lambda done, failed: None)
+        else:
+            on_ray.run(explain, tasks, store, schema, lambda done, failed: None, **options)
+
+
+def test_both_engines_write_the_same_and_a_killed_driver_loses_nothing(
+    cluster: str, explain: Explain, tmp_path: Path
+) -> None:
+    folder = tiny.pictures(tmp_path / "p", 60)
+    run("local", explain, folder, tmp_path / "local")
+    command = ["--model", "tests.tiny:slow", "--target", "top2", "--batch-size", "3", "--part", "8", "--ray"]
+    code = "import sys; from fastrel.cli import main; sys.exit(main(sys.argv[1:]))"
+    random = np.random.default_rng(0)
+    arguments = ["batch", str(folder), *command, "--address", cluster, "--actors", "2", "--out", str(tmp_path / "ray")]
+    killed = 0
+    for _ in range(KILLS):
+        driver = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        before = len(parts(tmp_path / "ray"))
+        deadline = time.monotonic() + 120
+        while driver.poll() is None and len(parts(tmp_path / "ray")) == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 0.5))
+        killed += driver.poll() is None
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert killed >= 1
+    assert rows(tmp_path / "ray").num_rows > 0
+    assert main(arguments) == 0
+    made, expected = rows(tmp_path / "ray"), rows(tmp_path / "local")
+    assert made.replace_schema_metadata().equals(expected.replace_schema_metadata())
+
+
+def test_an_actor_that_dies_costs_no_item(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny.pictures(tmp_path / "p", 20, red=11)
+    explain = Explain("tests.tiny:once", target=("1",), batch_size=3)
+    monkeypatch.chdir(tmp_path)
+    run("ray", explain, folder, tmp_path / "out", actors=2, address=cluster)
+    assert (tmp_path / "died").exists()
+    run("local", explain, folder, tmp_path / "local")
+    made, expected = read(tmp_path / "out"), read(tmp_path / "local")
+    assert made.numpy()["item"] == expected.numpy()["item"]
+    assert np.allclose(made.numpy()["map"], expected.numpy()["map"], atol=1e-6)
+    assert not made.failures
+
+
+def test_a_picture_that_kills_its_actor_is_reported(cluster: str, tmp_path: Path) -> None:
+    folder = tiny.pictures(tmp_path / "p", 20, red=11)
+    run(
+        "ray",
+        Explain("tests.tiny:deadly", target=("1",), batch_size=3),
+        folder,
+        tmp_path / "out",
+        actors=1,
+        address=cluster,
+    )
+    assert {Path(name).name for name in read(tmp_path / "out").failures} == {"00011.png"}
+    assert "kills the process that explains it" in next(iter(read(tmp_path / "out").failures.values()))
+    assert len(read(tmp_path / "out")) == 19
+
+
+def test_a_model_that_kills_every_actor_ends_the_run(cluster: str, tmp_path: Path) -> None:
+    folder = tiny.pictures(tmp_path / "p", 2)
+    explain = Explain("tests.tiny:fatal", target=("1",))  # never loaded here: it would end this process
+    with pytest.raises(FastrelError, match="die again and again"):
+        run("ray", explain, folder, tmp_path / "out", actors=1, address=cluster)
+
+
+def test_too_few_processors_are_an_error_not_a_hang(cluster: str, explain: Explain, tmp_path: Path) -> None:
+    folder = tiny.pictures(tmp_path / "p", 2)
+    started = time.monotonic()
+    with pytest.raises(InputError, match="3 actors of 1 CPUs each need 3; the cluster has 2"):
+        run("ray", explain, folder, tmp_path / "out", actors=3, address=cluster)
+    with pytest.raises(InputError, match="1 actors of 1 GPUs each need 1; the cluster has 0"):
+        run("ray", explain, folder, tmp_path / "out", actors=1, gpus=1, address=cluster)
+    assert time.monotonic() - started < 60

@@ -1,0 +1,218 @@
+"""From a name to a model that is fed as its makers meant it, or to an error that says what is missing."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import fastrel
+from fastrel.data.preprocessing import Preprocessing
+from fastrel.errors import InputError
+from fastrel.models import Loaded, load, state
+from tests import hostile, tiny
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8))
+
+
+def explained(loaded: Loaded, *items: object) -> fastrel.Explanation:
+    samples = [sample for item in items for sample in loaded.reader(item)]
+    args, kwargs = loaded.arguments(loaded.inputs(samples))
+    return fastrel.Explainer(loaded.model)(*args, **kwargs)
+
+
+def test_the_embedded_model_needs_no_name() -> None:
+    from fastrel import demo
+
+    loaded = load()
+    assert (loaded.kind, loaded.class_names, loaded.probabilities) == ("image", demo.CLASSES, "sigmoid")
+    scene = Image.open(demo.sample_paths()[0]).convert("RGB")
+    assert torch.allclose(loaded.inputs(loaded.reader(scene))["x"], demo.to_input(np.asarray(scene)[None]), atol=1e-6)
+
+
+def test_timm_by_name_with_weights_of_any_number_of_classes(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=7)
+    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        loaded = load("vit_tiny_patch16_224", weights=str(tmp_path / name))
+        assert len(loaded.class_names) == 7
+        assert torch.equal(loaded.model.head.weight, theirs.head.weight)  # type: ignore[union-attr]
+    plain = load("vit_tiny_patch16_224", random=True)
+    assert plain.class_names[207] == "golden retriever"
+    assert plain.reader.prepare == Preprocessing(248, (224, 224), "BICUBIC", (0.5,) * 3, (0.5,) * 3)
+    save_file({"head.weight": torch.zeros(7, 192)}, tmp_path / "part.safetensors")
+    with pytest.raises(InputError, match="do not fit 'vit_tiny_patch16_224'"):
+        load("vit_tiny_patch16_224", weights=str(tmp_path / "part.safetensors"))
+
+
+def test_torchvision_by_name() -> None:
+    loaded = load("torchvision/vit_b_16", random=True)
+    assert loaded.class_names[0] == "tench"
+    assert loaded.reader.prepare.describe()["resize"] == 256
+    assert load("vit_b_16", random=True).source == loaded.source
+    with pytest.raises(InputError, match="no classifier 'vit_nonsense'"):
+        load("torchvision/vit_nonsense")
+
+
+def test_a_folder_of_hugging_face_with_pictures(tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    loaded = load(str(tiny.vit_folder(tmp_path)))
+    assert (loaded.kind, loaded.class_names) == ("image", ("cat", "dog", "zebra"))
+    (sample,) = loaded.reader(NOISE)
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)(images=NOISE, return_tensors="np")["pixel_values"][0]
+    assert np.abs(sample["pixel_values"] - theirs).max() * 127.5 <= 1.001  # a grey level
+    assert explained(loaded, NOISE, NOISE).patches.shape == (2, 4, 4)
+
+
+def test_a_processor_of_another_kind_is_called_as_it_is(tmp_path: Path) -> None:
+    tiny.vit_folder(tmp_path)
+    config = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**config, "do_normalize": False}))
+    (sample,) = load(str(tmp_path)).reader(NOISE)
+    assert 0 <= sample["pixel_values"].min() < sample["pixel_values"].max() <= 1
+
+
+def test_sharded_weights_are_put_together(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    tiny.vit_folder(whole)
+    tiny.vit_folder(parts, max_shard_size="60kB")
+    assert len(list(parts.glob("*.safetensors"))) > 2
+    expected = load(str(whole)).fingerprint()
+    assert load(str(parts)).fingerprint() == expected
+    assert load(str(whole), weights=str(parts)).fingerprint() == expected
+    assert load(str(whole), random=True).fingerprint() != expected
+    sorted(parts.glob("*.safetensors"))[0].unlink()
+    with pytest.raises(InputError, match=r"its parts model-00001-of-.* are missing"):
+        state.read(str(parts))
+
+
+def test_weights_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+    for name, content, word in (
+        ("x.safetensors", b"rubbish", "no weights that can be read"),
+        ("x.pth", b"rubbish", "no weights that can be read"),
+        ("x.model.safetensors.index.json", b"{", "no weights that can be read"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=word):
+            state.read(str(tmp_path / name))
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(InputError, match="holds list, not a dictionary"):
+        state.read(str(tmp_path / "list.pth"))
+    with pytest.raises(InputError, match="no weights file"):
+        state.read(str(tmp_path / "none.pth"))
+
+
+def test_a_head_that_was_never_trained_is_refused(tmp_path: Path) -> None:
+    """transformers makes one of random numbers where the weights hold none."""
+    from transformers import BertModel
+
+    tiny.bert_folder(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    BertModel.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match=r"holds no weights for classifier\.bias, classifier\.weight"):
+        load(str(tmp_path))
+
+
+def test_texts_are_padded_and_never_cut(tmp_path: Path) -> None:
+    folder = str(tiny.bert_folder(tmp_path))
+    loaded = load(folder)
+    assert (loaded.kind, loaded.class_names, loaded.reader.limit) == ("text", ("negative", "positive"), 32)
+    together = explained(loaded, "a film", "a gripping, clever film")
+    assert together.relevance.shape == (2, 8)
+    assert torch.allclose(together.relevance[0, :4], explained(loaded, "a film").relevance[0], atol=1e-6)
+    assert together.relevance[0, 4:].eq(0).all()
+    long = "a clever film " * 20
+    with pytest.raises(InputError, match="has 62 tokens, the model reads 32"):
+        loaded.reader(long)
+    windows = load(folder, long="window").reader(long)
+    ids = [sample["input_ids"] for sample in windows]
+    assert max(map(len, ids)) <= 32
+    assert np.array_equal(ids[0][-9:-1], ids[1][1:9])  # a quarter is shared
+    assert sum(len(x) - 2 for x in ids) - 8 * (len(ids) - 1) == 60  # and nothing lost
+    with pytest.raises(InputError, match="empty"):
+        loaded.reader(" \n")
+
+
+def test_a_language_model_is_asked_for_the_next_token(tmp_path: Path) -> None:
+    loaded = load(str(tiny.gpt_folder(tmp_path)))
+    assert (loaded.kind, loaded.reader.limit) == ("causal", 24)
+    assert loaded.class_names[loaded.class_index("bad")] == "bad"
+    batch = loaded.inputs([s for text in ("bad film", "so bad a film") for s in loaded.reader(text)])
+    with torch.no_grad():
+        together = loaded.model(**batch)
+        alone = loaded.model.model(**{k: v[:1, :7] for k, v in batch.items()}).logits[:, -1]  # type: ignore[operator, union-attr]
+    assert together.shape == (2, 259)
+    assert torch.allclose(together[:1], alone[:1], atol=1e-4) or batch["attention_mask"][0].sum() != 7
+
+
+def test_pictures_with_text(tmp_path: Path) -> None:
+    loaded = load(str(tiny.clip_folder(tmp_path)))
+    assert loaded.kind == "multimodal"
+    samples = [s for text in ("a film", "a gripping, clever film") for s in loaded.reader((NOISE, text))]
+    batch = loaded.inputs(samples)
+    assert batch["pixel_values"].shape == (2, 3, 32, 32)
+    with torch.no_grad():
+        assert loaded.model(**batch).logits_per_image.shape == (2, 2)
+
+
+def test_a_function_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_models_of_today.py").write_text(
+        "from tests.tiny import vit\n"
+        "def build(): return vit()\n"
+        "def with_own(): return vit(), lambda image: __import__('numpy').zeros((3, 32, 32))\n"
+        "def number(): return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    loaded = load("my_models_of_today:build")
+    assert len(loaded.class_names) == 7
+    assert explained(loaded, NOISE).patches.shape == (1, 4, 4)
+    assert load("my_models_of_today:with_own").reader(NOISE)[0]["x"].sum() == 0
+    for name, word in (
+        ("my_models_of_today:number", "returned int, not a model"),
+        ("my_models_of_today:none", "AttributeError"),
+        ("no_such_module:f", "ModuleNotFoundError"),
+    ):
+        with pytest.raises(InputError, match=word):
+            load(name)
+
+
+def test_names_that_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="timm knows no model 'vit_nonsense', nor does torchvision; cannot load"):
+        load("vit_nonsense")
+    with pytest.raises(InputError, match="there is no such folder"):
+        load("./nowhere")
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    with pytest.raises(InputError, match=r"is a BertModel, none of .*MODULE:FUNCTION"):
+        load(str(tmp_path))
+
+
+def test_dtype_and_device() -> None:
+    assert load("tests.tiny:vit", dtype="bfloat16").dtype == torch.bfloat16
+    assert load("tests.tiny:vit", device="auto").device.type in ("cpu", "cuda")
+    for options, word in (
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"long": "cut"}, "unknown long 'cut'"),
+        ({"random": True, "weights": "w"}, "not both"),
+    ):
+        with pytest.raises(InputError, match=word):
+            load("tests.tiny:vit", **options)  # type: ignore[arg-type]
+
+
+def test_a_reader_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    for loaded, item in ((load(), hostile.rgb()), (load(str(tiny.bert_folder(tmp_path))), "a film")):
+        again = pickle.loads(pickle.dumps(loaded.reader))
+        for name, value in loaded.reader(item)[0].items():
+            assert np.array_equal(again(item)[0][name], value)
+        json.dumps(loaded.reader.describe())
