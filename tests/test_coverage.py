@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import fastrel
-from fastrel.rules import _RULES, pointwise
+from fastrel.rules import RULES, pointwise
 
 Case = tuple[nn.Module, dict[str, Tensor]]
 
@@ -134,7 +134,7 @@ def test_operators_without_a_rule_are_reported_not_hidden() -> None:
     assert explanation.relevance.isfinite().all()
     assert len(explanation.report) == 1
     assert all("aten.cumsum" in name for name in explanation.report)
-    assert torch.ops.aten.cumsum.default not in _RULES
+    assert torch.ops.aten.cumsum.default not in RULES
 
 
 def test_models_without_attention_are_refused_by_name() -> None:

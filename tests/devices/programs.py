@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from fastrel.capture import capture, in_order
+from fastrel.emit import lane_dtype
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from fastrel import backends, methods
 from fastrel import precision as precision_
-from fastrel.capture import capture, in_order
-from fastrel.emit import lane_dtype
 from fastrel.graphed import run
 from fastrel.transform import Program, transform
 from tests.devices.recorder import Recorded

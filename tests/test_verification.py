@@ -1,0 +1,138 @@
+"""`verify` can fail: every rule made wrong on purpose turns it red, in every lane."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import fastrel
+from fastrel.rules import RULES
+from fastrel.transform.context import Context
+from fastrel.transform.lanes import Lane, Lanes
+from tests.test_properties import Transformer
+
+aten = torch.ops.aten
+
+_PLAIN = {
+    "seed": 1, "ids": False, "blocks": 2, "heads": 2, "head_size": 4, "form": "pre", "norm": "layer", "attention": "fused", "mlp": "plain",
+    "readout": "mean", "masked": False,
+}  # fmt: skip
+
+#: Which model shows which rules.
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gated": {"mlp": "gated", "attention": "matmul", "readout": "first and mean"},
+    "conv": {"mlp": "depthwise", "attention": "grouped", "norm": "rms"},
+    "addmm": {"mlp": "addmm", "form": "post", "readout": "max"},
+}
+
+#: Rules that must be among those tried.
+EXPECTED = {
+    aten.linear.default, aten.addmm.default, aten.layer_norm.default, aten.gelu.default, aten.silu.default, aten.add.Tensor,
+    aten.mul.Tensor, aten.conv1d.default, aten.mean.dim, aten.matmul.default, aten.scaled_dot_product_attention.default,
+    aten.transpose.int, aten.cat.default, aten.select.int, aten.amax.default, aten.expand.default,
+}  # fmt: skip
+
+
+def build(name: str) -> tuple[Transformer, Tensor, Tensor]:
+    model = Transformer({**_PLAIN, **MODELS[name]})
+    x = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return model, x, torch.ones(2, 5, dtype=torch.long)
+
+
+def flipped(lane: Tensor) -> Tensor:
+    return lane.flip(-1)
+
+
+def halved(lane: Tensor) -> Tensor:
+    return lane * 0.5
+
+
+def doubled(lane: Tensor) -> Tensor:
+    return lane * 2
+
+
+#: Per lane: what is done to it on purpose, and the check that must see it.
+MUTATIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "rel": (flipped, "relevance"),
+    "grad": (halved, "gradient"),
+    "row": (doubled, "rows"),
+}
+
+
+def mutated(target: Any, lane: str, touched: list[Any]) -> Callable[[Context, fx.Node, Lanes], None]:
+    """The rule of an operator, one of its lanes wrong."""
+    rule, wrong = RULES[target], MUTATIONS[lane][0]
+
+    def move(t: Context, given: Lane) -> Lane:
+        return Lane(t.emit.call(wrong, given.node), given.rows)
+
+    def rule_gone_wrong(t: Context, node: fx.Node, out: Lanes) -> None:
+        given = getattr(out, lane)
+        reached = any(t.wants(x) for x in node.all_input_nodes) if lane != "row" else node in t.stretch.above
+        if given is not None and reached:
+            touched.append(node)
+            changed = given.map(lambda one: move(t, one)) if lane == "row" else move(t, given)
+            out = out._replace(**{lane: changed})
+        rule(t, node, out)
+
+    return rule_gone_wrong
+
+
+def targets_of(name: str) -> list[Any]:
+    model, x, keep = build(name)
+    explainer = fastrel.Explainer(model, backend="torch")
+    graph = explainer._engine.enter((x, keep), {}).captured
+    return [target for target in dict.fromkeys(node.target for node in graph.graph.nodes) if target in RULES]
+
+
+CASES = [(name, lane) for name in MODELS for lane in MUTATIONS]
+_tried: set[Any] = set()
+
+
+@pytest.mark.parametrize(("name", "lane"), CASES, ids=lambda value: str(value))
+def test_a_rule_that_is_wrong_on_purpose_turns_it_red(name: str, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, keep = build(name)
+    assert fastrel.Explainer(model, backend="torch").verify(x, keep, target=1).ok
+    check = MUTATIONS[lane][1]
+    survived = []
+    for target in targets_of(name):
+        touched: list[Any] = []
+        with monkeypatch.context() as patch:
+            patch.setitem(RULES, target, mutated(target, lane, touched))
+            report = fastrel.Explainer(model, backend="torch").verify(x, keep, target=1)
+        if not touched:
+            continue
+        if all(node.meta["val"].shape[-1] == 1 for node in touched) and lane == "rel":
+            continue  # nothing to flip
+        _tried.add(target)
+        if check not in [one.name for one in report.checks if not one.ok]:
+            survived.append(f"{target} ({len(touched)} nodes)")
+    assert not survived
+
+
+def test_the_rules_that_matter_were_among_them() -> None:
+    if not _tried:
+        pytest.skip("needs the mutations above")
+    assert _tried >= EXPECTED, EXPECTED - _tried
+
+
+def test_it_takes_any_target_and_says_what_it_holds() -> None:
+    model, x, keep = build("plain")
+    explainer = fastrel.Explainer(model)
+    for target in (None, 2, [0, 3], [[0, 1], [2, 3]], lambda out: out[:, 0] - out[:, 1]):
+        report = explainer.verify(x, keep, target=target)
+        assert report.ok, f"{target}\n{report}"
+    assert "x: (5,) tokens" in str(report)
+    assert str(report).endswith("verified")
+
+
+def test_it_sees_a_graph_that_is_not_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, keep = build("plain")
+    explainer = fastrel.Explainer(model, live=False)
+    explainer(x, keep)
+    model.blocks[0].mlp.spelling = "gated"
+    report = explainer.verify(x, keep)
+    assert [check.name for check in report.checks if not check.ok][0] == "prediction"
