@@ -9,6 +9,7 @@ from fastrel import ops
 from fastrel.analysis import ACTIVATIONS, IDENTITIES
 from fastrel.errors import UnsupportedModelError
 from fastrel.lanes import Lane, Lanes, arguments
+from fastrel.reference import rules as reference
 from fastrel.rules import rule
 from fastrel.transform import Transform, describe
 
@@ -150,7 +151,7 @@ def mul(t: Transform, node: fx.Node, out: Lanes) -> None:
             t.give(t.analysis.roots[node], rel=rel)
             rel = None
         else:
-            rel = Lane(t.emit.call(torch.mul, rel.node, 0.5), rel.rows)
+            rel = Lane(t.emit.call(reference.gate, rel.node), rel.rows)
     for x, other, is_scale in ((u, v, scales[0]), (v, u, scales[1])):
         if not t.is_active(x):
             continue
