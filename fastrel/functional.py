@@ -5,208 +5,106 @@
 
 Activations have their batch first; parameters and masks get no relevance (None). `rules`: "positive" or "official"; the published
 code's 1e-9 at values used several times is left out, because autograd adds up there. `fastrel.propagation` makes an existing
-eager model use these functions.
+eager model use these functions. Formulas come from `fastrel.reference` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastrel import backends, ops
-from fastrel.ops.attention import mask_factor
+from fastrel.reference import convolution as C
+from fastrel.reference import operators as O
 from fastrel.reference import rules as R
 
 Rules = R.Rules
 
 
-def _run(op: Any, rules: str, *args: Any) -> Any:
-    """A fused operator by the best backend for its operands; while gradients are recorded, in differentiable plain PyTorch."""
-    if torch.is_grad_enabled():
-        return op(*args)
-    return backends.function_for(op, args, rules)(*args)
+class _Value(torch.autograd.Function):
+    """A value whose backward pass is a relevance rule: rule(R, *tensors) -> relevance of each tensor, None for constants."""
 
-
-class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rules: Rules) -> Tensor:
-        y = F.linear(x, weight, bias)
-        ctx.save_for_backward(x, weight, y, bias)
-        ctx.rules = rules
-        return y
+    def forward(ctx: Any, value: list[Tensor], rule: Callable[..., Any], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.rule = rule
+        return value[0]
 
     @staticmethod
     def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, y, bias = ctx.saved_tensors
-        return _run(ops.zplus_linear, ctx.rules, x, weight, y, bias, rel[None], None, ctx.rules)[0][0], None, None, None
+        tensors = ctx.saved_tensors
+        parts = ctx.rule(rel, *tensors)
+        parts = (parts,) if isinstance(parts, Tensor) else parts
+        padded = [*parts, *[None] * (len(tensors) - len(parts))]
+        return None, None, *(p if p is None else p.sum_to_size(x.shape) for p, x in zip(padded, tensors, strict=True))
+
+
+def _propagate(f: Callable[..., Tensor], rule: Callable[..., Any], *tensors: Tensor) -> Tensor:
+    """f(*tensors) with `rule` backwards."""
+    with torch.no_grad():
+        value = f(*tensors)
+        value = value.clone() if any(value is x for x in tensors) or value._is_view() else value
+    return _Value.apply([value], rule, *tensors)
+
+
+# Layers.
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, rules: Rules = "positive") -> Tensor:
     """x Wᵀ + b; backward eq. (5), the z+ rule, without the bias. x [B, *, in], weight [out, in], bias [out] -> [B, *, out]."""
-    return _Linear.apply(x, weight, bias, rules)
+    return _propagate(lambda x, w: F.linear(x, w, bias), lambda rel, x, w: R.linear(x, w, rel, rules), x, weight.detach())
 
 
-class _Add(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor, rules: Rules) -> Tensor:
-        ctx.save_for_backward(u, v)
-        ctx.rules = rules
-        return u + v
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1, rules: Rules = "positive",
+) -> Tensor:  # fmt: skip
+    """Convolution of x [B, C, *tokens] with weight [D, C / groups, *window] -> [B, D, *windows]; backward eq. (5)."""
+    options = (stride, padding, dilation, groups)
+    return _propagate(
+        lambda x, w: C.CONVOLUTIONS[w.dim()](x, w, bias, *options),
+        lambda rel, x, w: C.convolution(x, w, rel, rules, *options),
+        x,
+        weight.detach(),
+    )
 
-    @staticmethod
-    def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        u, v = ctx.saved_tensors
-        rel_u, rel_v = _run(ops.residual_add, ctx.rules, u.expand_as(rel), v.expand_as(rel), rel[None], 0, ctx.rules)
-        return rel_u[0].sum_to_size(u.shape), rel_v[0].sum_to_size(v.shape), None
+
+def pixel_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1) -> Tensor:
+    """The convolution that reads an image x [B, 3, H, W], without padding; backward the z^B rule."""
+    pair = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    return _propagate(
+        lambda x, w: F.conv2d(x, w, bias, pair), lambda rel, x, w: C.pixel_convolution(x, w, rel, pair), x, weight.detach()
+    )
 
 
 def add(u: Tensor, v: Tensor, rules: Rules = "positive") -> Tensor:
     """u + v of two activations, a residual add; backward eq. (5) (positive) or eq. (9) (official)."""
-    return _Add.apply(u, v, rules)
+    return _propagate(torch.add, lambda rel, u, v: R.add(u.expand_as(rel), v.expand_as(rel), rel, rules), u, v)
 
 
-class _Mul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
-        ctx.shapes = u.shape, v.shape
-        return u * v
-
-    @staticmethod
-    def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(0.5 * rel.sum_to_size(shape) for shape in ctx.shapes)
+def add_constant(x: Tensor, constant: Tensor, rules: Rules = "positive") -> Tensor:
+    """x plus a constant [*x], a mask or a position embedding; backward the official rules give the constant a share."""
+    return _propagate(
+        torch.add, lambda rel, x, c: R.add_constant(x.expand_as(rel), c.expand_as(rel), rel, rules), x, constant.detach()
+    )
 
 
 def mul(u: Tensor, v: Tensor) -> Tensor:
     """u ⊙ v of two activations, a gate; backward half to each."""
-    return _Mul.apply(u, v)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, rules: Rules, attention: bool) -> Tensor:
-        ctx.save_for_backward(a, b)
-        ctx.rules, ctx.attention = rules, attention
-        return a @ b
-
-    @staticmethod
-    def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors
-        if ctx.attention:
-            return *R.attention_value(a, b, rel, ctx.rules), None, None
-        rel_a, rel_b = R.query_key(a, b.mT, rel, ctx.rules)
-        return rel_a, rel_b.mT, None, None
-
-
-class _End(torch.autograd.Function):
-    """An attention map: its relevance is read here, and under the positive rules it ends here."""
-
-    @staticmethod
-    def forward(ctx: Any, attn: Tensor, rules: Rules) -> Tensor:
-        ctx.rules = rules
-        return attn.view_as(attn)
-
-    @staticmethod
-    def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        return R.softmax(rel, ctx.rules), None
-
-
-def matmul(a: Tensor, b: Tensor, rules: Rules = "positive", *, attention: bool = False) -> Tensor:
-    """a @ b of two activations [B, …]; backward the rule of Q·Kᵀ, or of A·V where `attention` says that a is a map over tokens.
-
-    Under the positive rules all relevance of A·V goes to V, and what A gets is for reading: see `end`.
-    """
-    return _Product.apply(a, b, rules, attention)
-
-
-def end(attn: Tensor, rules: Rules = "positive") -> Tensor:
-    """An attention map as A·V takes it: backward stops here under the positive rules, whose relevance V has carried on."""
-    return _End.apply(attn, rules)
-
-
-class _MaskedScores(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, bias: Tensor, rules: Rules) -> Tensor:
-        ctx.save_for_backward(scores, bias)
-        ctx.rules = rules
-        return scores + bias
-
-    @staticmethod
-    def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.rules == "positive":
-            return rel, None, None
-        scores, bias = ctx.saved_tensors
-        s = R.safe_divide(rel, scores + bias, ctx.rules)
-        own, of_mask = scores * s, torch.where(rel == 0, 0.0, bias * s)
-        sums = torch.stack([x.flatten(1).sum(1) for x in (own, of_mask, rel)], -1)
-        return own * mask_factor(sums).reshape(-1, *(1,) * (own.dim() - 1)), None, None
-
-
-def add_mask(scores: Tensor, mask: Tensor, rules: Rules = "positive") -> Tensor:
-    """scores [B, …] + mask, an additive bias or True where a key is kept; backward the official rules give the mask a share."""
-    if mask.dtype == torch.bool:
-        bias = torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).masked_fill(
-            ~mask, torch.finfo(scores.dtype).min
-        )
-    else:
-        bias = mask.to(scores.dtype)
-    return _MaskedScores.apply(scores, bias, rules)
-
-
-def scaled_dot_product_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    rules: Rules = "positive",
-    maps: list[Tensor] | None = None,
-) -> Tensor:
-    """softmax(scale Q Kᵀ + mask) V, q [B, h, Tq, d], k, v [B, h, Tk, d]; appends its map A [B, h, Tq, Tk] to `maps`.
-
-    Backward A·V, softmax (identity, or the end of it) and Q·Kᵀ; the scale takes no part.
-    """
-    scores = multiply_constant(matmul(q, k.mT, rules), q.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        kept = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        scores = add_mask(scores, kept, rules)
-    if mask is not None:
-        scores = add_mask(scores, mask, rules)
-    attn = end(softmax(scores), rules)
-    if maps is not None:
-        maps.append(attn)
-    return matmul(attn, v, rules, attention=True)
-
-
-class _Identity(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *xs: Tensor) -> Tensor:
-        ctx.shapes = [x.shape for x in xs]
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(rel.sum_to_size(shape) for shape in ctx.shapes)
+    return _propagate(torch.mul, lambda rel, u, v: (R.gate(rel), R.gate(rel)), u, v)
 
 
 def identity(y: Tensor, x: Tensor) -> Tensor:
     """The value y, computed from x by whatever passes relevance unchanged; backward R goes to x."""
-    return _Identity.apply(y.detach(), x)
+    return _propagate(lambda _: y.detach(), lambda rel, _: R.identity(rel), x)
 
 
 def multiply_constant(x: Tensor, factor: Any) -> Tensor:
     """x times a parameter, mask or number; relevance passes unchanged."""
     return identity(x.detach() * factor, x)
-
-
-def softmax(scores: Tensor, dim: int = -1) -> Tensor:
-    """Relevance passes unchanged. A row without any key attends to nothing."""
-    return identity(scores.detach().softmax(dim).nan_to_num(0.0), scores)
 
 
 def layer_norm(
@@ -226,39 +124,195 @@ def relu(x: Tensor) -> Tensor:
     return identity(x.detach().relu(), x)
 
 
-class _Mean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dims: list[int], keepdim: bool, rules: Rules) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.dims, ctx.keepdim, ctx.rules = dims, keepdim, rules
-        return x.mean(dims, keepdim)
-
-    @staticmethod
-    def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        if not ctx.keepdim:
-            for dim in sorted(d % x.dim() for d in ctx.dims):
-                rel = rel.unsqueeze(dim)
-        return R.mean(x, rel, ctx.dims, ctx.rules), None, None, None
-
-
 def mean(x: Tensor, dims: Sequence[int], keepdim: bool = False, rules: Rules = "positive") -> Tensor:
     """Mean over tokens; backward by share (`fastrel.reference.rules.mean`)."""
-    return _Mean.apply(x, list(dims), keepdim, rules)
+    over = sorted(d % x.dim() for d in dims)
+
+    def rule(rel: Tensor, x: Tensor) -> Tensor:
+        for dim in () if keepdim else over:
+            rel = rel.unsqueeze(dim)
+        return R.mean(x, rel, over, rules)
+
+    return _propagate(lambda x: x.mean(over, keepdim), rule, x)
+
+
+def pooling(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f(x), averages over windows, windows added up or interpolation; backward by share, as for a mean."""
+    return _propagate(f, lambda rel, x: O.pooling(f, x, rel), x)
+
+
+def generic(f: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+    """f(*xs), any differentiable function of activations; backward x ⊙ ((R ⊘ f) J), in equal parts."""
+
+    def rule(rel: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
+        def of_one(i: int) -> Callable[[Tensor], Tensor]:
+            return lambda leaf: f(*xs[:i], leaf, *xs[i + 1 :])
+
+        return tuple(O.generic(of_one(i), x, rel, len(xs)) for i, x in enumerate(xs))
+
+    return _propagate(f, rule, *xs)
+
+
+# Attention.
+
+
+def matmul(a: Tensor, b: Tensor, rules: Rules = "positive", *, attention: bool = False, mixed: bool = False) -> Tensor:
+    """a @ b of two activations [B, …]; backward the rule of Q·Kᵀ, or of A·V where `attention` says that a is a map over tokens.
+
+    `mixed`: a map mixed over heads. Under the positive rules all relevance of A·V goes to V, and what A gets is for reading: see `end`.
+    """
+
+    def rule(rel: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        if attention:
+            return (R.mixed_attention_value if mixed else R.attention_value)(a, b, rel, rules)
+        rel_a, rel_b = R.query_key(a, b.mT, rel, rules)
+        return rel_a, rel_b.mT
+
+    return _propagate(torch.matmul, rule, a, b)
+
+
+def softmax(scores: Tensor, dim: int = -1) -> Tensor:
+    """Relevance passes unchanged. A row without any key attends to nothing."""
+    return identity(scores.detach().softmax(dim).nan_to_num(0.0), scores)
+
+
+def end(attn: Tensor, rules: Rules = "positive") -> Tensor:
+    """An attention map as A·V takes it: backward stops here under the positive rules, whose relevance V has carried on."""
+    return _propagate(lambda a: a, lambda rel, _: R.softmax(rel, rules), attn)
+
+
+def add_mask(scores: Tensor, mask: Tensor, rules: Rules = "positive") -> Tensor:
+    """scores [B, …] + mask, an additive bias or True where a key is kept; backward the official rules give the mask a share."""
+    if mask.dtype == torch.bool:
+        return add_constant(scores, torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf), rules)
+    return add_constant(scores, mask.to(scores.dtype), rules)
+
+
+def scaled_dot_product_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    rules: Rules = "positive",
+    maps: list[Tensor] | None = None,
+) -> Tensor:
+    """softmax(scale Q Kᵀ + mask) V, q [B, h, Tq, d], k, v [B, h, Tk, d]; appends its map A [B, h, Tq, Tk] to `maps`.
+
+    Backward A·V, softmax (identity, or the end of it) and Q·Kᵀ; the scale takes no part. A mask that is an activation, a bias made
+    of the input, is the other operand of a residual add.
+    """
+    scores = multiply_constant(matmul(q, k.mT, rules), q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        kept = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        scores = add_mask(scores, kept, rules)
+    if mask is not None:
+        learned = mask.requires_grad and not isinstance(mask, nn.Parameter)
+        scores = add(scores, mask, rules) if learned else add_mask(scores, mask, rules)
+    attn = end(softmax(scores), rules)
+    if maps is not None:
+        maps.append(attn)
+    return matmul(attn, v, rules, attention=True)
+
+
+def multi_head_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+    *,
+    rules: Rules = "positive",
+    maps: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """torch's function of this name, without dropout: query [Tq, B, D], key and value [Tk, B, D], or without B.
+
+    Raises:
+        ValueError: static_k or static_v are given, which torch's modules never do.
+    """
+    if static_k is not None or static_v is not None:
+        raise ValueError("static_k and static_v have no relevance")
+    batched = query.dim() == 3
+    same = query is key and key is value
+    if not batched:
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    biases: Any = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    if same and not use_separate_proj_weight:
+        assert in_proj_weight is not None
+        projected = linear(query, in_proj_weight, in_proj_bias, rules).chunk(3, -1)
+    else:
+        weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
+        if in_proj_weight is not None:
+            weights = in_proj_weight.chunk(3)
+        projected = tuple(linear(x, w, b, rules) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in projected)  # [B, h, T, d]
+    extra: list[tuple[Tensor, Tensor]] = []
+    if bias_k is not None and bias_v is not None:
+        extra.append(tuple(b.detach().view(1, num_heads, 1, -1).expand(len(k), -1, -1, -1) for b in (bias_k, bias_v)))  # type: ignore
+    if add_zero_attn:
+        extra.append((torch.zeros_like(k[:, :, :1]), torch.zeros_like(v[:, :, :1])))
+    k, v = (torch.cat([x, *(pair[i] for pair in extra)], 2) for i, x in enumerate((k, v)))
+    mask: Tensor | None = None
+    for given in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
+        if given is None:
+            continue
+        if given.dtype == torch.bool:
+            given = torch.zeros_like(given, dtype=q.dtype).masked_fill(given, -torch.inf)
+        given = given.unflatten(0, (-1, num_heads)) if given.dim() == 3 else given
+        given = F.pad(given, (0, len(extra)))
+        mask = given if mask is None else mask + given
+    found: list[Tensor] = []
+    out = scaled_dot_product_attention(q, k, v, mask, rules=rules, maps=found)
+    if maps is not None:
+        maps += found
+    merged = linear(out.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias, rules)
+    attn = mean(found[0], [1], rules=rules) if average_attn_weights else found[0]
+    if not batched:
+        merged, attn = merged.squeeze(1), attn.squeeze(0)
+    return merged, attn if need_weights else None
 
 
 __all__ = [
     "add",
+    "add_constant",
     "add_mask",
+    "convolution",
     "end",
     "gelu",
+    "generic",
     "identity",
     "layer_norm",
     "linear",
     "matmul",
     "mean",
     "mul",
+    "multi_head_attention_forward",
     "multiply_constant",
+    "pixel_convolution",
+    "pooling",
     "relu",
     "scaled_dot_product_attention",
     "softmax",

@@ -40,7 +40,7 @@ def _through_mask(q: Tensor, k: Tensor, mask: Tensor | None, rel: Tensor, scale:
         return rel
     scores = (q @ k.mT) * scale
     bias = torch.where(mask, 0.0, -10000.0) if mask.dtype == torch.bool else mask.masked_fill(mask == -torch.inf, 0.0)
-    return R.add(scores, bias.to(scores.dtype).expand_as(scores), rel, rules)[0]
+    return R.add_constant(scores, bias.to(scores.dtype).expand_as(scores), rel, rules)
 
 
 def mask_factor(sums: Tensor) -> Tensor:

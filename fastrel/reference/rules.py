@@ -1,4 +1,4 @@
-"""Relevance rules, one per kind of layer: equations (5), (9) and (10) of Chefer, Gur and Wolf (CVPR 2021).
+"""Relevance rules of linear layers, sums and products: equations (5), (9) and (10) of Chefer, Gur and Wolf (CVPR 2021).
 
 Notation: x is the input of a layer, R the relevance of its output, R' the relevance of its input. Every function is
 batch-correct: dimension 0 of the activations is the batch, and nothing is summed across it. Relevances may carry extra
@@ -11,11 +11,9 @@ a sum of non-negative terms; 0/0 is 0. All relevance of A·V then goes on throug
 but a linear layer divides by its two sums separately, which doubles relevance, and residual adds are not normalised.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Rules = Literal["positive", "official", "original_lrp"]
@@ -69,6 +67,28 @@ def add(u: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[T
     return a * safe_divide(weight_a, sum_a, rules), b * safe_divide(weight_b, sum_b, rules)
 
 
+def add_constant(x: Tensor, constant: Tensor, rel: Tensor, rules: Rules = "positive") -> Tensor:
+    """x plus a mask or a position embedding, which depends on no input. `positive`: x takes all.
+
+    official: the constant is the other operand of a residual add and its share is dropped; entries of -inf, as masks have
+    them, take the share 0 of the relevance 0 that reaches them.
+    """
+    if rules == "positive":
+        return rel
+    finite = constant.masked_fill(constant.isinf(), torch.finfo(constant.dtype).min)
+    return add(x, finite, rel, rules)[0]
+
+
+def gate(rel: Tensor) -> Tensor:
+    """Product u ⊙ v of two activations: R_u = R_v = R/2."""
+    return rel / 2
+
+
+def identity(rel: Tensor) -> Tensor:
+    """Normalisation over features, activation functions, scaling by a constant: R' = R."""
+    return rel
+
+
 def attention_value(attn: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[Tensor, Tensor]:
     """A·V. attn [..., Tq, Tk] >= 0, v [..., Tk, d], rel [..., Tq, d] -> R_A [..., Tq, Tk], R_V [..., Tk, d].
 
@@ -79,6 +99,15 @@ def attention_value(attn: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positi
     s = safe_divide(rel, attn @ v, rules)
     rel_v = v * (attn.mT @ s)
     return attn * (s @ v.mT) / 2, rel_v if rules == "positive" else rel_v / 2
+
+
+def mixed_attention_value(attn: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[Tensor, Tensor]:
+    """A'·V with maps A' mixed over heads, whose entries have both signs: the rule of `query_key`, R_A = R_Q, R_V = R_K.
+
+    positive: relevance of A' ends there as well, so that V takes all of it: R_V = 2 R_K.
+    """
+    rel_a, rel_v = query_key(attn, v.mT, rel, rules)
+    return rel_a, rel_v.mT * 2 if rules == "positive" else rel_v.mT
 
 
 def softmax(rel: Tensor, rules: Rules = "positive") -> Tensor:
@@ -110,11 +139,6 @@ def clone(x: Tensor, rels: list[Tensor], rules: Rules = "positive") -> Tensor:
     return x * torch.stack([safe_divide(rel, x, rules) for rel in rels]).sum(0)
 
 
-def index_map(x: Tensor, vjp: Callable[[Tensor], Tensor], rel: Tensor, rules: Rules, image: Tensor) -> Tensor:
-    """A value picked out of x, image = f(x): R' = x ⊙ vjp(R ⊘ image), which for `positive` is just vjp(R)."""
-    return vjp(rel) if rules == "positive" else x * vjp(safe_divide(rel, image, rules))
-
-
 def mean(x: Tensor, rel: Tensor, dims: list[int], rules: Rules = "positive") -> Tensor:
     """Mean of x over `dims`, which rel keeps with size 1. `official`: R' = x ⊙ (R ⊘ mean)/n.
 
@@ -125,15 +149,3 @@ def mean(x: Tensor, rel: Tensor, dims: list[int], rules: Rules = "positive") -> 
         return x * safe_divide(rel, average, rules) * (average.numel() / x.numel())
     part = (torch.sign(x.sum(dims, keepdim=True)) * x).clamp(min=0)
     return part * safe_divide(rel, part.sum(dims, keepdim=True))
-
-
-def pixel_conv(x: Tensor, weight: Tensor, rel: Tensor, stride: tuple[int, int]) -> Tensor:
-    """The first convolution, whose inputs are bounded by the image's own range [l, h]: the z^B rule.
-
-    S = R ⊘ (x∗W − l∗W⁺ − h∗W⁻),  R' = x ⊙ (S∗W) − l ⊙ (S∗W⁺) − h ⊙ (S∗W⁻).   x [B, 3, H, W], no padding.
-    """
-    low, high = (t.expand_as(x) for t in (x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)))
-    terms = ((x, weight, 1), (low, weight.clamp(min=0), -1), (high, weight.clamp(max=0), -1))
-    z = sum(sign * F.conv2d(value, w, stride=stride) for value, w, sign in terms)
-    s = rel / (z + OFFICIAL_EPSILON)
-    return sum(sign * value * F.conv_transpose2d(s, w, stride=stride) for value, w, sign in terms)  # type: ignore

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrel.reference import rules as R
+from fastrel.reference.convolution import pixel_convolution
+from fastrel.reference.operators import index_map
 
 
 class Tape:
@@ -63,7 +65,7 @@ class Tape:
     def identity(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """LayerNorm, activation functions, scaling: relevance passes unchanged."""
         y = f(x)
-        self._record([y], [x], lambda rel: [rel])
+        self._record([y], [x], lambda rel: [R.identity(rel)])
         return y
 
     def rearrange(self, f: Callable[..., Tensor], *xs: Tensor) -> Tensor:
@@ -74,14 +76,14 @@ class Tape:
 
     def select_token(self, x: Tensor, index: int) -> Tensor:
         """One token of x [B, T, D]."""
-        y, vjp = torch.func.vjp(lambda t: t[:, index], x)[:2]
-        self._record([y], [x], lambda rel: [R.index_map(x, lambda s: vjp(s)[0], rel, self.rules, y)])
+        y = x[:, index]
+        self._record([y], [x], lambda rel: [index_map(lambda t: t[:, index], x, rel, self.rules)])
         return y
 
     def pixel_conv(self, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Tensor:
         """Patch embedding of an image."""
         y = F.conv2d(x, weight, bias, stride)
-        self._record([y], [x], lambda rel: [R.pixel_conv(x, weight, rel, stride)])
+        self._record([y], [x], lambda rel: [pixel_convolution(x, weight, rel, stride)])
         return y
 
     def relprop(self, output: Tensor, seed: Tensor) -> dict[int, Tensor]:

@@ -217,8 +217,9 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
     is_attention = is_attention_value(node) or talking
     rel_a = rel_b = grad_a = grad_b = None
     if rel:
-        # Maps mixed over heads have both signs: the rule of products of two activations.
-        share = reference.attention_value if is_attention and not talking else _left_right
+        share = (
+            _left_right if not is_attention else reference.mixed_attention_value if talking else reference.attention_value
+        )
         call = t.emit.call(share, a, b, rel.node, t.rules)
         rel_a, rel_b = t.emit.parts(call, 2)
     if grad:
@@ -242,8 +243,6 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
         if out.row:
             _roll(t, node, left, right, rows, out.row, t.emit.call(ops.attention_update, *maps, t.method.update), heads)
     ends = is_attention and not carries_scores(t.rules)
-    if talking and ends and rel_b:
-        rel_b = t.emit.call(torch.mul, rel_b, 2.0)
     if out.row and block is None:
         _pass_row(t, node, (right, left), out.row)
     t.give(left, Lane(grad_a, rows) if grad_a else None, Lane(rel_a, rows) if rel_a and not ends else None)

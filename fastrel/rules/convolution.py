@@ -7,7 +7,9 @@ from torch import Tensor, fx
 
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph.nodes import arguments, describe
-from fastrel.reference import rules as reference
+from fastrel.reference.convolution import convolution as conv_relevance
+from fastrel.reference.convolution import pixel_convolution
+from fastrel.reference.operators import pooling as pool_relevance
 from fastrel.rules.generic import spread_row, vjp
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
@@ -32,10 +34,10 @@ def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
         if out.rel and pixels and not plain:
             raise UnsupportedModelError(f"no pixel rule for {describe(node)}, which overlaps, pads or groups")
         if out.rel and pixels:
-            rel = Lane(t.emit.call(pixel_relevance, t.dense(out.rel, node).node, value, kernel, _numbers(options[0])))
+            rel = Lane(t.emit.call(pixel_convolution, value, kernel, t.dense(out.rel, node).node, _numbers(options[0])))
         elif out.rel:
             dense = t.dense(out.rel, node).node
-            rel = Lane(t.emit.call(conv_relevance, node.target, dense, value, kernel, t.rules, *options))
+            rel = Lane(t.emit.call(conv_relevance, value, kernel, dense, t.rules, *options))
     if out.row and not pixels:
         sizes, window = t.shape(x), list(weight.meta["val"].shape[2:])
         row = out.row.map(lambda lane: _row_back(t, node, lane, sizes, window, options))
@@ -60,14 +62,6 @@ def spread_windows(
     return vjp(op, row / count, 0, None, (), ones, kernel, None, stride, padding, dilation, 1)
 
 
-def conv_relevance(op: Any, rel: Tensor, x: Tensor, weight: Tensor, rules: str, *options: Any) -> Tensor:
-    """Eq. (5) of rel [K, *out]: Z = x⁺∗W⁺ + x⁻∗W⁻, S = R ⊘ Z, R' = x⁺ ⊙ vjp(S; W⁺) + x⁻ ⊙ vjp(S; W⁻)."""
-    parts = [(x.clamp(min=0), weight.clamp(min=0)), (x.clamp(max=0), weight.clamp(max=0))]
-    z = sum(op(a, w, None, *options) for a, w in parts)
-    s = reference.safe_divide(rel, z, rules)  # type: ignore[arg-type]
-    return sum(a * vjp(op, s, 0, None, (), a, w, None, *options) for a, w in parts)  # type: ignore[return-value]
-
-
 @rule(
     aten.avg_pool1d.default,
     aten.avg_pool2d.default,
@@ -89,7 +83,7 @@ def pooling(t: Context, node: fx.Node, out: Lanes) -> None:
             grad = Lane(t.emit.call(vjp, node.target, t.dense(out.grad, node).node, 0, None, kwargs, value, *options))
         if out.rel:
             dense = t.dense(out.rel, node).node
-            rel = Lane(t.emit.call(pool_relevance, node.target, dense, value, kwargs, *options))
+            rel = Lane(t.emit.call(window_shares, node.target, dense, value, kwargs, *options))
     if out.row:
         # The entries of a window lie with the features, where a row has their full number.
         windows = node.target is aten.col2im.default
@@ -110,22 +104,6 @@ def pool_row(op: Any, row: Tensor, shape: list[int], kwargs: Any, *options: Any)
     return vjp(op, row / op(ones, *options, **dict(kwargs)), 0, None, kwargs, ones, *options)
 
 
-def pool_relevance(op: Any, rel: Tensor, x: Tensor, kwargs: Any, *options: Any) -> Tensor:
-    """σ = sign f(x), p = (σx)⁺, R' = p ⊙ vjp(R ⊘ f(p)), of rel [K, *out]."""
-    y = op(x, *options, **dict(kwargs))
-    total = torch.zeros(rel.shape[0], *x.shape, dtype=rel.dtype, device=rel.device)
-    for sign in (1, -1):
-        part = (sign * x).clamp(min=0)
-        s = reference.safe_divide(rel * (sign * y > 0), op(part, *options, **dict(kwargs)))
-        total += part * vjp(op, s, 0, None, kwargs, part, *options)
-    return total
-
-
-def pixel_relevance(rel: Tensor, x: Tensor, weight: Tensor, stride: list[int]) -> Tensor:
-    """rel [K, B, D, gh, gw] -> [K, B, C, H, W] by `reference.rules.pixel_conv`, target by target."""
-    height, width = ((n - 1) * s + k for n, s, k in zip(rel.shape[3:], stride, weight.shape[2:], strict=True))
-    used = (..., slice(height), slice(width))
-    out = rel.new_zeros(rel.shape[0], *x.shape)
-    for k, target in enumerate(rel):
-        out[k][used] = reference.pixel_conv(x[used], weight, target, (stride[0], stride[1]))
-    return out
+def window_shares(op: Any, rel: Tensor, x: Tensor, kwargs: Any, *options: Any) -> Tensor:
+    """Relevance [K, *in] by `reference.operators.pooling`, of rel [K, *out]."""
+    return pool_relevance(lambda part: op(part, *options, **dict(kwargs)), x, rel)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph.nodes import describe
-from fastrel.reference.rules import safe_divide
+from fastrel.reference import operators as reference
 from fastrel.rules.pointwise import forked
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
@@ -76,19 +76,19 @@ def _places(t: Context, node: fx.Node) -> list[tuple[int, int | None, fx.Node]]:
 
 def vjp(op: Any, lane: Tensor, argument: int, place: int | None, kwargs: tuple[tuple[str, Any], ...], *args: Any) -> Tensor:
     """lane [K, *out] through op, to one of its arguments [K, *in]."""
-    x = args[argument] if place is None else args[argument][place]
-    keep = torch.is_grad_enabled() and (lane.requires_grad or any(isinstance(a, Tensor) and a.requires_grad for a in args))
-    with torch.enable_grad():
-        leaf = x.to(lane.dtype) if keep and x.requires_grad else x.detach().to(lane.dtype).requires_grad_()
-        given = list(args)
-        given[argument] = leaf if place is None else [*args[argument][:place], leaf, *args[argument][place + 1 :]]
-        out = op(*given, **dict(kwargs))
-        out = out[0] if isinstance(out, tuple) else out
-        results = [
-            torch.autograd.grad(out, leaf, g, retain_graph=True, create_graph=keep, allow_unused=True)[0] for g in lane
-        ]
-        stacked = torch.stack([torch.zeros_like(leaf) if r is None else r for r in results])
-    return stacked if keep else stacked.detach()
+    f, x, others = _of_one(op, argument, place, kwargs, args)
+    return reference.vjp(f, lane, x, *others)
+
+
+def _of_one(op: Any, argument: int, place: int | None, kwargs: Any, args: tuple[Any, ...]) -> tuple[Any, Tensor, Any]:
+    """op as a function of one of its arguments, or of one in a list of them: (function, that argument, all arguments)."""
+
+    def f(x: Tensor, *given: Any) -> Any:
+        changed = list(given)
+        changed[argument] = x if place is None else [*given[argument][:place], x, *given[argument][place + 1 :]]
+        return op(*changed, **dict(kwargs))
+
+    return f, args[argument] if place is None else args[argument][place], args
 
 
 def _arguments(t: Context, node: fx.Node) -> tuple[Any, ...]:
@@ -148,11 +148,10 @@ def summed_features(t: Context, x: fx.Node, row: fx.Node) -> fx.Node:
     return t.emit.call(aten.sum.dim_IntList, row, dims, True) if dims else row
 
 
-def share(op: Any, rel: Tensor, y: Tensor, rules: str, argument: int, place: int | None, kwargs: Any, *args: Any) -> Tensor:
-    """R' = x ⊙ vjp(R ⊘ f(x)) of rel [K, *out]."""
-    x = args[argument] if place is None else args[argument][place]
-    ratio = torch.stack([safe_divide(r, y, "official") for r in rel])
-    return x * vjp(op, ratio, argument, place, kwargs, *args)
+def share(op: Any, rel: Tensor, count: int, argument: int, place: int | None, kwargs: Any, *args: Any) -> Tensor:
+    """Relevance [K, *in] of one of an operator's `count` activations, of rel [K, *out]."""
+    f, x, others = _of_one(op, argument, place, kwargs, args)
+    return reference.generic(lambda leaf: f(leaf, *others), x, rel, count)
 
 
 def generic(t: Context, node: fx.Node, out: Lanes) -> None:
@@ -172,8 +171,7 @@ def generic(t: Context, node: fx.Node, out: Lanes) -> None:
                 grad = Lane(t.emit.call(vjp, node.target, t.dense(out.grad, node).node, *where, *values))
             if out.rel:
                 dense = t.dense(out.rel, node).node
-                part = t.emit.call(share, node.target, dense, t.value(node), t.rules, *where, *values)
-                rel = Lane(t.emit.call(torch.mul, part, 1 / len(places)) if len(places) > 1 else part)
+                rel = Lane(t.emit.call(share, node.target, dense, len(places), *where, *values))
         if out.row and (t.row_shape(x) != t.row_shape(node) or _mixes_tokens(t, node, argument, place, x)):
             raise UnsupportedModelError(f"no relevance rule for {describe(node)}: it moves or mixes tokens")
         t.give(x, grad, rel, row)

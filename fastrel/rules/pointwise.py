@@ -10,6 +10,7 @@ from fastrel import ops
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph.nodes import arguments, describe
 from fastrel.graph.patterns import ACTIVATIONS, IDENTITIES
+from fastrel.reference import rules as reference
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes, Row
@@ -165,7 +166,7 @@ def mul(t: Context, node: fx.Node, out: Lanes) -> None:
             t.give(t.facts.roots[node], rel=rel)
             rel = None
         else:
-            rel = Lane(t.emit.call(torch.mul, rel.node, 0.5), rel.rows)
+            rel = Lane(t.emit.call(reference.gate, rel.node), rel.rows)
     # The scale of a norm passes no relevance on: normalisation is the identity.
     passing = [t.is_active(x) and not (scaled and is_scale) for x, is_scale in ((u, scales[0]), (v, scales[1]))]
     row_of = iter(forked(t, out.row, node, [rel] * sum(passing)))

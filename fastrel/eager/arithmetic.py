@@ -1,0 +1,170 @@
+"""Sums, products of entries, reductions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrel import functional
+from fastrel.eager.kinds import generic
+from fastrel.eager.tape import Tape, activations, handles, is_activation
+from fastrel.errors import UnsupportedModelError
+
+
+def _plain(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+@handles("add", "radd")
+def add(tape: Tape, u: Any, v: Any, *, alpha: float = 1) -> Tensor:
+    """Residual adds, position embeddings, masks; x·f(x) + g(x) is an activation function of x."""
+    if alpha != 1:
+        raise UnsupportedModelError(f"no relevance function for add with alpha={alpha}")
+    u, v = (u, v) if is_activation(u) else (v, u)
+    of_u, of_v = tape.facts(u), tape.facts(v)
+    both_maps = {"keys": of_u.keys, "mixed": of_u.mixed or of_v.mixed} if of_u.keys and of_u.keys == of_v.keys else {}
+    if is_activation(v):
+        if of_u.root is of_v.root:
+            return tape.of_root(u.detach() + v.detach(), u)
+        return tape.know(functional.add(u, v, tape.rules), **both_maps)
+    if isinstance(v, Tensor) and tape.rules != "positive":
+        return functional.add_constant(u, v, tape.rules)
+    out = tape.pointwise(u.detach() + v, u)
+    return tape.know(out, **both_maps) if both_maps else out
+
+
+@handles("sub", "subtract")
+def sub(tape: Tape, u: Any, v: Any, *, alpha: float = 1) -> Tensor:
+    """u − v as u + (−v)."""
+    minus = tape.pointwise(-v.detach(), v) if is_activation(v) else -v
+    return add(tape, u, minus, alpha=alpha)
+
+
+@handles("rsub")
+def rsub(tape: Tape, v: Any, u: Any, *, alpha: float = 1) -> Tensor:
+    """u − v."""
+    return sub(tape, u, v, alpha=alpha)
+
+
+@handles("mul", "rmul", "multiply")
+def mul(tape: Tape, u: Any, v: Any) -> Tensor:
+    """Constants and the scales of norms pass relevance unchanged, x·f(x) is an activation function of x, others are gates."""
+    u, v = (u, v) if is_activation(u) else (v, u)
+    of_u, of_v = tape.facts(u), tape.facts(v)
+    if not is_activation(v):
+        return tape.keep_map(tape.pointwise(u.detach() * v, u), u, v)
+    if of_u.scale != of_v.scale:
+        x, scale = (u, v) if of_v.scale else (v, u)
+        return tape.keep_map(functional.identity(x.detach() * scale.detach(), x), x, scale)
+    if of_u.root is of_v.root:
+        return tape.of_root(u.detach() * v.detach(), u)
+    return tape.keep_map(functional.mul(u, v), *((u, v) if of_u.keys else (v, u)))
+
+
+@handles("div", "truediv", "divide", "true_divide")
+def div(tape: Tape, u: Any, v: Any, *, rounding_mode: str | None = None) -> Tensor:
+    """By a constant, by what a norm divides by, and f(x)/g(x)."""
+    if rounding_mode is not None:
+        raise UnsupportedModelError(f"no relevance function for a division with rounding_mode={rounding_mode!r}")
+    value = _plain(u) / _plain(v)
+    if not is_activation(v):
+        return tape.keep_map(tape.pointwise(value, u), u, v)
+    if not is_activation(u):
+        return tape.pointwise(value, v)
+    if tape.facts(v).scale and not tape.facts(u).scale:
+        return tape.keep_map(functional.identity(value, u), u, v)
+    if tape.facts(u).root is tape.facts(v).root:
+        return tape.of_root(value, u)
+    raise UnsupportedModelError("no relevance function for a division by an activation")
+
+
+# Reductions.
+
+
+def _statistic(tape: Tape, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    """A reduction of x; over its features it makes the number per token that a norm which is spelled out divides by."""
+    dims = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    over = [d % x.dim() for d in dims]
+    return tape.know(out, scale=x.dim() - 1 in over if keepdim else over == [x.dim() - 1])
+
+
+@handles("mean")
+def mean(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """By share, over tokens or features."""
+    dims = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    given = x if dtype in (None, x.dtype) else functional.identity(x.detach().to(dtype), x)
+    return _statistic(tape, functional.mean(given, dims, keepdim, tape.rules), x, dims, keepdim)
+
+
+@handles("sum")
+def sum_(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
+    """The generic rule, where it is no statistic of a norm."""
+    return _statistic(tape, generic(tape, "sum", torch.sum, (x, dim, keepdim), options), x, dim, keepdim)
+
+
+@handles("var")
+def var(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """As `sum_`."""
+    return _spread(tape, "var", x, *args, **options)
+
+
+@handles("std")
+def std(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """As `sum_`."""
+    return _spread(tape, "std", x, *args, **options)
+
+
+def _spread(tape: Tape, name: str, x: Tensor, dim: Any = None, *args: Any, **options: Any) -> Tensor:
+    over = None if isinstance(dim, bool) else dim
+    out = generic(tape, name, getattr(torch, name), (x, dim, *args) if dim is not None else (x, *args), options)
+    return _statistic(tape, out, x, over, out.dim() == x.dim())
+
+
+@handles("norm")
+def norm(tape: Tape, x: Tensor, p: Any = None, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    """The older spelling of `vector_norm`."""
+    if p == "nuc":
+        raise UnsupportedModelError("no relevance function for the nuclear norm")
+    return vector_norm(tape, x, 2 if p in (None, "fro") else p, dim, keepdim, dtype=dtype)
+
+
+@handles("vector_norm", "linalg_vector_norm")
+def vector_norm(
+    tape: Tape, x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """As `sum_`."""
+    out = generic(tape, "vector_norm", torch.linalg.vector_norm, (x, ord, dim, keepdim), {"dtype": dtype})
+    return _statistic(tape, out, x, dim, keepdim)
+
+
+@handles("amax")
+def amax(tape: Tape, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+    """Autograd gives the largest entries all, equals in equal parts."""
+    return _statistic(tape, x.amax(dim, keepdim), x, dim or None, keepdim)
+
+
+@handles("amin")
+def amin(tape: Tape, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+    """As `amax`."""
+    return _statistic(tape, x.amin(dim, keepdim), x, dim or None, keepdim)
+
+
+@handles("max")
+def max_(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Any:
+    """As `amax`, but the largest of two tensors takes the generic rule."""
+    return _extreme(tape, "max", x, *args, **options)
+
+
+@handles("min")
+def min_(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Any:
+    """As `max_`."""
+    return _extreme(tape, "min", x, *args, **options)
+
+
+def _extreme(tape: Tape, name: str, *args: Any, **options: Any) -> Any:
+    func = getattr(torch, name)
+    if any(isinstance(x, Tensor) for x in [*args[1:], *options.values()]) or not activations(args[:1]):
+        return generic(tape, name, func, args, options)
+    return func(*args, **options)

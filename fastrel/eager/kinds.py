@@ -1,0 +1,131 @@
+"""Kinds of functions: those that pass relevance unchanged, that move numbers, that write in place, and all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastrel import functional
+from fastrel.eager.names import BROADCASTS, COPIES, OVER_FEATURES
+from fastrel.eager.tape import Tape, activations
+from fastrel.errors import UnsupportedModelError
+
+
+def constant(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """What depends on parameters alone is a constant; maps that do stay maps, which others may be added to."""
+    with torch.no_grad():
+        result = func(*args, **kwargs)
+    if activations(result):  # a view of a parameter requires grad all the same
+        result = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, result)
+    if name == "softmax":
+        tape.know(result, keys=_softmax_dim(args[0], args, kwargs))
+    elif name in ("mul", "rmul") and len(args) == 2:
+        for x, factor in (args, args[::-1]):
+            tape.keep_map(result, x, factor)
+    return result
+
+
+def embedding(tape: Tape, func: Any, args: Any, kwargs: Any) -> Tensor:
+    """What token ids stand for is where activations begin."""
+    with torch.no_grad():
+        out = func(*args, **kwargs)
+    tape.batch = out.shape[0] if tape.batch is None else tape.batch
+    return tape.know(out.requires_grad_())
+
+
+def unchanged(tape: Tape, name: str, func: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
+    """Activation functions, norms, copies."""
+    x: Tensor = args[0]
+    given = x.detach().clone()
+    with torch.no_grad():
+        value = func(given, *args[1:], **kwargs)
+    if given._version:  # inplace=True
+        tape.overwrite(x)
+    elif value is given:
+        return x
+    facts, out = tape.facts(x), functional.identity(value, x)
+    pointwise = name not in OVER_FEATURES and value.shape == x.shape
+    keys = facts.keys if name in COPIES else _softmax_dim(x, args, kwargs) if name == "softmax" else None
+    return tape.know(
+        out,
+        root=facts.root if pointwise else out,
+        keys=keys,
+        mixed=facts.mixed and name in COPIES,
+        scale=facts.scale and pointwise,
+    )
+
+
+def _softmax_dim(x: Tensor, args: Any, kwargs: Any) -> int | None:
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return dim if dim is None or dim < 0 else dim - x.dim()
+
+
+def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """Autograd follows the numbers; the facts of the first argument go along where they hold of the result."""
+    result = func(*args, **kwargs)
+    if not isinstance(args[0], Tensor) or not activations(args[0]):
+        return result
+    x, facts = args[0], tape.facts(args[0])
+    results = [result] if isinstance(result, Tensor) else list(result)
+    keys = _moved_keys(func, x, facts.keys, args[1:], kwargs) if facts.keys else [None] * len(results)
+    for y, key in zip(results, keys, strict=True):
+        if not activations(y):
+            continue
+        merged = facts.merged if y.dim() == 3 and len(y) == len(x) else None
+        if y.dim() == 3 and x.dim() == 4 and y.shape == (x.shape[0] * x.shape[1], *x.shape[2:]):
+            merged = (x.shape[0], x.shape[1])
+        scale = facts.scale and name in BROADCASTS and (name != "getitem" or y.numel() == x.numel())
+        tape.know(y, keys=key, mixed=facts.mixed and key is not None, scale=scale, merged=merged)
+    return result
+
+
+def _moved_keys(func: Any, x: Tensor, keys: int, args: Any, kwargs: Any) -> list[int | None]:
+    """Where the dimension of keys is in each result of a move: tried on a map that holds the number of each key."""
+    count = x.shape[keys]
+    numbers = torch.arange(count, device=x.device)
+    moved = func(numbers.reshape(-1, *(1,) * (-keys - 1)).expand(x.shape), *args, **kwargs)
+
+    def dimension(y: Tensor) -> int | None:
+        for dim in range(-1, -y.dim() - 1, -1):
+            if y.shape[dim] == count and bool((y == numbers.reshape(-1, *(1,) * (-dim - 1))).all()):
+                return dim
+        return None
+
+    return [dimension(y) for y in ([moved] if isinstance(moved, Tensor) else moved)]
+
+
+def write(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """A write into a tensor, which autograd follows."""
+    result, target = func(*args, **kwargs), args[0]
+    if name == "setitem":
+        tape.write(target.detach()[args[1]])
+    tape.know(target, keys=tape.facts(target).keys, mixed=tape.facts(target).mixed)
+    return result
+
+
+def generic(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    """Anything else: the generic rule, if it is a differentiable function with one result."""
+    found = activations((args, kwargs))
+    with torch.no_grad():
+        plain = func(*args, **kwargs)
+    if not any(isinstance(x, Tensor) and x.is_floating_point() for x in pytree.tree_leaves(plain)):
+        return plain
+    if not isinstance(plain, Tensor) or any(plain is x for x in found):
+        raise UnsupportedModelError(f"no relevance function for {name}; fastrel.Explainer knows more operators")
+    places = {id(x): i for i, x in enumerate(found)}
+
+    def of_activations(*xs: Tensor) -> Tensor:
+        given = pytree.tree_map(lambda x: xs[places[id(x)]] if id(x) in places else x, (args, kwargs))
+        return func(*given[0], **given[1])
+
+    def note(rel: Tensor) -> None:
+        if name not in tape.generic and bool((rel != 0).any()):
+            tape.generic.append(name)
+
+    out = functional.generic(of_activations, *found)
+    out.register_hook(note)
+    return out

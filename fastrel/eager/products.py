@@ -1,0 +1,164 @@
+"""Linear layers, convolutions, products of activations, attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrel import functional
+from fastrel.eager.arithmetic import add, mul
+from fastrel.eager.kinds import move
+from fastrel.eager.tape import Facts, Tape, handles, is_activation, refuse_activations
+from fastrel.errors import UnsupportedModelError
+
+
+@handles("linear")
+def linear(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Eq. (5); of attention maps whose heads come last it makes maps mixed over heads."""
+    refuse_activations("linear", weight, bias)
+    keys, out = tape.facts(x).keys, functional.linear(x, weight, bias, tape.rules)
+    return tape.know(out, keys=keys, mixed=True) if keys not in (None, -1) else out
+
+
+@handles("addmm")
+def addmm(tape: Tape, bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """A linear layer with its weight the other way round."""
+    refuse_activations("addmm", weight, bias)
+    return functional.linear(x, weight.detach().t() * alpha, bias * beta, tape.rules)
+
+
+@handles("conv1d", "conv2d", "conv3d")
+def convolution(
+    tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """Eq. (5), the pixel rule for the one that reads the image; over the heads of attention maps it mixes them."""
+    refuse_activations("convolution", weight, bias)
+    reads_image = x.grad_fn is None and not tape.knows(x) and weight.dim() == 4
+    if reads_image and set(_flat(padding)) <= {0, "valid"} and set(_flat(dilation)) == {1} and groups == 1:
+        return functional.pixel_convolution(x, weight, bias, stride)
+    keys = tape.facts(x).keys
+    out = functional.convolution(x, weight, bias, stride, padding, dilation, groups, tape.rules)
+    return tape.know(out, keys=keys, mixed=True) if keys == -1 and out.shape[2:] == x.shape[2:] else out
+
+
+def _flat(option: Any) -> list[Any]:
+    return list(option) if isinstance(option, (list, tuple)) else [option]
+
+
+@handles("matmul", "bmm", "mm")
+def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """A·V, V·Aᵀ, Q·Kᵀ, other products of two activations, and linear layers."""
+    if not is_activation(b) and b.dim() < 3:
+        weight = b.detach().mT if b.dim() == 2 else b.detach()[None]
+        out = functional.linear(a, weight, None, tape.rules)
+        return out if b.dim() == 2 else out.squeeze(-1)
+    of_a, of_b = tape.facts(a), tape.facts(b)
+    if of_a.keys == -1:
+        return _attention_value(tape, a, b, of_a)
+    if of_b.keys == -2 and of_a.keys is None:
+        return _attention_value(tape, b.mT, a.mT, of_b).mT
+    return functional.matmul(a, b, tape.rules)
+
+
+@handles("rmatmul")
+def rmatmul(tape: Tape, b: Tensor, a: Tensor) -> Tensor:
+    """a @ b."""
+    return matmul(tape, a, b)
+
+
+def _attention_value(tape: Tape, a: Tensor, v: Tensor, facts: Facts) -> Tensor:
+    """A V; the map is kept as [B, h, Tq, Tk] also where the product takes [B·h, Tq, Tk]."""
+    attn = functional.end(a, tape.rules)
+    merged = _heads(tape, a, tape.facts(v).merged or facts.merged)
+    if merged is None:
+        tape.attention.append(attn)
+    elif merged[0] != tape.batch == merged[1]:
+        tape.attention.append(attn.unflatten(0, merged).transpose(0, 1))
+        attn = tape.attention[-1].transpose(0, 1).flatten(0, 1)
+    else:
+        tape.attention.append(attn.unflatten(0, merged))
+        attn = tape.attention[-1].flatten(0, 1)
+    return functional.matmul(attn, v, tape.rules, attention=True, mixed=facts.mixed)
+
+
+def _heads(tape: Tape, x: Tensor, merged: tuple[int, int] | None) -> tuple[int, int] | None:
+    """What the first dimension of a value [B·h, T, ·] is made of; None where heads have their own."""
+    if x.dim() != 3 or merged is not None:
+        return merged if x.dim() == 3 else None
+    return (tape.batch, len(x) // tape.batch) if tape.batch and len(x) % tape.batch == 0 else None
+
+
+@handles("baddbmm")
+def baddbmm(tape: Tape, x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """beta x + alpha a b: scores with their mask, mostly."""
+    product = matmul(tape, a, b)
+    scaled = tape.pointwise(product.detach() * alpha, product)
+    return scaled if beta == 0 else add(tape, scaled, mul(tape, x, beta) if is_activation(x) else x * beta)
+
+
+@handles("einsum")
+def einsum(tape: Tape, equation: str, *operands: Any) -> Tensor:
+    """One that is a product of matrices, as that."""
+    a, b = operands[0] if isinstance(operands[0], (list, tuple)) else operands if len(operands) == 2 else (None, None)
+    left, right, result = _indices(equation, (a, b))
+    if tape.facts(b).keys is not None and tape.facts(a).keys is None:  # the map on the left
+        a, b, left, right = b, a, right, left
+    sizes = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
+    batch = [i for i in result if i in left and i in right]
+    summed = [i for i in left if i in right and i not in result]
+    rows, columns = ([i for i in side if i not in batch and i not in summed] for side in (left, right))
+
+    def rearranged(name: str, x: Tensor, to: list[int]) -> Tensor:
+        return move(tape, name, getattr(torch, name), (x, to), {})
+
+    def matrices(x: Tensor, have: str, *groups: list[str]) -> Tensor:
+        turned = rearranged("permute", x, [have.index(i) for i in [*batch, *groups[0], *groups[1]]])
+        if len(groups[0]) == len(groups[1]) == 1:
+            return turned
+        return rearranged("reshape", turned, [sizes[i] for i in batch] + [math.prod(sizes[i] for i in g) for g in groups])
+
+    product = matmul(tape, matrices(a, left, rows, summed), matrices(b, right, summed, columns))
+    order = [*batch, *rows, *columns]
+    product = rearranged("reshape", product, [sizes[i] for i in order])
+    return rearranged("permute", product, [order.index(i) for i in result])
+
+
+def _indices(equation: str, operands: Sequence[Any]) -> tuple[str, str, str]:
+    """The indices of an einsum's two operands and of its result, if it is a product of matrices."""
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    left, comma, right = inputs.partition(",")
+    if arrow and comma and operands[0] is not None and "." not in equation and "," not in right:
+        once = all(len(set(side)) == len(side) for side in (left, right, result))
+        if once and set(left) ^ set(right) <= set(result) <= set(left) | set(right):
+            return left, right, result
+    raise UnsupportedModelError(f"no relevance function for einsum {equation!r}, which is no product of two matrices")
+
+
+@handles("scaled_dot_product_attention")
+def scaled_dot_product_attention(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention in one call; grouped keys and values are those of each query head."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+    merged = _heads(tape, query, tape.facts(value).merged)
+    if merged is not None:
+        query, key, value = (x.unflatten(0, merged) for x in (query, key, value))
+        attn_mask = attn_mask.unflatten(0, merged) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
+    out = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, rules=tape.rules, maps=tape.attention
+    )
+    return out if merged is None else out.flatten(0, 1)
+
+
+@handles("multi_head_attention_forward")
+def multi_head_attention_forward(tape: Tape, *args: Any, **options: Any) -> Any:
+    """nn.MultiheadAttention in all its forms."""
+    return functional.multi_head_attention_forward(*args, **options, rules=tape.rules, maps=tape.attention)

@@ -1,0 +1,145 @@
+"""What is known of the values of a forward pass: the attention maps among them, and what each is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fastrel import functional
+from fastrel.errors import UnsupportedModelError
+from fastrel.reference.rules import Rules
+
+#: The functions that have a rule of their own, by name without underscores: handler(tape, *arguments of the function).
+HANDLERS: dict[str, Callable[..., Any]] = {}
+
+
+def handles(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a handler for one or more of torch's functions."""
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+def activations(tree: Any) -> list[Tensor]:
+    """The tensors in arguments or results that require grad and are no parameters, each once."""
+    leaves = [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+    return list({id(x): x for x in leaves if x.requires_grad and not isinstance(x, nn.Parameter)}.values())
+
+
+def is_activation(x: Any) -> bool:
+    """Whether x is a tensor that requires grad and no parameter."""
+    return bool(activations((x,)))
+
+
+def refuse_activations(name: str, *constants: Any) -> None:
+    """Raise where a weight or bias is made of the input."""
+    if activations(constants):
+        raise UnsupportedModelError(f"no relevance function for {name} with a weight or bias that depends on the input")
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a value.
+
+    `root`: the activation of which alone it is a pointwise function. `keys`: of an attention map, its dimension of keys, counted from
+    the end; `mixed`: over heads. `scale`: one number per token, made of all its features. `merged`: what its first dimension was.
+    """
+
+    tensor: Tensor  # kept, so that no other tensor gets its id
+    root: Tensor
+    keys: int | None = None
+    mixed: bool = False
+    scale: bool = False
+    merged: tuple[int, int] | None = None
+
+
+class Tape:
+    """The facts of every value, the attention maps in order, and the functions that took the generic rule."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules: Rules = rules
+        self.attention: list[Tensor] = []
+        self.generic: list[str] = []
+        self.batch: int | None = None
+        self._facts: dict[int, Facts] = {}
+        self._overwritten: list[Tensor] = []
+        with torch.enable_grad():
+            self._began = torch.zeros(1, requires_grad=True).view(1).grad_fn._sequence_nr()  # type: ignore[union-attr]
+
+    def facts(self, x: Any) -> Facts:
+        """What is known of x."""
+        return self._facts.get(id(x)) or Facts(x, x)
+
+    def knows(self, x: Tensor) -> bool:
+        """Whether x was made inside, not given from outside."""
+        return id(x) in self._facts
+
+    def know(self, x: Tensor, **facts: Any) -> Tensor:
+        """Keep facts of x, which is returned."""
+        self._facts[id(x)] = Facts(x, **{"root": x, **facts})
+        return x
+
+    def accept(self, name: str, found: list[Tensor], writes: Sequence[Tensor]) -> None:
+        """Refuse values that are not what the model would have here; `writes` are only written into."""
+        for x in found:
+            self.batch = x.shape[0] if self.batch is None and x.dim() else self.batch
+            if not self.knows(x) and x.grad_fn is not None and x.grad_fn._sequence_nr() > self._began:
+                raise UnsupportedModelError(
+                    f"{name} takes a tensor {tuple(x.shape)} of {type(x.grad_fn).__name__} that fastrel.propagation has not seen made: "
+                    "by scripted code or by an autograd.Function of the model's own"
+                )
+            if not any(x is y for y in writes) and any(_overlap(x, y) for y in self._overwritten):
+                raise UnsupportedModelError(
+                    f"{name} takes a tensor {tuple(x.shape)} that was overwritten in place; write the model without"
+                )
+
+    def overwrite(self, x: Tensor) -> None:
+        """x is no longer what the model has: the result of the function that overwrote it took its place."""
+        self._overwritten.append(x)
+
+    def write(self, part: Tensor) -> None:
+        """These entries hold again what the model has."""
+        self._overwritten = [x for x in self._overwritten if not _same_place(x, part)]
+
+    # Values made of one activation.
+
+    def pointwise(self, value: Tensor, x: Tensor) -> Tensor:
+        """`value`, made of x and constants entry by entry."""
+        facts, out = self.facts(x), functional.identity(value, x)
+        return self.know(out, root=facts.root if value.shape == x.shape else out, scale=facts.scale)
+
+    def of_root(self, value: Tensor, x: Tensor) -> Tensor:
+        """`value`, a function of the activation of which x is one."""
+        root = self.facts(x).root
+        return self.know(functional.identity(value, root), root=root)
+
+    def keep_map(self, out: Tensor, x: Tensor, factor: Any) -> Tensor:
+        """`out`, x times a factor, still is an attention map where x is one and the factor the same for all keys."""
+        facts = self.facts(x)
+        if facts.keys and (not isinstance(factor, Tensor) or factor.dim() < -facts.keys or factor.shape[facts.keys] == 1):
+            self._facts[id(out)] = dataclasses.replace(self.facts(out), keys=facts.keys, mixed=facts.mixed)
+        return out
+
+
+def _same_place(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same entries of the same storage."""
+    return (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors share entries."""
+    if x is y:
+        return True
+    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+        return False
+    places = torch.arange(x.untyped_storage().nbytes() // x.element_size())
+    entries = [places.as_strided(t.shape, t.stride(), t.storage_offset()).flatten() for t in (x, y)]
+    return bool(torch.isin(*entries).any())
