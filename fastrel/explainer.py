@@ -48,7 +48,7 @@ class Explainer:
             False for transformer attribution.
         precision: "float32": the model's own dtype throughout (16-bit models: lanes in float32). "mixed": matrix products
             of relevance and gradient in bfloat16, where the processor does that faster than float32. "low": those of
-            relevance in int8, on a GPU in float8. Both need rules="positive"; the forward pass is the model's own.
+            relevance in int8 where that is faster, on a GPU in float8. Both need rules="positive"; the forward pass is the model's own.
         memory: "normal", or "low": between prediction and explanation only what the blocks pass on is kept, and each block
             is computed again when its turn comes, for the time of one more forward pass.
         backend: "auto": per operator the first that can compute it of "triton" and "cuda" on a GPU, "cpp" (C++) on a CPU, and
@@ -74,7 +74,7 @@ class Explainer:
             raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         if rules not in RULES:
             raise InputError(f"unknown rules {rules!r}; choose one of {', '.join(RULES)}")
-        precision_.products(precision, rules)
+        precision_.check(precision, rules)
         if memory not in ("normal", "low"):
             raise InputError(f"unknown memory {memory!r}; choose normal or low")
         backends.require(backend)
