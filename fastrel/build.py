@@ -5,6 +5,8 @@ Imports nothing of fastrel and torch only inside functions, because setup.py use
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import platform
@@ -13,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a00000000
 #: Compute capabilities to compile for, 80;90 say. Default: that of the GPU here, else all of `CUDA_ARCHS`.
 ARCHS_VARIABLE = "FASTREL_CUDA_ARCHS"
 CUDA_ARCHS = ("80", "90", "100", "120")
+
+#: The folder that holds what was compiled at first use. Default: the user's cache folder.
+CACHE_VARIABLE = "TORCH_EXTENSIONS_DIR"
 
 
 @dataclass(frozen=True)
@@ -97,24 +102,84 @@ def cuda_archs() -> tuple[str, ...]:
 
 
 def key(part: Part = CPU) -> str:
-    """Names a build: a hash of the sources, flags, compiler, machine and torch version."""
+    """Names a build: a hash of the sources, flags, machine and torch version; for CUDA also of what it is compiled for.
+
+    Not of the compiler: kernels that were compiled before, while an image was built, say, are found where there is none.
+    """
     import torch
 
     digest = hashlib.sha256()
     folder = source_folder()
     for path in sorted([*folder.rglob("*.h"), *folder.rglob("*.cuh"), *folder.glob(part.sources)]):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    command = compiler(part)
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
-    digest.update(repr((FLAGS, part, command, version, platform.machine(), sys.platform, torch.__version__)).encode())
+    archs = cuda_archs() if part is CUDA else ()
+    digest.update(repr((FLAGS, part, archs, platform.machine(), sys.platform, torch.__version__)).encode())
     return digest.hexdigest()[:16]
 
 
 def cached(part: Part = CPU) -> Path:
-    """Where the library compiled at first use lies or would lie: TORCH_EXTENSIONS_DIR, or the user's cache folder."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(root) if root else home) / "fastrel" / key(part) / f"{part.library}.so"
+    """Where the library compiled at first use lies or would lie: TORCH_EXTENSIONS_DIR, or the user's cache folder.
+
+    Raises:
+        BuildError: the user has no home folder; no sources.
+    """
+    root = os.environ.get(CACHE_VARIABLE) or os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(root) if root else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise BuildError(f"there is no home folder to keep them in; set {CACHE_VARIABLE} to a folder ({error})") from error
+    return folder / "fastrel" / key(part) / f"{part.library}.so"
+
+
+def is_intact(library: Path) -> bool:
+    """Whether a library in the cache is the one that was compiled into it: its checksum lies beside it.
+
+    Loading one that was cut short ends the process, so this is asked first.
+    """
+    try:
+        return _checksum(library).read_bytes() == _sha256(library)
+    except OSError:
+        return False
+
+
+def cache(part: Part = CPU, again: bool = False) -> Path:
+    """The library in the cache, compiled if it is not there or damaged, or if `again`. Of several processes one compiles.
+
+    Raises:
+        BuildError: it cannot be compiled or kept, and why.
+    """
+    library = cached(part)
+    if is_intact(library) and not again:
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(library.parent / "lock"):
+            if again or not is_intact(library):
+                if library.is_dir():
+                    shutil.rmtree(library)
+                _checksum(library).unlink(missing_ok=True)
+                compile_library(library, part)
+                _checksum(library).write_bytes(_sha256(library))
+    except OSError as error:
+        raise BuildError(f"they cannot be kept: {error}; set {CACHE_VARIABLE} to a folder that can be written") from error
+    return library
+
+
+def _checksum(library: Path) -> Path:
+    return library.with_name(f"{library.name}.sha256")
+
+
+def _sha256(library: Path) -> bytes:
+    return hashlib.sha256(library.read_bytes()).hexdigest().encode()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock that other processes and threads wait for and that ends with this process; none where files have none."""
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def compile_library(target: Path, part: Part = CPU, extra_flags: Sequence[str] = ()) -> None:
@@ -145,6 +210,9 @@ def compile_library(target: Path, part: Part = CPU, extra_flags: Sequence[str] =
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if result.returncode:
-        raise BuildError(f"{shlex.join(command)} failed:\n{result.stderr.strip()}")
+        raise BuildError(f"{shlex.join(command)} failed:\n{result.stderr.strip()[:2000]}")

@@ -45,7 +45,7 @@ class Options:
             raise InputError(f"normalize_rollout must be True, False or None, not {self.normalize_rollout!r}")
         if self.memory not in MEMORIES:
             raise InputError(f"unknown memory {self.memory!r}; choose {' or '.join(MEMORIES)}")
-        precision_.products(self.precision, self.rules)
+        precision_.check(self.precision, self.rules)
         backends.require(self.backend)
 
     @property

@@ -103,6 +103,7 @@ def test_reduced_precision_gives_the_same_map(
     _, model, given = subject
     exact = fastrel.Explainer(model.double())(**cast(given, torch.float64))
     monkeypatch.setenv("FASTREL_BF16", bfloat16)  # also where the processor would rather not
+    monkeypatch.setenv("FASTREL_INT8", "1")
     ours = fastrel.Explainer(model.float(), precision=precision)(**given, target=exact.target)
     same = total = 0
     for a, b in zip(rows(ours, given), rows(exact, given), strict=True):

@@ -13,7 +13,7 @@ from fastrel import ops, weights
 from fastrel.backends import cpp, cuda, triton
 from fastrel.backends.common import Call
 from fastrel.errors import InputError, UnsupportedModelError
-from fastrel.ops.library import REFERENCES
+from fastrel.ops.library import CPU_KERNELS, REFERENCES
 
 aten = torch.ops.aten
 
@@ -24,7 +24,8 @@ class Backend:
 
     `unavailable()` is None, or why it cannot run on this machine; `runs_on(device)` why not on this device;
     `kernels()` maps operators to functions of the same arguments; `supports(call)` says why it cannot compute a call: no reasons, no
-    objection. `narrow`: its kernels take 16-bit values as they are.
+    objection. `narrow`: its kernels take 16-bit values as they are. `digest`: tells a weight's value in less time than preparing it
+    takes, so that what was prepared is kept.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Backend:
     kernels: Callable[[], dict[Any, Callable[..., Any]]]
     supports: Callable[[Call], list[str]]
     narrow: bool = False
+    digest: Callable[..., Any] | None = None
 
 
 #: In the order in which "auto" prefers them.
@@ -41,7 +43,7 @@ BACKENDS = {
     for backend in (
         Backend("triton", triton.unavailable, triton.runs_on, triton.kernels, triton.supports, narrow=True),
         Backend("cuda", cuda.unavailable, cuda.runs_on, cuda.kernels, cuda.supports),
-        Backend("cpp", cpp.unavailable, cpp.runs_on, cpp.kernels, cpp.supports),
+        Backend("cpp", cpp.unavailable, cpp.runs_on, cpp.kernels, cpp.supports, digest=CPU_KERNELS[ops.row_digest]),
         Backend("torch", lambda: None, lambda device: None, lambda: REFERENCES, lambda call: []),
     )
 }
@@ -103,6 +105,7 @@ def lower(
         UnsupportedModelError: it cannot compute an operator that this explanation needs, with the reasons.
     """
     allowed = candidates(backend, device)
+    digests: dict[Any, fx.Node] = {}
     for node in reverse.graph.nodes:
         op = node.target
         if op not in REFERENCES and op is not ops.reduced_matmul:
@@ -116,8 +119,16 @@ def lower(
             with reverse.graph.inserting_before(node):
                 node.args = tuple(_as_the_model_has_it(x) for x in node.args)
         node.target = chosen.kernels().get(op, op)
-        if keep_weights and op is ops.reduced_weight:
-            node.target = weights.kept(node.target)
+        if not keep_weights or op is not ops.reduced_weight:
+            continue
+        if not chosen.digest:
+            node.target = weights.kept_by_version(node.target) if device.type != "cpu" else node.target
+            continue
+        weight, purpose = node.args
+        if weight not in digests:
+            with reverse.graph.inserting_before(node):
+                digests[weight] = reverse.graph.call_function(weights.digested(chosen.digest), (weight,))
+        node.target, node.args = weights.kept(node.target), (weight, purpose, digests[weight])
     reverse.graph.eliminate_dead_code()
     reverse.recompile()
 

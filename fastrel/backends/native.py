@@ -46,11 +46,48 @@ def shimmed() -> bool:
 
 def _load(part: build.Part, variable: str) -> str | None:
     try:
-        torch.ops.load_library(str(_find(part, variable) or _compile(part)))
+        _open(part, variable)
     except (build.BuildError, OSError) as error:
-        log.warning("fastrel runs without its compiled %s kernels: %s", part.name, error)
+        log.warning("fastrel runs without its compiled %s kernels: %s", part.name, str(error).partition("\n")[0])
         return str(error)
     return None
+
+
+def _open(part: build.Part, variable: str) -> None:
+    """Load the library asked for, the one built with the package, or the one in the cache, compiled if need be."""
+    given = os.environ.get(variable) or _packaged(part)
+    if given:
+        torch.ops.load_library(str(given))
+    else:
+        path = _cache(part)
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            log.warning("%s was compiled for another system: %s", path, error)
+            torch.ops.load_library(str(_cache(part, again=True)))
+    if part is build.CPU:
+        _probe(given or path)
+
+
+def _probe(path: Path | str) -> None:
+    try:
+        instruction_set()
+    except RuntimeError as error:
+        raise build.BuildError(f"{path} holds no kernels of fastrel") from error
+
+
+def _cache(part: build.Part, again: bool = False) -> Path:
+    path, start = build.cached(part), time.perf_counter()
+    if build.is_intact(path) and not again:
+        return path
+    if os.environ.get(JIT_VARIABLE) == "0":
+        raise build.BuildError(f"{JIT_VARIABLE}=0 forbids compiling at first use; run `fastrel build`, or unset it")
+    if os.path.lexists(path):
+        log.warning("%s is damaged or from elsewhere, and is compiled again", path)
+    log.warning("fastrel compiles its %s kernels, once, into %s", part.name, path.parent)
+    build.cache(part, again)
+    log.warning("compiled in %.0f s", time.perf_counter() - start)
+    return path
 
 
 def instruction_set() -> str:
@@ -68,29 +105,8 @@ def origin(part: build.Part = build.CPU, variable: str = LIBRARY_VARIABLE) -> st
         path = build.cached(part)
     except build.BuildError as error:
         return str(error)
-    return f"compiled at first use, {path}" if path.exists() else "not compiled yet: `fastrel build` does it now"
+    return f"compiled at first use, {path}" if build.is_intact(path) else "not compiled yet: `fastrel build` does it now"
 
 
 def _packaged(part: build.Part) -> Path | None:
     return next(Path(__file__).resolve().parent.parent.glob(f"{part.library}.*so"), None)
-
-
-def _find(part: build.Part, variable: str) -> Path | None:
-    """The library asked for, one built with the package, or one compiled before."""
-    if os.environ.get(variable):
-        return Path(os.environ[variable])
-    packaged = _packaged(part)
-    if packaged:
-        return packaged
-    path = build.cached(part)
-    return path if path.exists() else None
-
-
-def _compile(part: build.Part) -> Path:
-    if os.environ.get(JIT_VARIABLE) == "0":
-        raise build.BuildError(f"{JIT_VARIABLE}=0 forbids compiling at first use; run `fastrel build`, or unset it")
-    path, start = build.cached(part), time.perf_counter()
-    log.warning("fastrel compiles its %s kernels, once, into %s", part.name, path.parent)
-    build.compile_library(path, part)
-    log.warning("compiled in %.0f s", time.perf_counter() - start)
-    return path

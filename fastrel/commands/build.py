@@ -11,9 +11,7 @@ def run(options: argparse.Namespace) -> int:
     """Compile them, load those that can run here, and say where they lie."""
     part = build.CUDA if options.cuda else build.CPU
     try:
-        path = build.cached(part)
-        if not path.exists():
-            build.compile_library(path, part)
+        path = build.cache(part)
     except build.BuildError as error:
         raise FastrelError(f"the kernels could not be built: {error}") from error
     reason = native.load_cuda() if options.cuda else native.load()

@@ -1,13 +1,15 @@
 """`fastrel doctor`: what is installed, what can run, and why the rest cannot."""
 
 import argparse
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastrel import __version__, backends
+from fastrel import __version__, backends, precision
 from fastrel.backends import native
+from fastrel.errors import FastrelError
 
 PACKAGES = ("torch", "triton", "timm", "torchvision", "transformers", "numpy", "pillow", "matplotlib")
 
@@ -28,13 +30,41 @@ def run(options: argparse.Namespace) -> int:
         print(f"  {'cuda':<14}none (torch was built {built})")
     print("\nbackends")
     for name, backend in backends.BACKENDS.items():
-        reason = backend.unavailable()
-        print(f"  {name:<14}{_about(name) if reason is None else 'not available: ' + reason}")
+        print(f"  {name:<14}{_about(name, backend)}")
+    print("\nprecision, on this processor")
+    for name in precision.PRECISIONS[1:]:
+        print(f"  {name:<14}{_products(name)}")
+    print(f"  {'because':<14}{_reasons()}")
     return 0
 
 
-def _about(backend: str) -> str:
-    return f"available: {native.instruction_set()}, {native.origin()}" if backend == "cpp" else "available"
+def _about(name: str, backend: backends.Backend) -> str:
+    """Whatever is wrong with a backend, the others are reported."""
+    try:
+        reason = backend.unavailable()
+        if reason:
+            return f"not available: {reason}"
+        return f"available: {native.instruction_set()}, {native.origin()}" if name == "cpp" else "available"
+    except Exception as error:
+        return f"fails: {error!r}"
+
+
+def _products(name: str) -> str:
+    try:
+        chosen = precision.products(name, "positive")
+    except FastrelError as error:
+        return str(error)
+    gradient = "bfloat16" if chosen.bf16_gradient else "float32"
+    return f"relevance in {chosen.relevance or 'float32'}, gradient in {gradient}"
+
+
+def _reasons() -> str:
+    """What decides the precision: settings, and what was measured."""
+    asked = [f"{variable}={os.environ[variable]}" for variable in precision.VARIABLES.values() if os.environ.get(variable)]
+    if native.load():
+        return ", ".join([*asked, "without C++ kernels nothing is faster than float32"])
+    measured = " and ".join(f"{dtype} at {speed:.2g}" for dtype, speed in precision.speeds().items())
+    return ", ".join([*asked, f"products in {measured} times the speed of float32"])
 
 
 def _version(name: str) -> str:

@@ -7,6 +7,7 @@ An absent lane goes in as None and comes out as an empty tensor, because operato
 from fastrel.ops.attention import UPDATES, attention_relevance, attention_update, rollout_row
 from fastrel.ops.layer_norm import layer_norm_backward
 from fastrel.ops.residual_add import residual_add
+from fastrel.ops.row_digest import row_digest
 from fastrel.ops.zplus_linear import zplus_linear
 from fastrel.ops.zplus_linear_reduced import reduced_matmul, reduced_weight, zplus_linear_reduced
 
@@ -19,6 +20,7 @@ __all__ = [
     "reduced_weight",
     "residual_add",
     "rollout_row",
+    "row_digest",
     "zplus_linear",
     "zplus_linear_reduced",
 ]

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "digest.h"
 #include "divide.h"
 #include "kernels.h"
 
@@ -112,7 +113,7 @@ inline void int8_combine(
 }
 
 inline const ReducedKernels& reduced_table() {
-  static const ReducedKernels kernels{bf16_of, bf16_ratio, bf16_combine, bf16_widen, int8_of, int8_ratio, int8_combine};
+  static const ReducedKernels kernels{bf16_of, bf16_ratio, bf16_combine, bf16_widen, int8_of, int8_ratio, int8_combine, digest};
   return kernels;
 }
 
