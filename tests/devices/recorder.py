@@ -151,14 +151,14 @@ def recorded(capability: int = 90, devices: int = 2) -> Iterator[Recorded]:
         before, seen.device = seen.device, seen.device if index < 0 else index
         return before
 
-    def compile_(self: JITFunction, key: Any, signature: Any, device: int, constants: Any, options: Any, attrs: Any, _: bool) -> Any:
+    def compile_(
+        self: JITFunction, key: Any, signature: Any, device: int, constants: Any, options: Any, attrs: Any, _: bool
+    ) -> Any:
         kept = options.__dict__
         shown = {name: kept[name] for name in ("num_warps", "num_stages", "maxnreg") if kept.get(name) is not None}
         to_ttir(ASTSource(self, signature, constants, attrs), seen.get_current_target(), shown)
         frozen = tuple((k, tuple(tuple(pair) for pair in v)) for k, v in attrs.items())
-        seen.kernels.append(
-            Variant(self, tuple(signature.items()), tuple(constants.items()), frozen, tuple(shown.items()))
-        )
+        seen.kernels.append(Variant(self, tuple(signature.items()), tuple(constants.items()), frozen, tuple(shown.items())))
         kernel = self.device_caches[device][0][key] = _Compiled(seen, self, shown)
         return kernel
 
@@ -173,8 +173,8 @@ def recorded(capability: int = 90, devices: int = 2) -> Iterator[Recorded]:
         mock.patch.object(JITFunction, "_do_compile", compile_),
         mock.patch.object(JITFunction, "device_caches", property(caches, lambda self, value: None), create=True),
         mock.patch.object(FakeTensor, "data_ptr", lambda self: 0x7F0000000000),
-        mock.patch.object(torch.cuda, "is_available", lambda: True),
-        mock.patch.object(torch.cuda, "device_count", lambda: devices),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "device_count", return_value=devices),
         mock.patch.object(torch.cuda, "current_device", lambda: seen.device),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: number),
         mock.patch.object(torch.cuda, "_exchange_device", exchange),

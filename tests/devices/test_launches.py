@@ -52,7 +52,9 @@ def reduced(n: int, purpose: Any, x: torch.dtype = torch.float32, features: int 
     kernels[ops.zplus_linear_reduced](on_gpu(n, features, dtype=x), w, w_abs, scales, w_grad, y, None, lane, lane)
 
 
-def attention(batch: int, heads: int, tokens: int, d: int = 64, dtype: torch.dtype = torch.float32, targets: int = 1) -> None:
+def attention(
+    batch: int, heads: int, tokens: int, d: int = 64, dtype: torch.dtype = torch.float32, targets: int = 1
+) -> None:
     q = on_gpu(batch, heads, tokens, d, dtype=dtype)
     lane, row = on_gpu(targets, batch, heads, tokens, d), on_gpu(targets, batch, tokens)
     options = (0.125, False, 0, "positive", "gradient_relevance", True, True)
@@ -81,7 +83,11 @@ def every_operator(n: int) -> None:
 def test_every_kernel_compiles_for_any_number_of_rows(seen: Recorded, n: int) -> None:
     """One among them: Triton makes a constant of an argument that is 1."""
     every_operator(n)
-    assert {launch.name for launch in seen.launches} >= {"zplus_shares_kernel", "zplus_back_kernel", "attention_keys_kernel"}
+    assert {launch.name for launch in seen.launches} >= {
+        "zplus_shares_kernel",
+        "zplus_back_kernel",
+        "attention_keys_kernel",
+    }
 
 
 def test_launches_go_to_the_device_of_the_tensors_whatever_the_current_one(seen: Recorded) -> None:
@@ -97,8 +103,9 @@ def test_another_number_of_rows_compiles_nothing(seen: Recorded) -> None:
         if n == 16:
             seen.kernels.clear()
     assert [kernel.kernel.fn.__name__ for kernel in seen.kernels] == []
-    every_operator(4096)  # from so many rows on torch multiplies: its passes
-    assert {kernel.kernel.fn.__name__ for kernel in seen.kernels} == {"sides_kernel", "shares_kernel", "combine_kernel"}
+    every_operator(4096)  # from so many rows on torch multiplies, with its passes; and float32 has larger tiles
+    passes = {"sides_kernel", "shares_kernel", "combine_kernel"}
+    assert {kernel.kernel.fn.__name__ for kernel in seen.kernels} == passes | {"zplus_shares_kernel", "zplus_back_kernel"}
     seen.kernels.clear()
     every_operator(5001)
     assert seen.kernels == []

@@ -104,7 +104,10 @@ def test_reduced_products_err_as_their_rounding_does(purpose: str) -> None:
     exact = REFERENCES[ops.zplus_linear](*wide, "positive")
     plain = REFERENCES[ops.zplus_linear_reduced](x, *prepared, w_grad, y, bias, rel, grad)
     kernels = triton.kernels()
-    ours_prepared, own_grad = kernels[ops.reduced_weight](weight, purpose), kernels[ops.reduced_weight](weight, "gradient")[0]
+    ours_prepared, own_grad = (
+        kernels[ops.reduced_weight](weight, purpose),
+        kernels[ops.reduced_weight](weight, "gradient")[0],
+    )
     assert torch.equal(ours_prepared[0].float(), prepared[0].float())
     ours = kernels[ops.zplus_linear_reduced](x, *ours_prepared, own_grad, y, bias, rel, grad)
     for mine, rounded, wanted in zip(ours, plain, exact, strict=True):
