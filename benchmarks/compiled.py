@@ -52,7 +52,7 @@ class Case:
     def dots(self) -> bool:
         kernel = self.name.split()[0]
         return (
-            "zplus" in kernel or kernel.startswith("attention_") and "update" not in kernel
+            "zplus" in kernel or (kernel.startswith("attention_") and "update" not in kernel)
         ) and "ieee fp32" not in self.name
 
 
@@ -102,6 +102,7 @@ def launches(float8: bool) -> Iterator[tuple[str, Any]]:
             if float8:
                 yield f"{name} low", lambda dtype=dtype: _linear(197, dtype, "float8")
     yield "float32 official", lambda: _linear(197, torch.float32, rules="official")
+    yield "float32 many rows", lambda: _linear(12608, torch.float32)
     yield "many rows", lambda: _linear(12608, torch.bfloat16)
     yield "many rows mixed", lambda: _linear(12608, torch.bfloat16, "bfloat16")
     for d in (32, 64, 128):
@@ -112,8 +113,7 @@ def launches(float8: bool) -> Iterator[tuple[str, Any]]:
                 yield f"{name} official", lambda d=d, dtype=dtype: _attention(d, dtype, "official", True)
     x, lane = (64, 197, 768), (1, 64, 197, 768)
     for rules in ("positive", "official"):
-        add = kernels[ops.residual_add]
-        yield rules, lambda rules=rules: add(_empty(*x), _empty(*x), _empty(*lane), 0, rules)
+        yield rules, lambda rules=rules: kernels[ops.residual_add](_empty(*x), _empty(*x), _empty(*lane), 0, rules)
     norm, update, rollout = (kernels[op] for op in (ops.layer_norm_backward, ops.attention_update, ops.rollout_row))
     yield "768", lambda: norm(_empty(*lane), _empty(*x), _empty(768), 1, 1e-6)
     yield "", lambda: update(None, _empty(1, 2, 12, 197, 197), _empty(1, 2, 12, 197, 197), "gradient_relevance")

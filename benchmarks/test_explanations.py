@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrel
+from benchmarks import gate
 
 #: Name: model, size of an image or length of a text, batch.
 CASES: dict[str, tuple[str, int, int]] = {
@@ -144,8 +145,7 @@ def runner(provider: str, model: nn.Module, given: dict[str, Tensor]) -> Callabl
     if "torch" not in provider and options.get("rules") != "official":
         plain = {key: value for key, value in options.items() if key == "start_layer"}
         expected = fastrel.Explainer(model, backend="torch", **plain)(**given, target=target).relevance
-        bound = 5e-2 if "precision" in options else 1e-4
-        assert float((ours - expected).norm() / expected.norm()) < bound, "not what the plain backend gives"
+        gate.check(ours, expected, options.get("precision", "float32"))
     return lambda: explainer(**given, target=target)
 
 

@@ -19,6 +19,7 @@ GROUP = 8
 #: First product of `zplus_linear` (rows × outs over ins).
 SHARES = {
     "float32": {80: Tile(64, 64, 32, 8, 2)},
+    "float32, many rows": {80: Tile(128, 64, 32, 8, 2), 90: Tile(128, 64, 32, 8, 3), 120: Tile(128, 64, 32, 8, 2)},
     "split": {80: Tile(64, 64, 32, 8, 2)},
     "bfloat16": {80: Tile(64, 64, 32, 8, 3), 90: Tile(64, 64, 64, 8, 3), 120: Tile(64, 64, 32, 8, 3)},
     "float8": {80: Tile(64, 64, 64, 8, 2)},
@@ -27,6 +28,7 @@ SHARES = {
 #: Second product of `zplus_linear` (rows × ins over outs): three accumulators.
 BACK = {
     "float32": {80: Tile(64, 64, 16, 8, 2), 120: Tile(32, 64, 16, 8, 2)},
+    "float32, many rows": {80: Tile(64, 64, 16, 8, 2), 90: Tile(128, 64, 32, 8, 2), 120: Tile(32, 64, 16, 8, 2)},
     "split": {80: Tile(64, 64, 16, 8, 2)},
     "bfloat16": {80: Tile(64, 64, 32, 8, 2)},
     "float8": {80: Tile(64, 64, 32, 8, 2)},
@@ -81,6 +83,12 @@ ATTENTION = {
         },
     },
 }
+
+
+def product(tables: dict[str, dict[int, Tile]], kind: str, rows: int, capability: int) -> Tile:
+    """The tile of a product: a larger one, which reads less per operation, where enough of them remain for every processor."""
+    many = f"{kind}, many rows"
+    return of(tables[many if rows >= MANY_ROWS and many in tables else kind], capability)
 
 
 def of(table: dict[int, Tile], capability: int) -> Tile:

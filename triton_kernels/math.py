@@ -52,9 +52,9 @@ def without_low_bits(x, BITS: tl.constexpr):
 @triton.jit
 def narrow(x, TO: tl.constexpr):
     """float32 rounded to a narrower dtype, to nearest; the interpreter cuts bfloat16 off, and loses float8's carries."""
-    if WIDEN and TO == tl.bfloat16:
+    if WIDEN and tl.bfloat16 == TO:
         return without_low_bits(x, 16).to(TO)
-    if WIDEN and TO == tl.float8e4nv:
+    if WIDEN and tl.float8e4nv == TO:
         return without_low_bits(x, 20).to(TO)
     return x.to(TO)
 
@@ -62,7 +62,7 @@ def narrow(x, TO: tl.constexpr):
 @triton.jit
 def operand(x, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """A float32 tile as a product takes it: rounded to DOT, or to TF32, of which the tensor core would drop the low 13 bits."""
-    if DOT == tl.float32:
+    if tl.float32 == DOT:
         return without_low_bits(x, 13) if PRECISION == "tf32" else x
     return narrow(x, DOT).to(tl.float32) if WIDEN else narrow(x, DOT)
 

@@ -96,9 +96,7 @@ def residual_add(u: Tensor, v: Tensor, rel: Tensor, batch_dim: int, rules: str) 
         rel_u, rel_v = torch.empty_like(rel), torch.empty_like(rel)
         residual_share_kernel[(blocks(rel.numel(), BLOCK),)](u, v, rel, rel_u, rel_v, u.numel(), rel.numel(), BLOCK=BLOCK)
         return rel_u, rel_v
-    u, v, rel = (
-        dense(x.movedim(d, d - batch_dim)) for x, d in ((u, batch_dim), (v, batch_dim), (rel, batch_dim + 1))
-    )
+    u, v, rel = (dense(x.movedim(d, d - batch_dim)) for x, d in ((u, batch_dim), (v, batch_dim), (rel, batch_dim + 1)))
     rel_u, rel_v = torch.empty_like(rel), torch.empty_like(rel)
     batch = len(u)
     size = u.numel() // batch

@@ -253,7 +253,7 @@ def _fused(
     n, targets, device, scaled = len(given), len(rel), rel.device, kind.name == "float8"
     lanes, where = targets * n, capability(device)
     bias = bias if y is not None else None
-    tile = configs.of(configs.SHARES[kind.name], where)
+    tile = configs.product(configs.SHARES, kind.name, n, where)
     tops = blocks(outs, tile.n)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -269,12 +269,13 @@ def _fused(
         bias_ptr=unused if bias is None else dense(bias), rel_ptr=rel, s_ptr=s,
         x_scale_ptr=x_scale, w_scale_ptr=scales if scaled else unused, top_ptr=top,
         n=n, outs=outs, ins=ins, targets=targets, w_row=w.stride(0), w_col=w.stride(1),
-        HAS_OUTPUT=y is not None, HAS_BIAS=bias is not None, SCALED=scaled, REDUCED=kind.stored == torch.bfloat16, OFFICIAL=rules == "official",
+        HAS_OUTPUT=y is not None, HAS_BIAS=bias is not None, SCALED=scaled, REDUCED=kind.stored == torch.bfloat16,
+        OFFICIAL=rules == "official",
         DOT=kind.dot, PRECISION=kind.precision, **_options(tile),
     )  # fmt: skip
     rel_in = empty(*rel.shape[:-1], ins)
     grad_in = torch.empty_like(rel_in) if grad is not None else rel_in.new_empty(0)
-    tile = configs.of(configs.BACK[kind.name], where)
+    tile = configs.product(configs.BACK, kind.name, lanes, where)
     if w_grad is None or (w_grad.data_ptr() == w.data_ptr() and w_grad.dtype == w.dtype):
         w_grad = w
     zplus_back_kernel[(blocks(lanes, tile.m) * blocks(ins, tile.n),)](

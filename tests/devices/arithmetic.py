@@ -21,11 +21,11 @@ FLOAT8_SUM_BITS = 14
 
 
 def keep_bits(x: Tensor, bits: int, nearest: bool = True) -> Tensor:
-    """x with `bits` bits of mantissa after the leading one, the rest rounded to nearest even or cut off."""
-    mantissa, exponent = torch.frexp(x.double())
-    scaled = torch.ldexp(mantissa, torch.tensor(bits + 1))
-    whole = scaled.round() if nearest else scaled.trunc()
-    return torch.ldexp(torch.ldexp(whole, torch.tensor(-bits - 1)), exponent).to(x.dtype)
+    """float32 x with `bits` bits of mantissa after the leading one, the rest rounded to nearest even or cut off."""
+    drop, at = 23 - bits, x.contiguous().view(torch.int32)
+    if nearest:
+        at = at + ((1 << (drop - 1)) - 1) + ((at >> drop) & 1)
+    return torch.where(x.isnan(), x, (at & -(1 << drop)).view(torch.float32))
 
 
 def tf32(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ def conflicts(stores: list[tuple[Any, np.ndarray]]) -> int:
 
 
 @pytest.fixture(autouse=True)
-def disjoint_stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def disjoint_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every launch of the test has stores of different programs apart from each other."""
     seen: list[tuple[Any, np.ndarray]] = []
     store, call = interpreter.InterpreterBuilder.create_masked_store, interpreter.GridExecutor.__call__
@@ -41,4 +40,3 @@ def disjoint_stores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", recorded)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", checked)
-    yield

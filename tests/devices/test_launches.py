@@ -103,8 +103,9 @@ def test_another_number_of_rows_compiles_nothing(seen: Recorded) -> None:
         if n == 16:
             seen.kernels.clear()
     assert [kernel.kernel.fn.__name__ for kernel in seen.kernels] == []
-    every_operator(4096)  # from so many rows on torch multiplies: its passes
-    assert {kernel.kernel.fn.__name__ for kernel in seen.kernels} == {"sides_kernel", "shares_kernel", "combine_kernel"}
+    every_operator(4096)  # from so many rows on torch multiplies, with its passes; and float32 has larger tiles
+    passes = {"sides_kernel", "shares_kernel", "combine_kernel"}
+    assert {kernel.kernel.fn.__name__ for kernel in seen.kernels} == passes | {"zplus_shares_kernel", "zplus_back_kernel"}
     seen.kernels.clear()
     every_operator(5001)
     assert seen.kernels == []

