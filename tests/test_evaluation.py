@@ -200,14 +200,15 @@ def group(item: str, value: float = 0.1) -> list[Score]:
 
 def test_wherever_the_file_was_cut_whole_groups_stay_and_nothing_is_glued_to_them(tmp_path: Path) -> None:
     store = Store(tmp_path, {})
-    for item in ("a", "b\nb", "c,c"):
+    items = ("a", "b\nb", "c,c")
+    for item in items:
         store.add(group(item))
     content = store.path.read_bytes()
     ends = [content.index(b"end,2", at) + 5 for at in [content.index(name) for name in (b"\na,", b"b\nb", b"c,c")]]
     for cut in range(len(content)):
         store.path.write_bytes(content[:cut])
         again = Store(tmp_path, {})
-        kept = [s for s in group("a") + group("b\nb") if cut >= ends[0 if s.item == "a" else 1]]
+        kept = [score for item, end in zip(items, ends, strict=True) if cut >= end for score in group(item)]
         assert again.scores == kept, cut
         again.add(group("d", 1 / 3))
         assert Store(tmp_path, {}).scores == kept + group("d", 1 / 3), cut
