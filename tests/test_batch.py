@@ -292,14 +292,14 @@ def test_killed_at_ten_random_moments_the_rows_are_those_of_an_uninterrupted_run
     random = np.random.default_rng(0)
     killed = 0
     for _ in range(10):
-        child = context.Process(target=run_local, args=(explain, items, tmp_path / "killed", 1, 8, 0.03))
+        child = context.Process(target=run_local, args=(explain, items, tmp_path / "killed", 1, 8, 0.1))
         child.start()
-        child.join(random.uniform(0.05, 0.6))
+        child.join(random.uniform(0.05, 0.5))
         killed += child.is_alive()
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-    assert killed >= 5
+    assert killed >= 3
     run_local(explain, items, tmp_path / "killed")
     assert rows(tmp_path / "killed").equals(rows(tmp_path / "whole"))
     assert len(parts(tmp_path / "killed")) == len(parts(tmp_path / "whole")) == 8

@@ -1,5 +1,6 @@
 """The command line as a user runs it."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from fastrel import demo, methods
 from fastrel.cli import main
 from fastrel.demo.score import score
+from tests import hostile, tiny
 
 
 @pytest.fixture(scope="module")
@@ -89,27 +91,8 @@ def test_a_timm_model_with_own_weights(weights: Path, tmp_path: Path) -> None:
         assert picture.size == (224, 224)
 
 
-def bert_folder(tmp_path: Path) -> Path:
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "grip", "##ping", "clever", "film", ","]
-    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        vocab_size=len(vocabulary),
-        id2label={0: "negative", 1: "positive"},
-    )
-    BertForSequenceClassification(config).save_pretrained(tmp_path)
-    return tmp_path
-
-
 def test_text_becomes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = bert_folder(tmp_path)
+    folder = tiny.bert_folder(tmp_path)
     text = "a gripping, clever film"
     out = tmp_path / "map.html"
     assert main(["explain", "--text", text, "--model", str(folder), "--target", "0", "positive", "--out", str(out)]) == 0
@@ -180,7 +163,7 @@ def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
         assert method.source in printed
 
 
-@pytest.mark.parametrize("command", [[], ["explain"], ["demo"], ["doctor"], ["compare"], ["methods"]])
+@pytest.mark.parametrize("command", [[], ["explain"], ["batch"], ["show"], ["demo"], ["doctor"], ["compare"], ["methods"]])
 def test_help_is_there(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -194,3 +177,151 @@ def test_maps_of_the_shipped_model_find_their_object() -> None:
     attribution, rollout, attention = (score(model, m) for m in ("transformer_attribution", "rollout", "raw_attention"))
     assert attribution.energy > 1.8 * max(rollout.energy, attention.energy)
     assert attribution.pointing > 2.5 * max(rollout.pointing, attention.pointing)
+
+
+# Files: never lost, never over others
+
+
+def test_an_output_never_replaces_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cat.png for class 3 would be cat-3.png, which is another input."""
+    monkeypatch.chdir(tmp_path)
+    first, second = (path.read_bytes() for path in demo.sample_paths()[:2])
+    Path("cat.png").write_bytes(first)
+    Path("cat-3.png").write_bytes(second)
+    assert main(["explain", "cat.png", "cat-3.png", "--target", "3", "--out", "."]) == 0
+    assert Path("cat.png").read_bytes() == first
+    assert Path("cat-3.png").read_bytes() == second
+    assert sorted(p.name for p in Path().glob("*.png")) == ["cat-2-3.png", "cat-3-3.png", "cat-3.png", "cat.png"]
+
+
+def test_runs_over_several_folders_share_an_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, sample in zip("ab", demo.sample_paths(), strict=False):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.png").write_bytes(sample.read_bytes())
+    command = ["--target", "1", "--npz", "--out", str(tmp_path / "out")]
+    assert main(["explain", str(tmp_path / "a"), *command]) == 0
+    first = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("x*")}
+    assert main(["explain", str(tmp_path / "b"), *command]) == 0
+    second = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("x*")}
+    assert second.keys() == {"x-1.png", "x.npz", "x-2-1.png", "x-2.npz"}
+    assert {name: second[name] for name in first} == first
+    capsys.readouterr()
+    assert main(["explain", str(tmp_path / "a"), str(tmp_path / "b"), *command]) == 0
+    assert "2 of 2 were explained before" in capsys.readouterr().out
+
+
+def test_the_same_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    for i, sample in enumerate(demo.sample_paths()[:3]):
+        (tmp_path / "in" / f"{i}.png").write_bytes(sample.read_bytes())
+    out = tmp_path / "out"
+    command = ["explain", str(tmp_path / "in"), "--target", "1", "--out", str(out)]
+    assert main(command) == 0
+    (out / "1-1.png").unlink()  # as if it had been killed before it was written
+    changed = demo.sample_paths()[0].read_bytes()
+    (tmp_path / "in" / "2.png").write_bytes(changed)
+    ledger = out / ".fastrel.jsonl"
+    ledger.write_bytes(ledger.read_bytes() + b'{"item": "torn')
+    capsys.readouterr()
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "1 of 3 were explained before" in captured.out
+    assert {p.name for p in out.glob("*.png")} == {"0-1.png", "1-1.png", "2-1.png"}
+    assert (out / "2-1.png").read_bytes() == (out / "0-1.png").read_bytes()
+    assert main([*command, "--style", "contours"]) == 0
+    assert {p.name for p in out.glob("*.png")} == {"0-1.png", "1-1.png", "2-1.png"}
+    assert main(command) == 0
+
+
+def test_hostile_files_are_named_and_the_others_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    good, bad = hostile.make(folder)
+    files = [str(folder / name) for name in (*bad, *good[:8])]
+    assert main(["explain", *files, "--target", "1", "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    errors = capsys.readouterr().err
+    for name, word in bad.items():
+        assert re.search(f"not explained: {re.escape(str(folder / name))}: .*{re.escape(word)}", errors), name
+    assert len(list((tmp_path / "out").glob("*.png"))) == 8
+    assert main(["explain", *files[: len(bad)], "--out", str(tmp_path / "none")]) == 2
+
+
+def test_what_cannot_be_written_is_an_error_that_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = str(demo.sample_paths()[0])
+    (tmp_path / "file").write_text("here")
+    for command in (["explain", sample], ["batch", sample], ["demo"]):
+        assert main([*command, "--out", str(tmp_path / "file")]) == 2
+        assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+    assert main(["compare", sample, "--out", sample]) == 2
+    assert "is the picture itself" in capsys.readouterr().err
+    assert main(["compare", sample, "--out", str(tmp_path / "x.unknown")]) == 2
+
+
+# Devices, names, words
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo", "--out", "o"],
+        ["explain", "x.png", "--out", "o"],
+        ["batch", "x.png", "--out", "o"],
+        ["compare", "x.png", "--out", "o.png"],
+        ["evaluate", "--data", "mosaics", "--metric", "pointing", "--out", "o"],
+        ["verify"],
+    ],
+)
+def test_every_command_that_computes_takes_a_device(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--precision", "mixed", "--backend", "torch", "--memory", "low"]
+    assert main([*command, *options, "--device", "abacus"]) == 2
+    assert "device 'abacus' cannot be used here" in capsys.readouterr().err
+
+
+def test_precision_backend_and_memory_reach_the_explainer(tmp_path: Path) -> None:
+    sample = str(demo.sample_paths()[0])
+    options = ["--precision", "mixed", "--backend", "torch", "--memory", "low", "--device", "cpu", "--dtype", "bfloat16"]
+    assert main(["explain", sample, *options, "--target", "1", "--npz", "--out", str(tmp_path / "a")]) == 0
+    assert main(["explain", sample, "--target", "1", "--npz", "--out", str(tmp_path / "b")]) == 0
+    low, exact = (np.load(next((tmp_path / name).glob("*.npz")))["patches"] for name in "ab")
+    assert 1e-4 < np.abs(low - exact).max() / exact.max() < 0.2
+
+
+def test_class_names_with_dollars_are_drawn(tmp_path: Path) -> None:
+    from fastrel.render import side_by_side
+
+    picture = Image.new("RGB", (32, 32))
+    assert side_by_side(picture, [np.zeros((32, 32))], ["$x_{ $ costs $5"]).width > 64
+
+
+def test_words_of_byte_level_tokens_are_shown_as_they_were_written() -> None:
+    from fastrel.render import words
+
+    tokens = ["so", "Ġbad", "Ã©", "Ġfilm", "Ċ", "âĤ¬"]
+    found = words(tokens, np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+    assert found == [("so", 1.0), ("badé", 3.0), ("film", 4.0), ("€", 6.0)]
+    assert words(["caf", "##Ã©"], np.array([1.0, 2.0])) == [("cafÃ©", 2.0)]  # WordPiece means what it says
+
+
+def test_a_language_model_says_which_words_made_the_next_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "gpt"
+    model.mkdir()
+    tiny.gpt_folder(model)
+    out = tmp_path / "map.html"
+    assert main(["explain", "--text", "bad café", "--model", str(model), "--target", "bad", "--out", str(out)]) == 0
+    assert ">café</span>" in out.read_text()
+    assert "bad (" in out.read_text()
+
+
+def test_pages_for_the_texts_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "bert").mkdir()
+    model = tiny.bert_folder(tmp_path / "bert")
+    (tmp_path / "t.csv").write_text('text\na clever film\n""\n' + '"a gripping, clever film"\n')
+    command = ["explain", str(tmp_path / "t.csv"), "--column", "text", "--model", str(model), "--npz"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 1
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.*") if p.name != ".fastrel.jsonl") == [
+        "t-2.html",
+        "t-2.npz",
+        "t.html",
+        "t.npz",
+    ]
+    assert ">gripping</span>" in (tmp_path / "out" / "t-2.html").read_text()

@@ -3,7 +3,13 @@
 import csv
 import gzip
 import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,9 +21,11 @@ from scipy.stats import ttest_1samp
 from fastrel import data
 from fastrel.cli import main
 from fastrel.errors import InputError
-from fastrel.evaluation import Store, summarise
+from fastrel.evaluation import ImageSubject, Store, configurations, evaluate, summarise
 from fastrel.evaluation.store import Score
 from fastrel.evaluation.summary import paired
+from fastrel.explainer import Explainer
+from fastrel.models import load
 from tests import models
 
 EVALUATE = ["evaluate", "--data", "mosaics", "--metric", "pointing", "--seed", "3"]
@@ -72,6 +80,26 @@ def test_images_take_their_class_from_the_name_or_the_folder(tmp_path: Path) -> 
     scene(tmp_path / "flat" / "tench.png")
     with pytest.raises(InputError, match=r"tench.png: pictures must be named <class number>_"):
         data.read(f"images:{tmp_path / 'flat'}")
+
+
+@pytest.mark.parametrize(
+    ("folders", "names", "numbers"),
+    [
+        (("cat", "dog", "zebra"), (), (0, 1, 2)),  # positions, the folder without a picture included
+        (("281_tabby", "7", "30-frog"), (), (281, 7, 30)),
+        (("zebra", "cat"), ("Zebra", "dog", "tabby, cat"), (0, 2)),
+        (("n02123045", "n01440764"), (), (281, 0)),
+        (("tiger_cat", "tench"), ("tench, Tinca tinca", "tiger cat"), (1, 0)),
+    ],
+)
+def test_class_folders_keep_their_numbers(folders: Any, names: Any, numbers: Any, tmp_path: Path) -> None:
+    for name in folders:
+        (tmp_path / name / "deep").mkdir(parents=True)
+        if name != "dog":
+            scene(tmp_path / name / "deep" / "x.png")
+    items = data.read(f"images:{tmp_path}", names)
+    found = {Path(item.name).parts[0]: item.classes for item in items if isinstance(item, data.ImageItem)}
+    assert found == {name: (n,) for name, n in zip(folders, numbers, strict=True) if name != "dog"}
 
 
 def test_coco_masks(tmp_path: Path) -> None:
@@ -164,6 +192,159 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path: Path) -> None:
     assert Store(tmp_path, {"model": "m"}).scores == first + second
     with pytest.raises(InputError, match=r"holds scores made with \{'model': 'm'\}, not \{'model': 'n'\}"):
         Store(tmp_path, {"model": "n"})
+
+
+def group(item: str, value: float = 0.1) -> list[Score]:
+    return [Score(item, item, "rollout", "pointing", name, value) for name in ("pointing", 'energy, "inside"')]
+
+
+def test_wherever_the_file_was_cut_whole_groups_stay_and_nothing_is_glued_to_them(tmp_path: Path) -> None:
+    store = Store(tmp_path, {})
+    items = ("a", "b\nb", "c,c")
+    for item in items:
+        store.add(group(item))
+    content = store.path.read_bytes()
+    ends = [content.index(b"end,2", at) + 5 for at in [content.index(name) for name in (b"\na,", b"b\nb", b"c,c")]]
+    for cut in range(len(content)):
+        store.path.write_bytes(content[:cut])
+        again = Store(tmp_path, {})
+        kept = [score for item, end in zip(items, ends, strict=True) if cut >= end for score in group(item)]
+        assert again.scores == kept, cut
+        again.add(group("d", 1 / 3))
+        assert Store(tmp_path, {}).scores == kept + group("d", 1 / 3), cut
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.replace(b"energy", b"ener\xffgy", 1),
+        lambda content: content.replace(b"energy", b"ener\0gy", 1),
+        lambda content: content.replace(b"0.1", b"x", 1),
+        lambda content: content.replace(b"end,2", b"end,3", 1),
+        lambda content: content.replace(b"pointing,0.1\r\n", b"", 1),
+        lambda content: b"rubbish\n" + content[3:],
+        lambda content: content.partition(b"\r\n")[2],
+        lambda content: content + content,
+        lambda content: content.replace(b"\r\n", b"\r\n\r\n"),
+    ],
+)
+def test_damage_costs_at_most_the_group_that_has_it(damage: Any, tmp_path: Path) -> None:
+    store = Store(tmp_path, {})
+    for item in "abc":
+        store.add(group(item))
+    whole = store.path.read_bytes()
+    store.path.write_bytes(damage(whole))
+    again = Store(tmp_path, {})
+    items = {score.item for score in again.scores}
+    assert {"b", "c"} <= items
+    assert again.scores == [score for item in sorted(items) for score in group(item)]
+    if "a" not in items:
+        again.add(group("a"))
+    assert sorted(Store(tmp_path, {}).scores) == sorted(group("a") + group("b") + group("c"))
+
+
+def test_an_interrupted_repair_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path, {})
+    for item in "abc":
+        store.add(group(item))
+    torn = store.path.read_bytes()[:-3]
+    store.path.write_bytes(torn)
+
+    def interrupted(*paths: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path, {})
+    monkeypatch.undo()
+    assert store.path.read_bytes() == torn
+    assert Store(tmp_path, {}).scores == group("a") + group("b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "scores.csv", "settings.json"]
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    store = Store(tmp_path, {})
+    store.add(group("a"))
+    before = store.path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.add(group("b"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert store.path.read_bytes() == before
+    store.add(group("b"))
+    assert Store(tmp_path, {}).scores == group("a") + group("b")
+
+
+def test_settings_that_cannot_be_read_are_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("")
+    store = Store(tmp_path, {"model": "m"})  # nothing was scored yet
+    store.add(group("a"))
+    (tmp_path / "settings.json").write_text('{"mod')
+    with pytest.raises(InputError, match=r"settings\.json is damaged .* choose another --out"):
+        Store(tmp_path, {"model": "m"})
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    Store(tmp_path, {}).add(group("a"))
+    context = multiprocessing.get_context("fork")
+    refused = context.Value("b", 0)
+
+    def other() -> None:
+        try:
+            Store(tmp_path, {})
+        except InputError as error:
+            refused.value = "another evaluation is writing" in str(error)
+
+    with Store(tmp_path, {}):
+        process = context.Process(target=other)
+        process.start()
+        process.join()
+    assert refused.value
+
+
+def test_killed_at_random_moments_the_scores_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    subject = ImageSubject(load())
+    items = [item for item in data.read("mosaics") if isinstance(item, data.ImageItem)][:40]
+    explainer = Explainer(subject.loaded.model)
+    chosen = configurations(["transformer_attribution", "rollout"], ["positive"])
+
+    def run(out: Path, pause: float) -> None:
+        with Store(out, {}) as store:
+            wait = lambda name: time.sleep(pause)  # noqa: E731
+            evaluate(subject, items, chosen, ["pointing"], store, wait, explainer=explainer, batch_size=4, workers=1)
+
+    run(tmp_path / "whole", 0)
+    random = np.random.default_rng(0)
+    for _ in range(8):
+        child = multiprocessing.get_context("fork").Process(target=run, args=(tmp_path / "killed", 0.01))
+        child.start()
+        child.join(random.uniform(0.02, 0.3))
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    run(tmp_path / "killed", 0)
+    torch.set_num_threads(before)
+    whole, killed = scores(tmp_path / "whole"), scores(tmp_path / "killed")
+    assert len(whole) == len(killed) == 40 * 2 * 3
+    for expected, found in zip(whole, killed, strict=True):
+        assert expected | {"value": ""} == found | {"value": ""}
+        assert float(found["value"]) == pytest.approx(float(expected["value"]), abs=1e-6)
+
+
+def test_a_batch_scores_what_its_items_score_one_by_one(tmp_path: Path) -> None:
+    command = [*EVALUATE, "--limit", "9", "--metric", "pointing", "perturbation"]
+    assert main([*command, "--batch-size", "1", "--workers", "0", "--out", str(tmp_path / "single")]) == 0
+    assert main([*command, "--batch-size", "4", "--workers", "2", "--out", str(tmp_path / "batch")]) == 0
+    single, together = (
+        {(s["item"], s["metric"]): float(s["value"]) for s in scores(tmp_path / n)} for n in ("single", "batch")
+    )
+    assert single.keys() == together.keys()
+    assert max(abs(value - together[key]) for key, value in single.items()) < 1e-5
 
 
 def test_items_of_one_picture_are_one_observation() -> None:

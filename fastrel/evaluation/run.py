@@ -164,7 +164,8 @@ def _score(
         except _UNREADABLE as error:
             failures[item.name] = f"{name}: {_line(error)}"
             continue
-        store.add([Score(item.name, item.group, name, metric, key, value) for key, value in values.items()])
+        if values:
+            store.add([Score(item.name, item.group, name, metric, key, value) for key, value in values.items()])
 
 
 def _line(error: BaseException) -> str:

@@ -151,7 +151,7 @@ def _key(score: Score) -> Key:
 def _scores(content: bytes) -> Iterator[Score | None]:
     """The lines of a file; None for one that is not as `Store` writes them."""
     text = content.decode("utf-8", "replace").replace("\0", "\ufffd")
-    for row in csv.reader(io.StringIO(text, newline="")):
+    for row in filter(None, csv.reader(io.StringIO(text, newline=""))):
         try:
             score = Score(row[0], row[1], row[2], row[3], row[4], float(row[5])) if len(row) == 6 else None
         except ValueError:

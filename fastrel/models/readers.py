@@ -38,7 +38,8 @@ class Pictures:
         arrays = [sample[self.name] for sample in samples]
         if len({array.shape for array in arrays}) > 1:
             raise InputError(f"pictures of several sizes {sorted({array.shape for array in arrays})} make no batch")
-        return {self.name: torch.from_numpy(np.stack(arrays))}
+        # In memory of torch, which is aligned: where an array of numpy begins, products may round in another way.
+        return {self.name: torch.stack([torch.from_numpy(array) for array in arrays])}
 
     def describe(self) -> dict[str, Any]:
         """What tells it from another one, as JSON."""
@@ -130,7 +131,7 @@ class PicturesWithText:
                 length = max(map(len, arrays))
                 fill = pad if name == "input_ids" else 0
                 arrays = [np.pad(a, (0, length - len(a)), constant_values=fill) for a in arrays]
-            batch[name] = torch.from_numpy(np.stack(arrays))
+            batch[name] = torch.stack([torch.from_numpy(array) for array in arrays])
         return batch
 
     def describe(self) -> dict[str, Any]:

@@ -60,11 +60,13 @@ def words(tokens: Sequence[str], relevance: Tensor | np.ndarray) -> list[tuple[s
         raise InputError(f"{len(tokens)} tokens but relevance for {len(relevance)}")
     marked = any(token.startswith(("Ġ", "▁")) for token in tokens)
     found: list[tuple[str, float]] = []
+    apart = False  # after a token that is nothing but a blank
     for token, value in zip(tokens, relevance.tolist(), strict=True):
         if token in _SPECIAL:
             continue
         continues = token.startswith("##") or (marked and not token.startswith(("Ġ", "▁", "Ċ")))
         text = token[2:] if token.startswith("##") else token.lstrip("Ġ▁")
+        continues, apart = continues and not apart, not text
         if continues and found:
             word, before = found[-1]
             found[-1] = (word + text, max(before, value))
