@@ -295,7 +295,7 @@ def _rows(subject: _Subject) -> Iterator[Check]:
     total, last = (sum(_total(one) for one in found.values()) for found in (maps, raw.maps))
     expected = 2.0**program.blocks
     excess = max(float((total / expected).max()), float(last.max())) - 1  # type: ignore[union-attr]
-    lost = 1 - float((total / expected).min())  # type: ignore[operator, union-attr]
+    lost = 1 - float((total / expected).min())  # type: ignore[union-attr]
     meaning = f"the rollout of {program.blocks} attention maps adds up to 2ⁿ" + (
         f", less {lost:.0%} that met constant tokens or blocks without a residual" if lost > 1e-3 else ""
     )

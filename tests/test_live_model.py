@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -584,6 +585,10 @@ def state() -> tuple[Any, ...]:
     return torch.backends.mha.get_fastpath_enabled(), loggers, tuple(warnings.filters), torch.is_grad_enabled()
 
 
+#: How often 8 models are first explained in 8 threads at once.
+ROUNDS = 20
+
+
 def in_threads(work: list[Callable[[], None]]) -> list[BaseException]:
     errors: list[BaseException] = []
 
@@ -623,16 +628,18 @@ def test_many_models_in_many_threads_while_they_predict_elsewhere() -> None:
             with torch.no_grad():
                 assert torch.allclose(models[i](x), expected[i], rtol=1e-10)
 
-    for _ in range(2):
+    for _ in range(ROUNDS):
         done.clear()
-        watchers = [threading.Thread(target=lambda: errors.extend(in_threads([lambda i=i: predict(i) for i in range(8)])))]  # type: ignore[misc]
-        errors: list[BaseException] = []
-        watchers[0].start()
-        errors_here = in_threads([lambda i=i: explain(i) for i in range(8)])  # type: ignore[misc]
+        meanwhile: list[BaseException] = []
+        watcher = threading.Thread(
+            target=lambda found=meanwhile: found.extend(in_threads([partial(predict, i) for i in range(8)]))
+        )
+        watcher.start()
+        errors = in_threads([partial(explain, i) for i in range(8)])
         done.set()
-        watchers[0].join()
-        assert not errors_here, errors_here
+        watcher.join()
         assert not errors, errors
+        assert not meanwhile, meanwhile
     assert state() == before
 
 

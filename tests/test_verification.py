@@ -16,8 +16,8 @@ from tests.test_properties import Transformer
 aten = torch.ops.aten
 
 _PLAIN = {
-    "seed": 1, "ids": False, "blocks": 2, "heads": 2, "head_size": 4, "form": "pre", "norm": "layer", "attention": "fused", "mlp": "plain",
-    "readout": "mean", "masked": False,
+    "seed": 1, "ids": False, "blocks": 2, "heads": 2, "head_size": 4, "form": "pre", "norm": "layer", "attention": "fused",
+    "mlp": "plain", "readout": "mean", "masked": False,
 }  # fmt: skip
 
 #: Which model shows which rules.
@@ -135,4 +135,4 @@ def test_it_sees_a_graph_that_is_not_the_model(monkeypatch: pytest.MonkeyPatch) 
     explainer(x, keep)
     model.blocks[0].mlp.spelling = "gated"
     report = explainer.verify(x, keep)
-    assert [check.name for check in report.checks if not check.ok][0] == "prediction"
+    assert next(check.name for check in report.checks if not check.ok) == "prediction"

@@ -10,7 +10,11 @@ import torch
 import fastrel
 from fastrel.errors import InputError
 from fastrel.explainer import Explainer
+from fastrel.graph.facts import Memory
 from fastrel.models import Loaded, load
+from fastrel.options import Backend
+from fastrel.precision import Precision
+from fastrel.reference.rules import Rules
 
 #: Fields that say where and how fast, not what.
 _PLACE = frozenset({"device", "backend", "batch_size", "memory"})
@@ -30,12 +34,12 @@ class Settings:
     device: str = "cpu"
     long: Literal["refuse", "window"] = "refuse"
     method: str = "transformer_attribution"
-    rules: str = "positive"
+    rules: Rules = "positive"
     start_layer: int | None = None
     normalize_rollout: bool | None = None
-    precision: str = "float32"
-    backend: str = "auto"
-    memory: str = "normal"
+    precision: Precision = "float32"
+    backend: Backend = "auto"
+    memory: Memory = "normal"
     target: tuple[str, ...] | None = None
     batch_size: int = 8
 

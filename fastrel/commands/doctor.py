@@ -49,7 +49,7 @@ def _about(name: str, backend: backends.Backend) -> str:
         return f"fails: {error!r}"
 
 
-def _products(name: str) -> str:
+def _products(name: precision.Precision) -> str:
     try:
         chosen = precision.products(name, "positive")
     except FastrelError as error:

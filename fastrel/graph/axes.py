@@ -254,7 +254,7 @@ def _unfold(node: fx.Node, labels: Labels) -> Axes | None:
     x, shape = labels.of(node.args[0]), labels.shape(node)
     if x is None:
         return _widest(node, labels)
-    dim = node.args[1] % len(x)  # type: ignore[operator]
+    dim = int(node.args[1]) % len(x)  # type: ignore[arg-type]
     return (*x[:dim], _resize(x[dim], shape[dim]), *x[dim + 1 :], _resize(x[dim], shape[-1]))
 
 
@@ -293,7 +293,7 @@ def _reshape(node: fx.Node, labels: Labels) -> Axes | None:
 @axes_of(aten.permute.default)
 def _permute(node: fx.Node, labels: Labels) -> Axes | None:
     x = labels.of(node.args[0])
-    return _widest(node, labels) if x is None else tuple(x[dim] for dim in node.args[1])  # type: ignore[union-attr, misc, index]
+    return _widest(node, labels) if x is None else tuple(x[dim] for dim in node.args[1])  # type: ignore
 
 
 @axes_of(aten.transpose.int)
@@ -311,7 +311,7 @@ def _select(node: fx.Node, labels: Labels) -> Axes | None:
     x = labels.of(node.args[0])
     if x is None:
         return _widest(node, labels)
-    dim = node.args[1] % len(x)  # type: ignore[operator]
+    dim = int(node.args[1]) % len(x)  # type: ignore[arg-type]
     return (*x[:dim], *x[dim + 1 :])
 
 

@@ -293,7 +293,7 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
         graph=graph,
         inputs=inputs,
         owners=owners,
-        outputs=list(output.args[0]),  # type: ignore[arg-type]
+        outputs=list(output.args[0]),
         out_spec=program.call_spec.out_spec,
         guards=guards,
         facts=facts(),

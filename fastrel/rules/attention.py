@@ -95,7 +95,7 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
         )
         t.give(mask, grad=Lane(t.emit.call(sum_to, t.dense(lane, mask).node, *t.shape(mask))))
     if row_node and out.row:
-        queries = {path: part.lane and _queries(t, part.lane.node, rows, query_dim) for path, part in out.row.parts.items()}
+        queries = {path: _queries(t, part.lane.node, rows, query_dim) for path, part in out.row.parts.items() if part.lane}
         _give_row(t, q, v, rows, out.row, queries, row_node, kept, through)
     if block is not None and isinstance(t.method.reading, AllMaps):
         maps = t.emit.call(attention_maps, *attention, None, None, float(scale), bool(is_causal), start, t.rules)
@@ -141,7 +141,7 @@ def _give_row(
     v: fx.Node,
     rows: Rows | None,
     entering: Row,
-    queries: dict[Path, fx.Node | None],
+    queries: dict[Path, fx.Node],
     whole: fx.Node,
     kept: fx.Node,
     through: fx.Node,
@@ -159,7 +159,7 @@ def _give_row(
             spread = t.emit.call(merge_heads, spread, heads)
         return t.dense(Lane(spread, own_rows), x, is_row=True)
 
-    mixed = {(): Part(lane(v, through))}
+    mixed: dict[Path, Part] = {(): Part(lane(v, through))}
     inner = [path for path in entering.parts if path]
     if t.method.residual and not t.method.normalize:
         t.rollout.end(entering)
@@ -169,7 +169,7 @@ def _give_row(
     lengths = [t.facts.sizes.shape(x)[-2] for x in (q, v)]
     across = t.is_active(q) and (t.facts.sources[q] != t.facts.sources[v] or lengths[0] != lengths[1])
     for path in inner:
-        own = queries[path]
+        own = queries.get(path)
         if not t.method.residual or own is None:
             left[path] = Part(None, settled=True)
         else:
@@ -312,7 +312,7 @@ def _roll(
     whole = queries(t.whole_row(row, node).node)
     t.read_row = t.read_row or whole
     kept, through = t.emit.parts(t.emit.call(ops.rollout_row, whole, update, t.method.normalize), 2)
-    parts = {path: part.lane and queries(part.lane.node) for path, part in row.parts.items()}
+    parts = {path: queries(part.lane.node) for path, part in row.parts.items() if part.lane}
     _give_row(t, q, v, rows, row, parts, whole, kept, through, heads)
 
 
