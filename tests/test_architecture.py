@@ -93,7 +93,7 @@ def test_layers_know_only_what_lies_below(folder: str) -> None:
 
 
 #: Torch's own, without which some things cannot be asked.
-TORCH = {"_version", "_base", "_modules", "_parameters", "_buffers"}
+TORCH = {"_schema", "_version", "_base", "_modules", "_parameters", "_buffers"}
 
 
 def _private(tree: ast.Module) -> Iterator[str]:

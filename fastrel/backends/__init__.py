@@ -144,5 +144,5 @@ def _as_the_model_has_it(x: Any) -> Any:
     if x.meta.get("widened"):
         return x.args[0]
     if x.target in _VIEWS and isinstance(x.args[0], fx.Node) and x.args[0].meta.get("widened"):
-        return x.graph.call_function(x.target, (x.args[0].args[0], *x.args[1:]))  # type: ignore[arg-type]
+        return x.graph.call_function(x.target, (x.args[0].args[0], *x.args[1:]))
     return x

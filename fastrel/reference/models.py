@@ -105,7 +105,7 @@ def vit(
 
 def _unbind(tape: Tape, parts: Tensor) -> list[Tensor]:
     outputs = list(parts.unbind(0))
-    tape._record(outputs, [parts], lambda *rels: [torch.stack(rels)])
+    tape.record(outputs, [parts], lambda *rels: [torch.stack(rels)])
     return outputs
 
 

@@ -23,67 +23,67 @@ class Tape:
         self.rules = rules
         self._steps: list[tuple[list[Tensor], list[Tensor], Callable[..., Any]]] = []
 
-    def _record(self, outputs: list[Tensor], inputs: list[Tensor], step: Callable[..., Any]) -> None:
+    def record(self, outputs: list[Tensor], inputs: list[Tensor], step: Callable[..., Any]) -> None:
         self._steps.append((outputs, inputs, step))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Eq. (5)."""
         y = F.linear(x, weight, bias)
-        self._record([y], [x], lambda rel: [R.linear(x, weight, rel, self.rules)])
+        self.record([y], [x], lambda rel: [R.linear(x, weight, rel, self.rules)])
         return y
 
     def add(self, u: Tensor, v: Tensor) -> Tensor:
         """Residual add."""
         y = u + v
-        self._record([y], [u, v], lambda rel: R.add(u, v, rel, self.rules))
+        self.record([y], [u, v], lambda rel: R.add(u, v, rel, self.rules))
         return y
 
     def query_key(self, q: Tensor, k: Tensor) -> Tensor:
         """Q·Kᵀ."""
         y = q @ k.mT
-        self._record([y], [q, k], lambda rel: R.query_key(q, k, rel, self.rules))
+        self.record([y], [q, k], lambda rel: R.query_key(q, k, rel, self.rules))
         return y
 
     def attention_value(self, attn: Tensor, v: Tensor) -> Tensor:
         """A·V."""
         y = attn @ v
-        self._record([y], [attn, v], lambda rel: R.attention_value(attn, v, rel, self.rules))
+        self.record([y], [attn, v], lambda rel: R.attention_value(attn, v, rel, self.rules))
         return y
 
     def softmax(self, scores: Tensor) -> Tensor:
         """Attention maps from scores."""
         y = scores.softmax(-1)
-        self._record([y], [scores], lambda rel: [R.softmax(rel, self.rules)])
+        self.record([y], [scores], lambda rel: [R.softmax(rel, self.rules)])
         return y
 
     def clone(self, x: Tensor, count: int) -> list[Tensor]:
         """A value that is used `count` times."""
         copies = [x.view_as(x) for _ in range(count)]
-        self._record(copies, [x], lambda *rels: [R.clone(x, list(rels), self.rules)])
+        self.record(copies, [x], lambda *rels: [R.clone(x, list(rels), self.rules)])
         return copies
 
     def identity(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """LayerNorm, activation functions, scaling: relevance passes unchanged."""
         y = f(x)
-        self._record([y], [x], lambda rel: [R.identity(rel)])
+        self.record([y], [x], lambda rel: [R.identity(rel)])
         return y
 
     def rearrange(self, f: Callable[..., Tensor], *xs: Tensor) -> Tensor:
         """A pure rearrangement of entries: relevance goes back where its entry came from."""
         y, vjp = torch.func.vjp(f, *xs)[:2]
-        self._record([y], list(xs), lambda rel: list(vjp(rel)))
+        self.record([y], list(xs), lambda rel: list(vjp(rel)))
         return y
 
     def select_token(self, x: Tensor, index: int) -> Tensor:
         """One token of x [B, T, D]."""
         y = x[:, index]
-        self._record([y], [x], lambda rel: [index_map(lambda t: t[:, index], x, rel, self.rules)])
+        self.record([y], [x], lambda rel: [index_map(lambda t: t[:, index], x, rel, self.rules)])
         return y
 
     def pixel_conv(self, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int]) -> Tensor:
         """Patch embedding of an image."""
         y = F.conv2d(x, weight, bias, stride)
-        self._record([y], [x], lambda rel: [pixel_convolution(x, weight, rel, stride)])
+        self.record([y], [x], lambda rel: [pixel_convolution(x, weight, rel, stride)])
         return y
 
     def relprop(self, output: Tensor, seed: Tensor) -> dict[int, Tensor]:
