@@ -24,6 +24,7 @@ class Tape:
         self._steps: list[tuple[list[Tensor], list[Tensor], Callable[..., Any]]] = []
 
     def record(self, outputs: list[Tensor], inputs: list[Tensor], step: Callable[..., Any]) -> None:
+        """A step of a rule's own: `step(*relevance of outputs)` -> relevance of the inputs."""
         self._steps.append((outputs, inputs, step))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
