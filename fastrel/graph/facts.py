@@ -11,7 +11,15 @@ from torch import Tensor, fx
 
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.graph import axes as axes_
-from fastrel.graph.patterns import ACTIVATIONS, IDENTITIES, is_attention_value, is_pointwise, is_talking_heads_value
+from fastrel.graph.patterns import (
+    ACTIVATIONS,
+    CONSTANTS,
+    IDENTITIES,
+    enters,
+    is_attention_value,
+    is_pointwise,
+    is_talking_heads_value,
+)
 
 aten = torch.ops.aten
 
@@ -40,6 +48,10 @@ class Facts:
         self.roots = _pointwise_roots(self.nodes, self.active)
         self.sources = _sources(self.nodes, self.active, inputs)
         self._inputs = list(inputs)
+
+    def enters(self, x: fx.Node) -> bool:
+        """Whether x is where an input of the model becomes numbers: that input itself, or a look-up or cast of its integers."""
+        return x.op == "placeholder" or (enters(x) and not any(n in self.active for n in x.all_input_nodes))
 
     def source(self, x: fx.Node) -> fx.Node:
         """The first of the model's inputs that x depends on."""
@@ -82,7 +94,7 @@ class Facts:
         kept = _bottlenecks(self.active) if memory == "low" else self.active
 
         def again(x: fx.Node) -> bool:
-            if x not in self.active or x.op != "call_function" or x.target is aten.embedding.default:
+            if x not in self.active or x.op != "call_function" or self.enters(x):
                 return False
             return x.target in quick or x not in kept
 
@@ -94,7 +106,8 @@ class Facts:
             return False
         maps, values = (self.axes.get(x) for x in node.args[:2])  # type: ignore[arg-type]
         over_tokens = values is not None and len(values) > 1 and not axes_.is_feature(values[-2])
-        return maps is None or not axes_.is_feature(maps[-1]) or over_tokens
+        # The axis of a single token looks like one of features.
+        return maps is None or not axes_.is_feature(maps[-1]) or axes_.size_of(maps[-1]) == 1 or over_tokens
 
     def attention_blocks(self, leaves: Sequence[fx.Node]) -> list[fx.Node]:
         """Nodes that mix values by an attention map on the way to `leaves`: fused attention, or a product with a softmax
@@ -156,7 +169,7 @@ class Stretch:
 
 
 def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]:
-    """Values that depend on the input through floating-point numbers, or on token ids through an embedding."""
+    """Values that depend on the input through floating-point numbers, or on integers of the input from where these enter."""
     varying = set(inputs)
     active: set[fx.Node] = set()
     for node in nodes:
@@ -168,10 +181,16 @@ def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]
             varying.add(node)  # sizes do not count
         if node.op != "call_function" or not (_is_float(node) or isinstance(node.meta.get("val"), (list, tuple))):
             continue
-        looks_up = node.target is aten.embedding.default and node.args[1] in varying
-        if looks_up or any(n in active for n in node.all_input_nodes):
+        if node.target in CONSTANTS:
+            continue
+        if (enters(node) and _indices(node) in varying) or any(n in active for n in node.all_input_nodes):
             active.add(node)
     return active
+
+
+def _indices(node: fx.Node) -> Any:
+    """The integers that enter at a node."""
+    return node.args[1 if node.target is aten.embedding.default else 0]
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -206,9 +225,8 @@ def _sources(
         else:
             every[node] = frozenset().union(*(every[n] for n in node.all_input_nodes))
         if node in active:
-            looks_up = node.target is aten.embedding.default
             through = [n for n in node.all_input_nodes if n in active]
-            known = [every[n] for n in node.all_input_nodes] if looks_up else [found[n] for n in through]
+            known = [every[n] for n in node.all_input_nodes] if not through or enters(node) else [found[n] for n in through]
             found[node] = every[node] if node.op == "placeholder" else frozenset().union(*known)
     return found
 

@@ -125,11 +125,11 @@ class _Walk:
     def _is_read(self, node: fx.Node, lanes: Lanes) -> bool:
         """Whether this is where one input's tokens are read: nothing else of that input is under way, and no block comes before."""
         if self.pixels:
-            return node.op == "placeholder"
+            return self.t.facts.enters(node) and node.target is not aten.embedding.default
         t = self.t
         if lanes.row is None or node in t.stretch.above:
             return False
-        if node.op == "placeholder" or node.target is aten.embedding.default:
+        if t.facts.enters(node):
             return True
         own = t.facts.sources[node]
         under_way = [x for x, pending in t.pending.items() if pending.rows]
@@ -206,7 +206,7 @@ def _squeezed(t: Context, found: _Found) -> fx.Node:
 
 def _grid(t: Context, found: _Found) -> fx.Node | None:
     """The map on the grid of image patches: followed further back, through rearrangements only, to what made the tokens."""
-    if t.method.at_pixels or (found.node.op == "placeholder" and found.node.meta["val"].dim() == 4):
+    if t.method.at_pixels or (t.facts.enters(found.node) and found.node.meta["val"].dim() == 4):
         return _squeezed(t, found)
     stretch = Stretch(t.stretch.leaves, {}, t.stretch.total, frozenset(), frozenset())
     back = Context(t.facts, stretch, t.method, t.rules, t.products, t.emit, trace=False)
