@@ -47,7 +47,7 @@ def run(
     seed = seed.scatter(2, chosen.T[:, :, None], 1.0)
     row = seed.sum([dim + 1 for dim in program.leaf_features[0]], keepdim=True)
     rows, grids, _ = program.reverse([seed, seed, row, *saved])
-    relevance = [one.flatten(2).transpose(0, 1) for one in rows]
+    relevance = [one.reshape(*one.shape[:2], -1).transpose(0, 1) for one in rows]
     return list(outputs), chosen, relevance, [None if grid is None else grid.transpose(0, 1) for grid in grids]
 
 
