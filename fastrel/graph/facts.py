@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -61,6 +61,33 @@ class Facts:
         """The sequences of tokens that x is made of: an input each, but inputs over the same tokens ([B, T]) are one."""
         shapes = {node: tuple(str(size) for size in node.meta["val"].shape) for node in self.sources[x]}
         return {node if len(shape) > 3 else shape[:2] for node, shape in shapes.items()}
+
+    def are_streams(self, operands: Sequence[fx.Node], blocks: Collection[fx.Node]) -> bool:
+        """Whether the operands of a sum are streams of tokens: each with attention blocks that no other has, and, where they come
+        from the same, with a way there past these blocks (else they are what one block adds up to)."""
+        if len(operands) < 2:
+            return False
+        numbers = {node: i for i, node in enumerate(self.nodes) if node in self.active}
+        mask = sum(1 << numbers[block] for block in blocks)
+        every, past = self._ancestors(operands, numbers, set()), self._ancestors(operands, numbers, set(blocks))
+        for i, (whole, free) in enumerate(zip(every, past, strict=True)):
+            others = 0
+            for j, other in enumerate(every):
+                others |= other if j != i else 0
+            if whole & others and not (whole & ~others & mask and free & others):
+                return False
+        return True
+
+    def _ancestors(self, ends: Sequence[fx.Node], numbers: dict[fx.Node, int], stop: set[fx.Node]) -> list[int]:
+        """What each of some values is made of, as bits; not what lies beyond `stop`."""
+        found: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            if node in numbers:
+                bits = 1 << numbers[node]
+                for x in () if node in stop else node.all_input_nodes:
+                    bits |= found.get(x, 0)
+                found[node] = bits
+        return [found[end] for end in ends]
 
     def is_scale(self, x: Any) -> bool:
         """Whether x is a number per token made of all its features, the divisor or factor of a spelled-out norm."""

@@ -159,8 +159,9 @@ def _give_row(
             spread = t.emit.call(merge_heads, spread, heads)
         return t.dense(Lane(spread, own_rows), x, is_row=True)
 
-    mixed = {(): Part(lane(v, through))}
-    inner = [path for path in entering.parts if path]
+    stream = t.rollout.stream(entering)
+    mixed = {stream: Part(lane(v, through))}
+    inner = [path for path in entering.parts if path != stream]
     if t.method.residual and not t.method.normalize:
         t.rollout.end(entering)
         return t.give(v, row=Row(mixed))

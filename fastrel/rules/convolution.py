@@ -36,7 +36,7 @@ def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
         elif out.rel:
             dense = t.dense(out.rel, node).node
             rel = Lane(t.emit.call(conv_relevance, node.target, dense, value, kernel, t.rules, *options))
-    if out.row and not pixels:
+    if out.row:
         sizes, window = t.shape(x), list(weight.meta["val"].shape[2:])
         row = out.row.map(lambda lane: _row_back(t, node, lane, sizes, window, options))
     t.give(x, grad, rel, row)

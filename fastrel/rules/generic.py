@@ -175,7 +175,8 @@ def generic(t: Context, node: fx.Node, out: Lanes) -> None:
         raise UnsupportedModelError(f"no relevance rule for {describe(node)}")
     t.generic.append(describe(node))
     kwargs, values, places = tuple(node.kwargs.items()), _arguments(t, node), _places(t, node)
-    for (argument, place, x), row in zip(places, forked(t, out.row, node, [None] * len(places)), strict=True):
+    operands = [x for _, _, x in places]
+    for (argument, place, x), row in zip(places, forked(t, out.row, node, operands, [None] * len(places)), strict=True):
         grad = rel = None
         if t.wants(x):
             where = (argument, place, kwargs)

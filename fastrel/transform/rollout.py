@@ -29,10 +29,15 @@ Sum = Callable[[Sequence[Lane]], Lane]
 
 @dataclass(frozen=True)
 class _Fork:
-    """A sum: how many operands take part, and the share of each, [K, B], if it is not the same for all."""
+    """A sum: how many operands take part, and the share of each, [K, B], if it is not the same for all.
+
+    `streams`: each operand is a stream of tokens with attention blocks of its own, which divide the row among them; else the
+    operands are what a block adds up to, such as a residual connection and its branch.
+    """
 
     operands: int
     shares: tuple[fx.Node, ...] | None
+    streams: bool
 
 
 @dataclass
@@ -48,15 +53,17 @@ class Rollout:
         """The row at an output of the model."""
         return Row({(): Part(Lane(node))})
 
-    def fork(self, row: Row, operands: int, shares: tuple[fx.Node, ...] | None = None) -> list[Row]:
-        """The row for each operand of a sum.
+    def fork(
+        self, row: Row, operands: int, shares: tuple[fx.Node, ...] | None = None, streams: bool = False
+    ) -> list[Row]:
+        """The row for each operand of a sum, be it of streams or of what a block adds up to.
 
         `shares` [K, B] each: by how much of the row each is charged where they do not meet again; None: equal parts.
         """
         if operands == 1:
             return [row]
         number = len(self._forks)
-        self._forks.append(_Fork(operands, shares))
+        self._forks.append(_Fork(operands, shares, streams))
         for path in row.parts:
             self._by_path[path].append(number)
         return [Row({(*path, Branch(number, i)): part for path, part in row.parts.items()}) for i in range(operands)]
@@ -75,7 +82,7 @@ class Rollout:
                 met = met or len(children) < self._forks[fork].operands or any(c.settled for c in children.values())
                 for i in children:
                     del parts[(*path, Branch(fork, i))]
-                one = self._folded(fork, children, add, outermost=not path)
+                one = self._folded(fork, children, add, outermost=path == self._stream(path))
                 before = [parts[path]] if path in parts else []
                 parts[path] = self._added([*before, one], add)
         return Row(parts), met
@@ -89,8 +96,16 @@ class Rollout:
         return self._gathered(row.parts, (), add, shared=True) or self._nothing()
 
     def end(self, row: Row) -> None:
-        """An attention block takes the row and gives back r M: what else it came by leads no further."""
-        self._gone.update(path for path in row.parts if path)
+        """An attention block takes the row and gives back r M: what else it came by leads no further, but for its stream."""
+        self._gone.update(path for path in row.parts if path != self._stream(path))
+
+    def stream(self, row: Row) -> Path:
+        """The streams that all parts of a row came by: where the r M that an attention block makes of it belongs."""
+        paths = {self._stream(path) for path in row.parts}
+        return paths.pop() if len(paths) == 1 else ()
+
+    def _stream(self, path: Path) -> Path:
+        return tuple(branch for branch in path if self._forks[branch.fork].streams)
 
     @staticmethod
     def _nothing() -> Lane:

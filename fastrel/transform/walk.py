@@ -6,8 +6,9 @@ of its output into lanes of its inputs, as nodes of the reverse graph. Lanes tha
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -70,6 +71,7 @@ def transform(
             t.rollout.seed(row),
         )
     found = _Walk(t).run()
+    found = _met(t, found)
     grids = [_grid(t, one) for one in found]
     emit.output(([_squeezed(t, one) for one in found], grids, [node for _, node in t.records]))
     forward, reverse = emit.modules(captured.outputs)
@@ -168,6 +170,14 @@ class _Walk:
             dense = t.emit.call(torch.mul, dense, t.value(node))
         features = [dim + 1 for dim in t.features(node)]
         return Lane(t.emit.call(aten.sum.dim_IntList, dense, features, True) if features else dense)
+
+
+def _met(t: Context, found: Sequence[_Found]) -> list[_Found]:
+    """The maps that were found, those over look-ups of the same tokens as one."""
+    by_tokens: dict[Any, list[_Found]] = defaultdict(list)
+    for one in found:
+        by_tokens[one.node.args[1] if one.node.target is aten.embedding.default else one.node].append(one)
+    return [_Found(several[0].node, t.added(several[0].node, [one.row for one in several], is_row=True)) for several in by_tokens.values()]
 
 
 def collect(t: Context, node: fx.Node) -> Lanes | None:
