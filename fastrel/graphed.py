@@ -66,7 +66,7 @@ class Graphed:
         if isinstance(options.method.reading, (AllMaps, PathIntegral)) or targets < 0:
             raise InputError(f"method {options.method.name!r} with targets={targets} cannot be captured as a CUDA graph")
         self._program = engine.program(call.entry, options, (logits,))
-        self._spec, self._names = captured.out_spec, [call.names[one.input] for one in self._program.maps]
+        self._spec, self._names = captured.out_spec, [call.names[one.input] + one.branch for one in self._program.maps]
         self._images = [values[len(captured.owners) + one.input] for one in self._program.maps]
         batch = len(self._inputs[0])
         self._classes = torch.zeros(batch, targets, dtype=torch.long, device=device) if targets else None

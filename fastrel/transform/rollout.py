@@ -48,6 +48,7 @@ class Rollout:
     _forks: list[_Fork] = field(default_factory=list)
     _by_path: dict[Path, list[int]] = field(default_factory=lambda: defaultdict(list))
     _gone: set[Path] = field(default_factory=set)
+    _replaced: set[Path] = field(default_factory=set)
 
     def seed(self, node: fx.Node) -> Row:
         """The row at an output of the model."""
@@ -81,23 +82,28 @@ class Rollout:
                 fork, path = path[-1].fork, path[:-1]
                 met = met or len(children) < self._forks[fork].operands or any(c.settled for c in children.values())
                 for i in children:
-                    del parts[(*path, Branch(fork, i))]
+                    parts.pop((*path, Branch(fork, i)), None)
                 one = self._folded(fork, children, add, outermost=path == self._stream(path))
                 before = [parts[path]] if path in parts else []
                 parts[path] = self._added([*before, one], add)
         return Row(parts), met
 
     def whole(self, row: Row, add: Sum) -> Lane:
-        """All of the row in one lane, as if the ways that it came were the only ones."""
-        return self._gathered(row.parts, (), add, shared=False) or self._nothing()
+        """All of the row in one lane, as if the ways that it came were the only ones (but for streams that it is not all of)."""
+        return self._gathered(row.parts, (), add, shared=False, stream=self.stream(row)) or self._nothing()
 
     def share(self, row: Row, add: Sum) -> Lane:
         """The row in one lane, without what goes other ways that do not meet this one."""
         return self._gathered(row.parts, (), add, shared=True) or self._nothing()
 
-    def end(self, row: Row) -> None:
-        """An attention block takes the row and gives back r M: what else it came by leads no further, but for its stream."""
-        self._gone.update(path for path in row.parts if path != self._stream(path))
+    def end(self, row: Row, replaced: bool = False) -> None:
+        """An attention block takes the row and gives back r M: what else it came by leads no further, but for its stream.
+
+        `replaced`: r M takes the place of I, and of all that comes by the other operands of the same sums.
+        """
+        ended = [path for path in row.parts if path != self._stream(path)]
+        self._gone.update(ended)
+        self._replaced.update(ended if replaced else ())
 
     def stream(self, row: Row) -> Path:
         """The streams that all parts of a row came by: where the r M that an attention block makes of it belongs."""
@@ -123,6 +129,8 @@ class Rollout:
             child = (*before, Branch(fork, i))
             if child in parts:
                 children[i] = parts[child]
+            elif child in self._replaced:
+                children[i] = Part(None, settled=True)
             elif not self._closed(child):
                 return None
         return children
@@ -154,8 +162,11 @@ class Rollout:
         given = [*(shares[i] for i in lanes), *(shares[i] for i in among)]
         return Lane(self.emit(weighted, len(values), *map(_dense, values), *given))
 
-    def _gathered(self, parts: dict[Path, Part], at: Path, add: Sum, shared: bool) -> Lane | None:
-        """The parts below a path as one lane; `shared`: less what came by operands that are not here."""
+    def _gathered(
+        self, parts: dict[Path, Part], at: Path, add: Sum, shared: bool, stream: Path = ()
+    ) -> Lane | None:
+        """The parts below a path as one lane; `shared`: less what came by operands that are not here, which streams always are
+        but those of `stream`."""
         here = parts.get(at)
         lanes = [here.lane] if here and here.lane else []
         below = [path for path in parts if len(path) > len(at) and path[: len(at)] == at]
@@ -165,9 +176,10 @@ class Rollout:
                 branch.operand: lane
                 for branch in branches
                 if any(path[len(at)] == branch for path in below)
-                and (lane := self._gathered(parts, (*at, branch), add, shared))
+                and (lane := self._gathered(parts, (*at, branch), add, shared, stream))
             }
-            open_ = [b.operand for b in branches if b.operand in found or (shared and not self._closed((*at, b)))]
+            less = shared or (self._forks[fork].streams and not any(branch in stream for branch in branches))
+            open_ = [b.operand for b in branches if b.operand in found or (less and not self._closed((*at, b)))]
             if found:
                 lanes.append(self._mean(fork, found, open_, add))
         return add(lanes) if lanes else None

@@ -6,7 +6,7 @@ of its output into lanes of its inputs, as nodes of the reverse graph. Lanes tha
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -82,8 +82,8 @@ def transform(
         tuple(tuple(t.features(leaf)) for leaf in nodes),
         tuple(name for name, _ in t.records),
         tuple(
-            Map(captured.inputs.index(captured.facts.source(one.node)), one.node.name, tuple(t.features(one.node)))
-            for one in found
+            Map(captured.inputs.index(captured.facts.source(one.node)), one.node.name, tuple(t.features(one.node)), branch)
+            for one, branch in zip(found, _branches(t, found), strict=True)
         ),
         len(stretch.blocks),
         tuple(dict.fromkeys(t.generic)),
@@ -96,6 +96,7 @@ class _Walk:
     def __init__(self, t: Context) -> None:
         self.t = t
         self.pixels = t.method.at_pixels
+        self.found: list[_Found] = []
 
     def run(self) -> list[_Found]:
         """Walk from the outputs to where the maps are read.
@@ -103,7 +104,7 @@ class _Walk:
         Raises:
             UnsupportedModelError: a node has no rule, or the row leads to no tokens.
         """
-        t, found = self.t, []
+        t, found = self.t, self.found
         for node in (n for n in reversed(t.facts.nodes) if n in t.facts.active):
             lanes = collect(t, node)
             if lanes is None:
@@ -125,7 +126,8 @@ class _Walk:
         return found[::-1]
 
     def _is_read(self, node: fx.Node, lanes: Lanes) -> bool:
-        """Whether this is where one input's tokens are read: nothing else of that input is under way, and no block comes before."""
+        """Whether this is where one input's tokens are read: nothing else of that input is under way or was read, and no block
+        comes before."""
         if self.pixels:
             return self.t.facts.enters(node) and node.target is not aten.embedding.default
         t = self.t
@@ -134,7 +136,7 @@ class _Walk:
         if t.facts.enters(node):
             return True
         own = t.facts.sources[node]
-        under_way = [x for x, pending in t.pending.items() if pending.rows]
+        under_way = [*(x for x, pending in t.pending.items() if pending.rows), *(one.node for one in self.found)]
         alone = not any(own & t.facts.sources[x] for x in under_way)
         return alone and len(t.facts.sequences(node)) == 1 and axes_.is_readable(t.axes(node))
 
@@ -178,6 +180,20 @@ def _met(t: Context, found: Sequence[_Found]) -> list[_Found]:
     for one in found:
         by_tokens[one.node.args[1] if one.node.target is aten.embedding.default else one.node].append(one)
     return [_Found(several[0].node, t.added(several[0].node, [one.row for one in several], is_row=True)) for several in by_tokens.values()]
+
+
+def _branches(t: Context, found: Sequence[_Found]) -> list[str]:
+    """The module that reads an input, where several read it as other tokens each; else nothing."""
+    counts = Counter(t.facts.source(one.node) for one in found)
+    seen: Counter[str] = Counter()
+    names = []
+    for one in found:
+        modules = list((one.node.meta.get("nn_module_stack") or {}).values())
+        name = modules[-1][0] if modules and modules[-1][0] else one.node.name
+        seen[name] += 1
+        name += f" ({seen[name]})" if seen[name] > 1 else ""
+        names.append(f" in {name}" if counts[t.facts.source(one.node)] > 1 else "")
+    return names
 
 
 def collect(t: Context, node: fx.Node) -> Lanes | None:
