@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from fastrel.graph.capture import LOCK, Captured
 from fastrel.graph.clone import structural_clone
+from fastrel.graph.results import plain
 
 #: How far outputs may lie apart, relative to the largest: operators are the same, but some fuse in another order.
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
@@ -20,7 +21,11 @@ SMALL = 1e-2
 
 
 def run_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What the model returns, as in eval mode. A model in training mode is left alone: a clone of its structure runs."""
+    """What the model returns, as in eval mode. A model in training mode is left alone: a clone of its structure runs.
+
+    It gets copies of the inputs, which it may write to.
+    """
+    args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
     if any(module.training for module in model.modules()):
         with LOCK:
             model = structural_clone(model)
@@ -60,7 +65,7 @@ def _module(captured: Captured, outputs: Any) -> fx.GraphModule:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+    return [x for x in pytree.tree_leaves(plain(output)) if isinstance(x, Tensor)]
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> str | None:

@@ -160,6 +160,9 @@ class Engine:
         except CaptureError:
             self._try_model(args, kwargs)
             raise
+        if batch_varies and not captured.guards.accept(tensors):
+            # The model computes with the size of the batch as a number of Python's, and a batch of one was captured as two.
+            return self._captured(signature, args, kwargs, tensors, batch_varies=False)
         entry = Entry(signature, captured, Fingerprint(self.model))
         self._entries = [entry, *self._entries][:CAPTURES]
         alike = sum(other.signature.spec == signature.spec for other in self._entries)

@@ -47,7 +47,7 @@ def run(
     seed = seed.scatter(2, chosen.T.unsqueeze(-1), 1.0)
     row = seed.sum([dim + 1 for dim in program.leaf_features[0]], keepdim=True)
     rows, grids, _ = program.reverse([seed, seed, row, *saved])
-    relevance = [one.flatten(2).transpose(0, 1) for one in rows]
+    relevance = [one.reshape(*one.shape[:2], -1).transpose(0, 1) for one in rows]
     return list(outputs), chosen, relevance, [None if grid is None else grid.transpose(0, 1) for grid in grids]
 
 
@@ -77,7 +77,7 @@ class Graphed:
         if isinstance(options.method.reading, (AllMaps, PathIntegral)) or targets < 0:
             raise InputError(f"method {options.method.name!r} with targets={targets} cannot be captured as a CUDA graph")
         self._program = engine.program(call.entry, options, (logits,))
-        self._spec, self._names = captured.out_spec, [call.names[one.input] for one in self._program.maps]
+        self._spec, self._names = captured.out_spec, [call.names[one.input] + one.branch for one in self._program.maps]
         self._images = [values[len(captured.owners) + one.input] for one in self._program.maps]
         batch = len(self._inputs[0])
         self._classes = torch.zeros(batch, targets, dtype=torch.long, device=device) if targets else None

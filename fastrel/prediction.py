@@ -139,13 +139,13 @@ class Prediction:
     def _maps(self, program: Program, rows: list[Any], grids: list[Any], several: bool) -> dict[str, TokenMap]:
         found: dict[str, TokenMap] = {}
         for where, row, grid in zip(program.maps, rows, grids, strict=True):
-            relevance = row.flatten(2).transpose(0, 1)
+            relevance = row.reshape(*row.shape[:2], -1).transpose(0, 1)
             check_finite("the explanation", relevance)
             patches = None if grid is None else grid.transpose(0, 1)
             if not several:
                 relevance, patches = relevance[:, 0], None if patches is None else patches[:, 0]
             value = self._call.values[len(self._call.captured.owners) + where.input]
-            name = self._call.names[where.input]
+            name = self._call.names[where.input] + where.branch
             found[name] = TokenMap(relevance, patches, image_size(value) if isinstance(value, Tensor) else None)
         return found
 
@@ -201,6 +201,7 @@ def _arguments(program: Program, seeds: Seeds, saved: Sequence[Any]) -> list[Any
     """What a reverse graph takes: the seeds of all lanes, and what the forward graph saved."""
     starts: list[Tensor] = []
     for features, gradient, relevance in zip(program.leaf_features, seeds.gradient, seeds.relevance, strict=True):
-        row = relevance.abs().sum([dim + 1 for dim in features], keepdim=True)
+        dims = [dim + 1 for dim in features]
+        row = relevance.abs().sum(dims, keepdim=True) if dims else relevance.abs()
         starts += [gradient, relevance, row]
     return [*starts, *saved]

@@ -233,7 +233,7 @@ def _gradient(subject: _Subject) -> Iterator[Check]:
         leaf = _Leaf(subject.call, where.node)
         relative = leaf.times_gradient(subject, where.features)
         own = one.relevance if one.relevance.dim() == 3 else one.relevance[:, None]
-        expected, size = (x.transpose(0, 1).flatten(2) for x in relative)
+        expected, size = (x.reshape(*x.shape[:2], -1).transpose(0, 1) for x in relative)
         # Relative to the terms: their sum is nearly 0 before a layer norm.
         worst = max(worst, float((own.double() - expected).norm() / size.norm().clamp_min(1e-300)))
     yield Check("gradient", worst, subject.limit(1e-9, 1e-3, 2e-2), "against torch.autograd")
@@ -297,7 +297,9 @@ def _rows(subject: _Subject) -> Iterator[Check]:
     excess = max(float((total / expected).max()), float(last.max())) - 1  # type: ignore[union-attr]
     lost = 1 - float((total / expected).min())  # type: ignore[union-attr]
     meaning = f"the rollout of {program.blocks} attention maps adds up to 2ⁿ" + (
-        f", less {lost:.0%} that met constant tokens or blocks without a residual" if lost > 1e-3 else ""
+        f", less {lost:.0%} that met constant tokens, blocks without a residual or blocks of other sequences"
+        if lost > 1e-3
+        else ""
     )
     yield Check("rows", max(excess, 0.0), subject.limit(1e-9, 1e-4, 2e-2), meaning)
 

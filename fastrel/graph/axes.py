@@ -66,7 +66,9 @@ class Sizes:
         expression = size.node.expr
         for symbol in sorted(expression.free_symbols, key=str):
             if str(symbol) not in self._values:
-                self._values[str(symbol)] = _PRIMES[len(set(self._values.values())) % len(_PRIMES)]
+                prime = _PRIMES[len(set(self._values.values())) % len(_PRIMES)]
+                # A number of entries that depends on data (x[mask]) is that of all samples, which models divide by their number.
+                self._values[str(symbol)] = prime * _PRIMES[0] if str(symbol).startswith("u") else prime
         return int(expression.subs({s: self._values[str(s)] for s in expression.free_symbols}))
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
@@ -228,6 +230,19 @@ def _convolution(node: fx.Node, labels: Labels) -> Axes:
     x, shape = labels.of(node.args[0]), labels.shape(node)
     first = x[0] if x is not None and len(x) == len(shape) else ((shape[0], "batch"),)
     return (first, ((shape[1], "feature"),), *(((size, "token"),) for size in shape[2:]))
+
+
+@axes_of(aten.index.Tensor)
+def _index(node: fx.Node, labels: Labels) -> Axes | None:
+    """x[mask] of some tokens of every sample, [samples and tokens, …]; other indices as elementwise."""
+    x, shape, indices = labels.of(node.args[0]), labels.shape(node), list(node.args[1])  # type: ignore[arg-type]
+    first: Any = indices[0]
+    mask = (
+        len(indices) == 1 and first is not None and first.meta["val"].dtype == torch.bool and first.meta["val"].dim() == 2
+    )
+    if x is None or not mask or is_feature(x[1]) or shape[0] % size_of(x[0]):
+        return _broadcast([x], shape) if x else _widest(node, labels)
+    return ((*x[0], (shape[0] // size_of(x[0]), "token")), *x[2:])
 
 
 @axes_of(aten.im2col.default)

@@ -47,6 +47,29 @@ def _product_like(node: fx.Node, target: Any, a: Any, b: Any) -> fx.Node:
 
 
 @rewrite
+def joined_with_nothing(graph: fx.Graph, axes: Labelled) -> bool:
+    """cat([empty, x]) is x (a cache of keys that holds none yet); whether there was any."""
+    found = False
+    for node in list(graph.nodes):
+        if node.target is not aten.cat.default:
+            continue
+        dim = node.args[1] if len(node.args) > 1 else 0
+        parts = [x for x in node.args[0] if not _is_empty(x, dim)]
+        if len(parts) == 1 and len(node.args[0]) > 1 and parts[0].meta["val"].dtype == node.meta["val"].dtype:
+            with graph.inserting_before(node):  # in the layout that the model's own has
+                only = insert_call(graph, aten.contiguous.default, parts[0])
+            node.replace_all_uses_with(only)
+            graph.erase_node(node)
+            found = True
+    return found
+
+
+def _is_empty(x: fx.Node, dim: int) -> bool:
+    shape = x.meta["val"].shape
+    return shape == (0,) or (bool(shape) and isinstance(shape[dim], int) and shape[dim] == 0)
+
+
+@rewrite
 def einsums_as_products(graph: fx.Graph, axes: Labelled) -> bool:
     """einsum("bhlt,bhtv->bhlv", a, b) and ("bhlk,bhtk->bhlt") become matrix products; whether there was any."""
     found = False

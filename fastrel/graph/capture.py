@@ -20,14 +20,17 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.modules import transformer
 
 from fastrel.errors import CaptureError, InputError
 from fastrel.graph.canonical import canonicalise
 from fastrel.graph.clone import structural_clone
 from fastrel.graph.facts import Facts
-from fastrel.graph.functional import make_functional
+from fastrel.graph.functional import functional
 from fastrel.graph.guards import Guards
+from fastrel.graph.results import returns_plainly
 
 aten = torch.ops.aten
 
@@ -137,16 +140,26 @@ def find(model: nn.Module, path: tuple[str, ...]) -> Any:
     return x
 
 
-class _OneThread(io.TextIOBase):
-    """A stderr that keeps what this thread writes, and passes on what others do."""
+def _is_causal(
+    mask: Tensor | None,
+    is_causal: bool | None = None,
+    size: int | None = None,
+    detect: Any = transformer._detect_is_causal_mask,
+) -> bool:
+    """What nn.TransformerEncoder asks of a mask's numbers: not while it is traced; the mask itself then says all."""
+    return bool(is_causal) if isinstance(mask, FakeTensor) else detect(mask, is_causal, size)
 
-    def __init__(self, said: list[str], others: Any) -> None:
-        self._said, self._others, self._owner = said, others, threading.get_ident()
+
+class _Aside(io.TextIOBase):
+    """Takes what one thread writes aside; other threads write where they did."""
+
+    def __init__(self, stream: Any, said: list[str]) -> None:
+        self._stream, self._said, self._thread = stream, said, threading.get_ident()
 
     def write(self, text: str) -> int:
-        """As of any file."""
-        if threading.get_ident() != self._owner:
-            return self._others.write(text)
+        """Keep or pass on."""
+        if threading.get_ident() != self._thread:
+            return int(self._stream.write(text))
         self._said.append(text)
         return len(text)
 
@@ -165,17 +178,19 @@ def quiet() -> Iterator[list[str]]:
     loggers = [logging.getLogger("torch"), *(x for x in known if x.handlers and x.name != "torch.__trace")]
     before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
     fastpath = torch.backends.mha.get_fastpath_enabled()
+    detect = transformer._detect_is_causal_mask
     try:
         for logger in loggers:
             logger.handlers, logger.propagate = [collect], False
         # The fast path hides a whole encoder layer in one operator.
         torch.backends.mha.set_fastpath_enabled(False)
-        with warnings.catch_warnings(record=True) as warned:
+        transformer._detect_is_causal_mask = _is_causal
+        with warnings.catch_warnings(record=True) as warned, contextlib.redirect_stderr(_Aside(sys.stderr, said)):
             warnings.simplefilter("always")
-            with contextlib.redirect_stderr(_OneThread(said, sys.stderr)):
-                yield said
+            yield said
             said += [str(warning.message) for warning in warned]
     finally:
+        transformer._detect_is_causal_mask = detect
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for logger, handlers, propagate in before:
             logger.handlers, logger.propagate = handlers, propagate
@@ -226,6 +241,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ba
     with LOCK, quiet() as said:
         try:
             clone = structural_clone(model)
+            returns_plainly(clone)
             dynamic = pytree.tree_map(
                 lambda x: _varying(x, batch_varies) if isinstance(x, Tensor) else None,
                 _by_name(clone, example_args, example_kwargs),
@@ -257,14 +273,17 @@ def _by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
+    assert program.call_spec.out_spec is not None
+    out_spec = program.call_spec.out_spec
+    program = functional(program)
     signature, graph = program.graph_signature, program.graph_module.graph
-    mutated = [spec.target for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
-    if mutated:
-        raise CaptureError(f"the forward pass changes the model's state ({mutated[0]}), which cannot be explained")
+    kept = (OutputKind.USER_OUTPUT, OutputKind.USER_INPUT_MUTATION)
+    changed = [spec.target for spec in signature.output_specs if spec.kind not in kept]
+    if changed:
+        raise CaptureError(f"the forward pass changes the model's state ({changed[0]}), which cannot be explained")
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and node.target in _ASSERTIONS:
             graph.erase_node(node)
-    make_functional(graph)
     owners: list[tuple[str, ...] | Tensor] = []
     inputs: list[fx.Node] = []
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -279,7 +298,10 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
         else:
             constant = program.constants[spec.target]
             owners.append(attributes.get(id(constant), constant) if isinstance(constant, Tensor) else constant)
-    assert program.call_spec.out_spec is not None
+    output = next(iter(reversed(graph.nodes)))
+    # What the model writes into its own inputs is no output.
+    results = zip(output.args[0], signature.output_specs, strict=True)  # type: ignore[arg-type]
+    output.args = (tuple(x for x, spec in results if spec.kind is OutputKind.USER_OUTPUT),)
     graph.eliminate_dead_code()
     guards = Guards(inputs)
 
@@ -287,14 +309,13 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
         return Facts(graph, inputs, guards.batch_names)
 
     canonicalise(graph, lambda: facts().axes)
-    output = next(iter(reversed(graph.nodes)))
     values = [owner if isinstance(owner, Tensor) else find(model, owner) for owner in owners]
     return Captured(
         graph=graph,
         inputs=inputs,
         owners=owners,
         outputs=list(output.args[0]),
-        out_spec=program.call_spec.out_spec,
+        out_spec=out_spec,
         guards=guards,
         facts=facts(),
         metadata=[(value.dtype, value.device, value.shape) for value in values],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,15 @@ from torch import Tensor, fx
 
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.graph import axes as axes_
-from fastrel.graph.patterns import ACTIVATIONS, IDENTITIES, is_attention_value, is_pointwise, is_talking_heads_value
+from fastrel.graph.patterns import (
+    ACTIVATIONS,
+    CONSTANTS,
+    IDENTITIES,
+    enters,
+    is_attention_value,
+    is_pointwise,
+    is_talking_heads_value,
+)
 
 aten = torch.ops.aten
 
@@ -41,6 +49,10 @@ class Facts:
         self.sources = _sources(self.nodes, self.active, inputs)
         self._inputs = list(inputs)
 
+    def enters(self, x: fx.Node) -> bool:
+        """Whether x is where an input of the model becomes numbers: that input itself, or a look-up or cast of its integers."""
+        return x.op == "placeholder" or (enters(x) and not any(n in self.active for n in x.all_input_nodes))
+
     def source(self, x: fx.Node) -> fx.Node:
         """The first of the model's inputs that x depends on."""
         return next(node for node in self._inputs if node in self.sources[x])
@@ -49,6 +61,33 @@ class Facts:
         """The sequences of tokens that x is made of: an input each, but inputs over the same tokens ([B, T]) are one."""
         shapes = {node: tuple(str(size) for size in node.meta["val"].shape) for node in self.sources[x]}
         return {node if len(shape) > 3 else shape[:2] for node, shape in shapes.items()}
+
+    def are_streams(self, operands: Sequence[fx.Node], blocks: Collection[fx.Node]) -> bool:
+        """Whether the operands of a sum are streams of tokens: each with attention blocks that no other has, and, where they come
+        from the same, with a way there past these blocks (else they are what one block adds up to)."""
+        if len(operands) < 2:
+            return False
+        numbers = {node: i for i, node in enumerate(self.nodes) if node in self.active}
+        mask = sum(1 << numbers[block] for block in blocks)
+        every, past = self._ancestors(operands, numbers, set()), self._ancestors(operands, numbers, set(blocks))
+        for i, (whole, free) in enumerate(zip(every, past, strict=True)):
+            others = 0
+            for j, other in enumerate(every):
+                others |= other if j != i else 0
+            if whole & others and not (whole & ~others & mask and free & others):
+                return False
+        return True
+
+    def _ancestors(self, ends: Sequence[fx.Node], numbers: dict[fx.Node, int], stop: set[fx.Node]) -> list[int]:
+        """What each of some values is made of, as bits; not what lies beyond `stop`."""
+        found: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            if node in numbers:
+                bits = 1 << numbers[node]
+                for x in () if node in stop else node.all_input_nodes:
+                    bits |= found.get(x, 0)
+                found[node] = bits
+        return [found[end] for end in ends]
 
     def is_scale(self, x: Any) -> bool:
         """Whether x is a number per token made of all its features, the divisor or factor of a spelled-out norm."""
@@ -82,7 +121,7 @@ class Facts:
         kept = _bottlenecks(self.active) if memory == "low" else self.active
 
         def again(x: fx.Node) -> bool:
-            if x not in self.active or x.op != "call_function" or x.target is aten.embedding.default:
+            if x not in self.active or x.op != "call_function" or self.enters(x):
                 return False
             return x.target in quick or x not in kept
 
@@ -94,7 +133,8 @@ class Facts:
             return False
         maps, values = (self.axes.get(x) for x in node.args[:2])  # type: ignore[arg-type]
         over_tokens = values is not None and len(values) > 1 and not axes_.is_feature(values[-2])
-        return maps is None or not axes_.is_feature(maps[-1]) or over_tokens
+        # The axis of a single token looks like one of features.
+        return maps is None or not axes_.is_feature(maps[-1]) or axes_.size_of(maps[-1]) == 1 or over_tokens
 
     def attention_blocks(self, leaves: Sequence[fx.Node]) -> list[fx.Node]:
         """Nodes that mix values by an attention map on the way to `leaves`: fused attention, or a product with a softmax
@@ -156,7 +196,7 @@ class Stretch:
 
 
 def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]:
-    """Values that depend on the input through floating-point numbers, or on token ids through an embedding."""
+    """Values that depend on the input through floating-point numbers, or on integers of the input from where these enter."""
     varying = set(inputs)
     active: set[fx.Node] = set()
     for node in nodes:
@@ -168,10 +208,16 @@ def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]
             varying.add(node)  # sizes do not count
         if node.op != "call_function" or not (_is_float(node) or isinstance(node.meta.get("val"), (list, tuple))):
             continue
-        looks_up = node.target is aten.embedding.default and node.args[1] in varying
-        if looks_up or any(n in active for n in node.all_input_nodes):
+        if node.target in CONSTANTS:
+            continue
+        if (enters(node) and _indices(node) in varying) or any(n in active for n in node.all_input_nodes):
             active.add(node)
     return active
+
+
+def _indices(node: fx.Node) -> Any:
+    """The integers that enter at a node."""
+    return node.args[1 if node.target is aten.embedding.default else 0]
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -206,9 +252,8 @@ def _sources(
         else:
             every[node] = frozenset().union(*(every[n] for n in node.all_input_nodes))
         if node in active:
-            looks_up = node.target is aten.embedding.default
             through = [n for n in node.all_input_nodes if n in active]
-            known = [every[n] for n in node.all_input_nodes] if looks_up else [found[n] for n in through]
+            known = [every[n] for n in node.all_input_nodes] if not through or enters(node) else [found[n] for n in through]
             found[node] = every[node] if node.op == "placeholder" else frozenset().union(*known)
     return found
 

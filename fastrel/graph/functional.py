@@ -1,4 +1,4 @@
-"""Graphs that overwrite nothing: the reverse pass reads values that the forward pass saved, and none may change after that."""
+"""Functional graphs: the reverse pass reads values that the forward pass saved, and none may change after that."""
 
 from __future__ import annotations
 
@@ -6,81 +6,75 @@ from typing import Any
 
 import torch
 from torch import fx
-
-from fastrel.errors import CaptureError
-from fastrel.graph.nodes import insert_call, is_view
+from torch.export import ExportedProgram
 
 aten = torch.ops.aten
 
 
-def make_functional(graph: fx.Graph) -> None:
-    """Replace operators that overwrite their first argument (ReLU(inplace=True), x += y) by those that do not.
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """A program without writes in place and without regions, both of which torch itself takes apart; the rest stays as it is.
 
-    The reverse pass reads values that the forward pass saved; none may change after it was saved.
-
-    Raises:
-        CaptureError: an operator overwrites a part of another value, or has no such counterpart.
+    `x[mask] = 0`, `ReLU(inplace=True)` and writes into views become functions of what was there. The inside of
+    `torch.enable_grad()` is like its outside, and that of `torch.autocast` has its casts written out.
     """
+    graph = program.graph_module.graph
     for node in list(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None or not schema.is_mutable:
-            continue
-        written = node.args[0]
         if node.target is aten.detach_.default:
-            node.replace_all_uses_with(written)
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    _without_grad_regions(program.graph_module)
+    if not any(_writes(node) or isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes):
+        return program
+    with torch.no_grad():
+        program = program.run_decompositions({})
+    _whole_batch_norms(program.graph_module.graph)
+    for node in program.graph_module.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # not every kernel lays its result out as torch says
+    return program
+
+
+def _without_grad_regions(module: fx.GraphModule) -> None:
+    """Put what lies inside of `torch.enable_grad()` and `torch.no_grad()` in their place."""
+    graph = module.graph
+    while regions := [node for node in graph.nodes if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled]:
+        for node in regions:
+            inside = getattr(module, node.args[1].target)
+            given = iter(node.args[2:])
+            copies: dict[fx.Node, Any] = {}
+            with graph.inserting_before(node):
+                for x in inside.graph.nodes:
+                    if x.op == "placeholder":
+                        copies[x] = next(given)
+                    elif x.op == "get_attr":  # a region in a region
+                        setattr(module, name := f"{node.name}_{x.target}", getattr(inside, x.target))
+                        copies[x] = graph.get_attr(name)
+                    elif x.op != "output":
+                        copies[x] = graph.node_copy(x, copies.__getitem__)
+            results = fx.map_arg(next(iter(reversed(inside.graph.nodes))).args[0], copies.__getitem__)
+            for part in list(node.users):
+                part.replace_all_uses_with(results[part.args[1]])
+                graph.erase_node(part)
+            graph.erase_node(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def _whole_batch_norms(graph: fx.Graph) -> None:
+    """Batch norms, the one layer that torch takes apart, as models have them."""
+    for node in list(graph.nodes):
+        if node.target is not aten._native_batch_norm_legit_no_training.default:
             continue
-        if node.target is aten.copy_.default and isinstance(written, fx.Node):
-            _scatter(graph, node)
-            continue
-        packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
-        overload = getattr(packet, schema.overload_name or "default", None)
-        read_later = isinstance(written, fx.Node) and is_view(written) and _base_is_read_after(written, node)
-        if overload is None or overload is node.target or not isinstance(written, fx.Node) or read_later:
-            raise CaptureError(f"{node.target} overwrites a value in place, which cannot be explained; write it without")
-        node.target = overload
-        written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)  # type: ignore[misc]
-
-
-def _base_is_read_after(view: fx.Node, node: fx.Node) -> bool:
-    """Whether what a view was made of, or another view of it, is read after a node that overwrites the view."""
-    base = view
-    while base.op == "call_function" and is_view(base):
-        base = base.args[0]  # type: ignore[assignment]
-    if base.op == "placeholder":
-        return True
-    todo, family = [base], {base}
-    while todo:
-        for user in todo.pop().users:
-            if user.op == "call_function" and is_view(user) and user not in family:
-                family.add(user)
-                todo.append(user)
-    return any(user > node for x in family - {view} for user in x.users)
-
-
-def _scatter(graph: fx.Graph, node: fx.Node) -> None:
-    """x[part] = value: the whole with its part replaced, for everything that reads it from here on.
-
-    Raises:
-        CaptureError: the part is not a slice or an entry of a value that the model made.
-    """
-    view, value = node.args[:2]
-    assert isinstance(view, fx.Node)
-    assert isinstance(value, fx.Node)
-    scatters = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
-    with graph.inserting_before(node):
-        while view.op == "call_function" and view.target in scatters:
-            whole: Any = view.args[0]
-            if whole.meta["val"].shape != view.meta["val"].shape or value.meta["val"].shape != view.meta["val"].shape:
-                scatter: Any = scatters[view.target]
-                if value.meta["val"].shape != view.meta["val"].shape:
-                    value = insert_call(graph, aten.expand.default, value, list(view.meta["val"].shape))
-                value = insert_call(graph, scatter, whole, value, *view.args[1:])
-            view = whole
-    if is_view(view):
-        raise CaptureError(
-            f"{node.target} overwrites a part of {view} in place, which cannot be explained; write it without"
-        )
-    view.replace_all_uses_with(value, delete_user_cb=lambda user: user > node)
-    node.replace_all_uses_with(value)
-    graph.erase_node(node)
+        x, weight, bias, mean, variance, momentum, eps = node.args
+        options: Any = (x, weight, bias, mean, variance, False, momentum, eps, False)
+        with graph.inserting_before(node):
+            whole = graph.call_function(aten.batch_norm.default, options)
+        whole.meta = {**node.meta, "val": node.meta["val"][0]}
+        for part in list(node.users):
+            if part.args[1] == 0:
+                part.replace_all_uses_with(whole)
+            graph.erase_node(part)
+        graph.erase_node(node)

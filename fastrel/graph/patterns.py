@@ -82,6 +82,20 @@ ARITHMETIC = {
 }
 
 
+#: Operators that read no more of a value than its shape and dtype.
+CONSTANTS = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+}
+
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
+
 _ALONG_HEADS = {
     *IDENTITIES,
     aten.permute.default,
@@ -90,6 +104,17 @@ _ALONG_HEADS = {
     aten.conv2d.default,
     aten.batch_norm.default,
 }
+
+
+def enters(node: fx.Node) -> bool:
+    """Whether a value is where integers of the input become numbers: a look-up, a cast of uint8 pictures or of one-hot codes."""
+    if node.target is aten.embedding.default:
+        return True
+    if node.target not in _CASTS or not node.meta["val"].is_floating_point():
+        return False
+    x: Any = node.args[0]
+    picture = x.meta["val"].dtype == torch.uint8 and x.meta["val"].dim() > 2
+    return picture or x.target is aten.one_hot.default
 
 
 def is_pointwise(node: fx.Node) -> bool:

@@ -159,10 +159,11 @@ def _give_row(
             spread = t.emit.call(merge_heads, spread, heads)
         return t.dense(Lane(spread, own_rows), x, is_row=True)
 
-    mixed: dict[Path, Part] = {(): Part(lane(v, through))}
-    inner = [path for path in entering.parts if path]
-    if t.method.residual and not t.method.normalize:
-        t.rollout.end(entering)
+    stream = t.rollout.stream(entering)
+    mixed: dict[Path, Part] = {stream: Part(lane(v, through))}
+    inner = [path for path in entering.parts if path != stream]
+    if not (t.method.residual and t.method.normalize):
+        t.rollout.end(entering, replaced=not t.method.residual)
         return t.give(v, row=Row(mixed))
     left: dict[Path, Part] = {}
     # Where keys are other tokens than queries (cross-attention, reduced keys), what is left goes back through the queries.
@@ -170,7 +171,7 @@ def _give_row(
     across = t.is_active(q) and (t.facts.sources[q] != t.facts.sources[v] or lengths[0] != lengths[1])
     for path in inner:
         own = queries.get(path)
-        if not t.method.residual or own is None:
+        if own is None:
             left[path] = Part(None, settled=True)
         else:
             share = kept if len(entering.parts) == 1 else t.emit.call(settled_share, own, whole, kept)

@@ -23,7 +23,7 @@ def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
     """A linear layer over windows of tokens: eq. (5), and z^B for the first one, which reads the image itself."""
     one = [1] * (node.meta["val"].dim() - 2)
     x, weight, _, *options = arguments(node, None, one, [0] * len(one), one, 1, count=7)
-    pixels = x.op == "placeholder"
+    pixels = t.facts.enters(x)
     plain = not any(_numbers(options[1])) and set(_numbers(options[2])) == {1} and options[3] == 1
     grad = rel = row = None
     if t.wants(x):
@@ -38,7 +38,7 @@ def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
         elif out.rel:
             dense = t.dense(out.rel, node).node
             rel = Lane(t.emit.call(conv_relevance, value, kernel, dense, t.rules, *options))
-    if out.row and not pixels:
+    if out.row:
         sizes, window = t.shape(x), list(weight.meta["val"].shape[2:])
         row = out.row.map(lambda lane: _row_back(t, node, lane, sizes, window, options))
     t.give(x, grad, rel, row)

@@ -25,6 +25,17 @@ INDEX_MAPS = {
     aten.constant_pad_nd.default,
     aten.stack.default,
     aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_fill.int_Scalar,
+    aten.index_copy.default,
+    aten.masked_scatter.default,
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.copy.default,
+    aten.fill.Scalar,
+    aten.fill.Tensor,
+    aten.diagonal_scatter.default,
+    aten.as_strided.default,
     aten.index_select.default,
     aten.gather.default,
     aten.repeat.default,
@@ -163,7 +174,8 @@ def generic(t: Context, node: fx.Node, out: Lanes) -> None:
         raise UnsupportedModelError(f"no relevance rule for {describe(node)}")
     t.generic.append(describe(node))
     kwargs, values, places = tuple(node.kwargs.items()), _arguments(t, node), _places(t, node)
-    for (argument, place, x), row in zip(places, forked(t, out.row, node, [None] * len(places)), strict=True):
+    operands = [x for _, _, x in places]
+    for (argument, place, x), row in zip(places, forked(t, out.row, node, operands, [None] * len(places)), strict=True):
         grad = rel = None
         if t.wants(x):
             where = (argument, place, kwargs)

@@ -81,14 +81,16 @@ def add(t: Context, node: fx.Node, out: Lanes) -> None:
             t.give(t.facts.roots[node], rel=out.rel)
         else:
             rels = [rel for x, rel in zip((u, v), _share(t, node, out.rel, minus), strict=True) if x in operands]
-    for x, rel, row in zip(operands, rels, forked(t, out.row, node, rels), strict=True):
+    for x, rel, row in zip(operands, rels, forked(t, out.row, node, operands, rels), strict=True):
         grad = out.grad
         if grad and minus and x is v and t.wants(x):
             grad = Lane(t.emit.call(torch.neg, grad.node), grad.rows)
         _give_broadcast(t, x, node, Lanes(grad, rel, row))
 
 
-def forked(t: Context, row: Row | None, node: fx.Node, rels: Sequence[Lane | None]) -> list[Row | None]:
+def forked(
+    t: Context, row: Row | None, node: fx.Node, operands: Sequence[fx.Node], rels: Sequence[Lane | None]
+) -> list[Row | None]:
     """The row of a sum for each of its operands, charged by their relevance where that is known."""
     if row is None or len(rels) == 1:
         return [row] * len(rels)
@@ -97,7 +99,7 @@ def forked(t: Context, row: Row | None, node: fx.Node, rels: Sequence[Lane | Non
     if all(rels) and len(first) == 1 and first[0][1] == "batch":
         lanes = [rel.node for rel in rels if rel]
         shares = tuple(t.emit.parts(t.emit.call(operand_shares, *lanes), len(lanes)))
-    return [*t.rollout.fork(row, len(rels), shares)]
+    return [*t.rollout.fork(row, len(rels), shares, t.facts.are_streams(operands, t.stretch.blocks))]
 
 
 def _share(t: Context, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | None]:
@@ -169,7 +171,8 @@ def mul(t: Context, node: fx.Node, out: Lanes) -> None:
             rel = Lane(t.emit.call(reference.gate, rel.node), rel.rows)
     # The scale of a norm passes no relevance on: normalisation is the identity.
     passing = [t.is_active(x) and not (scaled and is_scale) for x, is_scale in ((u, scales[0]), (v, scales[1]))]
-    row_of = iter(forked(t, out.row, node, [rel] * sum(passing)))
+    carriers = [x for x, passes in zip((u, v), passing, strict=True) if passes]
+    row_of = iter(forked(t, out.row, node, carriers, [rel] * len(carriers)))
     for x, other, passes in ((u, v, passing[0]), (v, u, passing[1])):
         if not t.is_active(x):
             continue

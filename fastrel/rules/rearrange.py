@@ -134,8 +134,13 @@ def select(t: Context, node: fx.Node, out: Lanes) -> None:
 
 
 def _pick(t: Context, node: fx.Node, x: fx.Node, out: Lanes, dim: int, index: int) -> None:
-    index = _non_negative(t, x, dim, index)
     feature = axes_.is_feature(t.axes(x)[dim])
+    if t.published and out.rel and not feature and t.wants(x):
+        out = out._replace(rel=Lane(t.published_share(t.value(node), t.dense(out.rel, node).node)))
+    place = _from_the_start(t, x, dim, index)
+    if place is None:
+        return index_map(t, node, out)
+    index = place
 
     def back(lane: Lane, is_row: bool) -> Lane:
         if lane.rows:
@@ -145,18 +150,14 @@ def _pick(t: Context, node: fx.Node, x: fx.Node, out: Lanes, dim: int, index: in
             return Lane(picked) if feature else t.dense(Lane(picked, Rows(dim, index, 1)), x, is_row=True)
         return Lane(picked, Rows(dim, index, 1))
 
-    if t.published and out.rel and not feature and t.wants(x):
-        out = out._replace(rel=Lane(t.published_share(t.value(node), t.dense(out.rel, node).node)))
     t.index_map(x, out, back)
 
 
-def _non_negative(t: Context, x: fx.Node, dim: int, index: int) -> int:
-    if index >= 0:
-        return index
-    size = t.emit.size(x, dim)
-    if not isinstance(size, int):
-        raise UnsupportedModelError(f"{describe(x)}: entry {index} of a dimension whose size varies")
-    return size + index
+def _from_the_start(t: Context, x: fx.Node, dim: int, index: Any) -> int | None:
+    """An index counted from the start of a dimension; None where that depends on sizes that vary."""
+    if isinstance(index, int) and index < 0:
+        index = t.emit.arith("add", t.emit.size(x, dim), index) if isinstance(x.meta["val"].shape[dim], int) else None
+    return index if isinstance(index, int) else None
 
 
 @rule(aten.slice.Tensor)
@@ -166,10 +167,10 @@ def slice_(t: Context, node: fx.Node, out: Lanes) -> None:
     dim %= _ndim(x)
     if x.meta["val"].shape[dim] == node.meta["val"].shape[dim]:
         return t.give(x, *out)
-    length = node.meta["val"].shape[dim]
-    if step != 1 or not isinstance(length, int) or not isinstance(start, (int, type(None))):
+    length, begin = node.meta["val"].shape[dim], _from_the_start(t, x, dim, start or 0)
+    if step != 1 or not isinstance(length, int) or begin is None:
         return index_map(t, node, out)
-    _narrow(t, node, x, out, dim, _non_negative(t, x, dim, start or 0), length)
+    _narrow(t, node, x, out, dim, begin, length)
 
 
 def _narrow(t: Context, node: fx.Node, x: fx.Node, out: Lanes, dim: int, start: int, length: int) -> None:

@@ -16,11 +16,13 @@ class Map:
         input: position among the graph's inputs.
         node: name of the captured value whose tokens the map is over.
         features: its other dimensions.
+        branch: what tells it from other maps of the same input, as " in decoder.embed"; empty for the only one.
     """
 
     input: int
     node: str
     features: tuple[int, ...]
+    branch: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,15 @@ Sum = Callable[[Sequence[Lane]], Lane]
 
 @dataclass(frozen=True)
 class _Fork:
-    """A sum: how many operands take part, and the share of each, [K, B], if it is not the same for all."""
+    """A sum: how many operands take part, and the share of each, [K, B], if it is not the same for all.
+
+    `streams`: each operand is a stream of tokens with attention blocks of its own, which divide the row among them; else the
+    operands are what a block adds up to, such as a residual connection and its branch.
+    """
 
     operands: int
     shares: tuple[fx.Node, ...] | None
+    streams: bool
 
 
 @dataclass
@@ -43,20 +48,21 @@ class Rollout:
     _forks: list[_Fork] = field(default_factory=list)
     _by_path: dict[Path, list[int]] = field(default_factory=lambda: defaultdict(list))
     _gone: set[Path] = field(default_factory=set)
+    _replaced: set[Path] = field(default_factory=set)
 
     def seed(self, node: fx.Node) -> Row:
         """The row at an output of the model."""
         return Row({(): Part(Lane(node))})
 
-    def fork(self, row: Row, operands: int, shares: tuple[fx.Node, ...] | None = None) -> list[Row]:
-        """The row for each operand of a sum.
+    def fork(self, row: Row, operands: int, shares: tuple[fx.Node, ...] | None = None, streams: bool = False) -> list[Row]:
+        """The row for each operand of a sum, be it of streams or of what a block adds up to.
 
         `shares` [K, B] each: by how much of the row each is charged where they do not meet again; None: equal parts.
         """
         if operands == 1:
             return [row]
         number = len(self._forks)
-        self._forks.append(_Fork(operands, shares))
+        self._forks.append(_Fork(operands, shares, streams))
         for path in row.parts:
             self._by_path[path].append(number)
         return [Row({(*path, Branch(number, i)): part for path, part in row.parts.items()}) for i in range(operands)]
@@ -74,23 +80,36 @@ class Rollout:
                 fork, path = path[-1].fork, path[:-1]
                 met = met or len(children) < self._forks[fork].operands or any(c.settled for c in children.values())
                 for i in children:
-                    del parts[(*path, Branch(fork, i))]
-                one = self._folded(fork, children, add, outermost=not path)
+                    parts.pop((*path, Branch(fork, i)), None)
+                one = self._folded(fork, children, add, outermost=path == self._stream(path))
                 before = [parts[path]] if path in parts else []
                 parts[path] = self._added([*before, one], add)
         return Row(parts), met
 
     def whole(self, row: Row, add: Sum) -> Lane:
-        """All of the row in one lane, as if the ways that it came were the only ones."""
-        return self._gathered(row.parts, (), add, shared=False) or self._nothing()
+        """All of the row in one lane, as if the ways that it came were the only ones (but for streams that it is not all of)."""
+        return self._gathered(row.parts, (), add, shared=False, stream=self.stream(row)) or self._nothing()
 
     def share(self, row: Row, add: Sum) -> Lane:
         """The row in one lane, without what goes other ways that do not meet this one."""
         return self._gathered(row.parts, (), add, shared=True) or self._nothing()
 
-    def end(self, row: Row) -> None:
-        """An attention block takes the row and gives back r M: what else it came by leads no further."""
-        self._gone.update(path for path in row.parts if path)
+    def end(self, row: Row, replaced: bool = False) -> None:
+        """An attention block takes the row and gives back r M: what else it came by leads no further, but for its stream.
+
+        `replaced`: r M takes the place of I, and of all that comes by the other operands of the same sums.
+        """
+        ended = [path for path in row.parts if path != self._stream(path)]
+        self._gone.update(ended)
+        self._replaced.update(ended if replaced else ())
+
+    def stream(self, row: Row) -> Path:
+        """The streams that all parts of a row came by: where the r M that an attention block makes of it belongs."""
+        paths = {self._stream(path) for path in row.parts}
+        return paths.pop() if len(paths) == 1 else ()
+
+    def _stream(self, path: Path) -> Path:
+        return tuple(branch for branch in path if self._forks[branch.fork].streams)
 
     @staticmethod
     def _nothing() -> Lane:
@@ -108,6 +127,8 @@ class Rollout:
             child = (*before, Branch(fork, i))
             if child in parts:
                 children[i] = parts[child]
+            elif child in self._replaced:
+                children[i] = Part(None, settled=True)
             elif not self._closed(child):
                 return None
         return children
@@ -139,8 +160,9 @@ class Rollout:
         given = [*(shares[i] for i in lanes), *(shares[i] for i in among)]
         return Lane(self.emit(weighted, len(values), *map(_dense, values), *given))
 
-    def _gathered(self, parts: dict[Path, Part], at: Path, add: Sum, shared: bool) -> Lane | None:
-        """The parts below a path as one lane; `shared`: less what came by operands that are not here."""
+    def _gathered(self, parts: dict[Path, Part], at: Path, add: Sum, shared: bool, stream: Path = ()) -> Lane | None:
+        """The parts below a path as one lane; `shared`: less what came by operands that are not here, which streams always are
+        but those of `stream`."""
         here = parts.get(at)
         lanes = [here.lane] if here and here.lane else []
         below = [path for path in parts if len(path) > len(at) and path[: len(at)] == at]
@@ -150,9 +172,10 @@ class Rollout:
                 branch.operand: lane
                 for branch in branches
                 if any(path[len(at)] == branch for path in below)
-                and (lane := self._gathered(parts, (*at, branch), add, shared))
+                and (lane := self._gathered(parts, (*at, branch), add, shared, stream))
             }
-            open_ = [b.operand for b in branches if b.operand in found or (shared and not self._closed((*at, b)))]
+            less = shared or (self._forks[fork].streams and not any(branch in stream for branch in branches))
+            open_ = [b.operand for b in branches if b.operand in found or (less and not self._closed((*at, b)))]
             if found:
                 lanes.append(self._mean(fork, found, open_, add))
         return add(lanes) if lanes else None

@@ -6,8 +6,9 @@ of its output into lanes of its inputs, as nodes of the reverse graph. Lanes tha
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -75,6 +76,7 @@ def transform(
             t.rollout.seed(row),
         )
     found = _Walk(t).run()
+    found = _met(t, found)
     grids = [_grid(t, one) for one in found]
     emit.output(([_squeezed(t, one) for one in found], grids, [node for _, node in t.records]))
     forward, reverse = emit.modules(captured.outputs)
@@ -86,8 +88,8 @@ def transform(
         tuple(tuple(t.features(leaf)) for leaf in nodes),
         tuple(name for name, _ in t.records),
         tuple(
-            Map(captured.inputs.index(captured.facts.source(one.node)), one.node.name, tuple(t.features(one.node)))
-            for one in found
+            Map(captured.inputs.index(captured.facts.source(one.node)), one.node.name, tuple(t.features(one.node)), branch)
+            for one, branch in zip(found, _branches(t, found), strict=True)
         ),
         len(stretch.blocks),
         tuple(dict.fromkeys(t.generic)),
@@ -100,6 +102,7 @@ class _Walk:
     def __init__(self, t: Context) -> None:
         self.t = t
         self.pixels = t.method.at_pixels
+        self.found: list[_Found] = []
 
     def run(self) -> list[_Found]:
         """Walk from the outputs to where the maps are read.
@@ -107,7 +110,7 @@ class _Walk:
         Raises:
             UnsupportedModelError: a node has no rule, or the row leads to no tokens.
         """
-        t, found = self.t, []
+        t, found = self.t, self.found
         for node in (n for n in reversed(t.facts.nodes) if n in t.facts.active):
             lanes = collect(t, node)
             if lanes is None:
@@ -129,16 +132,17 @@ class _Walk:
         return found[::-1]
 
     def _is_read(self, node: fx.Node, lanes: Lanes) -> bool:
-        """Whether this is where one input's tokens are read: nothing else of that input is under way, and no block comes before."""
+        """Whether this is where one input's tokens are read: nothing else of that input is under way or was read, and no block
+        comes before."""
         if self.pixels:
-            return node.op == "placeholder"
+            return self.t.facts.enters(node) and node.target is not aten.embedding.default
         t = self.t
         if lanes.row is None or node in t.stretch.above:
             return False
-        if node.op == "placeholder" or node.target is aten.embedding.default:
+        if t.facts.enters(node):
             return True
         own = t.facts.sources[node]
-        under_way = [x for x, pending in t.pending.items() if pending.rows]
+        under_way = [*(x for x, pending in t.pending.items() if pending.rows), *(one.node for one in self.found)]
         alone = not any(own & t.facts.sources[x] for x in under_way)
         return alone and len(t.facts.sequences(node)) == 1 and axes_.is_readable(t.axes(node))
 
@@ -174,6 +178,31 @@ class _Walk:
             dense = t.emit.call(torch.mul, dense, t.value(node))
         features = [dim + 1 for dim in t.features(node)]
         return Lane(t.emit.call(aten.sum.dim_IntList, dense, features, True) if features else dense)
+
+
+def _met(t: Context, found: Sequence[_Found]) -> list[_Found]:
+    """The maps that were found, those over look-ups of the same tokens as one."""
+    by_tokens: dict[Any, list[_Found]] = defaultdict(list)
+    for one in found:
+        by_tokens[one.node.args[1] if one.node.target is aten.embedding.default else one.node].append(one)
+    return [
+        _Found(several[0].node, t.added(several[0].node, [one.row for one in several], is_row=True))
+        for several in by_tokens.values()
+    ]
+
+
+def _branches(t: Context, found: Sequence[_Found]) -> list[str]:
+    """The module that reads an input, where several read it as other tokens each; else nothing."""
+    counts = Counter(t.facts.source(one.node) for one in found)
+    seen: Counter[str] = Counter()
+    names = []
+    for one in found:
+        modules = list((one.node.meta.get("nn_module_stack") or {}).values())
+        name = modules[-1][0] if modules and modules[-1][0] else one.node.name
+        seen[name] += 1
+        name += f" ({seen[name]})" if seen[name] > 1 else ""
+        names.append(f" in {name}" if counts[t.facts.source(one.node)] > 1 else "")
+    return names
 
 
 def collect(t: Context, node: fx.Node) -> Lanes | None:
@@ -212,7 +241,7 @@ def _squeezed(t: Context, found: _Found) -> fx.Node:
 
 def _grid(t: Context, found: _Found) -> fx.Node | None:
     """The map on the grid of image patches: followed further back, through rearrangements only, to what made the tokens."""
-    if t.method.at_pixels or (found.node.op == "placeholder" and found.node.meta["val"].dim() == 4):
+    if t.method.at_pixels or (t.facts.enters(found.node) and found.node.meta["val"].dim() == 4):
         return _squeezed(t, found)
     stretch = Stretch(t.stretch.leaves, {}, t.stretch.total, frozenset(), frozenset())
     back = Context(t.facts, stretch, t.method, t.rules, t.products, t.emit, trace=False)
