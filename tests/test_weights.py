@@ -32,6 +32,7 @@ def bits(w: Tensor, a: Any, change: int) -> None:
 CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "one entry by one ulp": lambda w: bits(w, (131, 77), 1),
     "the sign of one entry": lambda w: bits(w, (255, 319), -(2**31)),
+    "all bits of one entry": lambda w: bits(w, (131, 77), -1),
     "two entries swapped in a row": lambda w: swap(w, (7, 3), (7, 200)),
     "two entries swapped in a column": lambda w: swap(w, (7, 3), (90, 3)),
     "two entries swapped": lambda w: swap(w, (7, 3), (90, 200)),
@@ -78,6 +79,22 @@ def test_every_change_is_seen(change: str, transposed: bool, digest: Any, weight
     CHANGES[change](parameter.data)
     assert torch.equal(ask(), seen)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("digest", DIGESTS)
+def test_no_change_of_one_entry_gives_the_same_digest(digest: Any) -> None:
+    """Every pair of bits flipped, from several numbers, under several keys."""
+    flips = [
+        0,
+        *(1 << i for i in range(32)),
+        *(1 << i | 1 << j for i in range(32) for j in range(i)),
+        0xFFFFFFFF,
+        0xFFFF0000,
+    ]
+    changes = torch.tensor([x - 2**32 if x >= 2**31 else x for x in flips], dtype=torch.int32)
+    for start, key in torch.randint(-(2**31), 2**31, (50, 2), dtype=torch.int32):
+        numbers = (start ^ changes).view(torch.float32)[:, None]
+        assert len(digest(numbers, key[None]).unique()) == len(flips)
 
 
 def test_entries_of_few_values_do_not_fool_it() -> None:

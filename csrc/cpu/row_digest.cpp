@@ -16,7 +16,7 @@ Tensor row_digest(Tensor weight_any, Tensor keys_any) {
   const Tensor result = torch::stable::new_empty(weight, {rows}, ScalarType::Long);
   torch::stable::parallel_for(0, rows, std::max<int64_t>(kGrain / std::max<int64_t>(n, 1), 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      out<uint64_t>(result)[i] = reduced_kernels().digest(n, data<int32_t>(weight) + i * weight.stride(0), data<int32_t>(keys));
+      out<uint64_t>(result)[i] = reduced_kernels().digest(n, data<uint32_t>(weight) + i * weight.stride(0), data<uint32_t>(keys));
   });
   return result;
 }

@@ -16,7 +16,8 @@ def _reference(weight: Tensor, keys: Tensor) -> Tensor:
     """
     parts = []
     for words in weight.contiguous().view(torch.int32).split(max(1, CHUNK // max(1, weight.shape[1]))):
-        x = ((words ^ (words >> 15)) + keys).long().bitwise_and_(0xFFFFFFFF)
+        shifted = (words >> 15).bitwise_and_(0x1FFFF)  # of bits, not of a signed number
+        x = ((words ^ shifted) + keys).long().bitwise_and_(0xFFFFFFFF)
         parts.append(x.mul_(x).sum(1))
     return torch.cat(parts) if parts else keys.new_empty(0, dtype=torch.int64)
 

@@ -6,10 +6,10 @@
 namespace fastrel {
 namespace FASTREL_ISA {
 
-inline uint64_t digest(int64_t n, const int32_t* __restrict bits, const int32_t* __restrict keys) {
+inline uint64_t digest(int64_t n, const uint32_t* __restrict bits, const uint32_t* __restrict keys) {
   uint64_t total = 0;
   for (int64_t j = 0; j < n; ++j) {
-    const uint32_t x = static_cast<uint32_t>(bits[j] ^ (bits[j] >> 15)) + static_cast<uint32_t>(keys[j]);
+    const uint32_t x = (bits[j] ^ (bits[j] >> 15)) + keys[j];
     total += static_cast<uint64_t>(x) * x;
   }
   return total;

@@ -73,7 +73,7 @@ struct ReducedKernels {
       int64_t n, const float* signed_sum, const float* bias, const int32_t* magnitude, float x_scale, const float* w_scales,
       const float* rel, float* scratch, int8_t* out);
   void (*int8_combine)(int64_t n, const float* x, const int32_t* c, const int32_t* c_abs, float scale, float* out);
-  uint64_t (*digest)(int64_t n, const int32_t* bits, const int32_t* keys);
+  uint64_t (*digest)(int64_t n, const uint32_t* bits, const uint32_t* keys);
 };
 
 // The tables of the best instruction set that this processor has.
