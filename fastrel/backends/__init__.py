@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fastrel import ops, weights
-from fastrel.backends import cpp, cuda, triton
+from fastrel.backends import cpp, cuda, fusion, triton
 from fastrel.backends.common import Call
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.ops.library import REFERENCES
@@ -100,10 +100,10 @@ def lower(
         InputError: a backend asked for by name does not run on this device.
         UnsupportedModelError: it cannot compute an operator that this explanation needs, with the reasons.
     """
-    allowed = candidates(backend, device)
+    allowed, fused = candidates(backend, device), False
     for node in reverse.graph.nodes:
         op = node.target
-        if op not in REFERENCES and op is not ops.reduced_matmul:
+        if op not in REFERENCES and op not in _PLAIN:
             continue
         chosen, against = choose(Call.of(node, dtype), allowed)
         if against and backend != "auto":
@@ -116,9 +116,15 @@ def lower(
         node.target = chosen.kernels().get(op, op)
         if keep_weights and op is ops.reduced_weight:
             node.target = weights.kept(node.target)
+        fused = fused or chosen.name == "triton"
+    if fused:
+        fusion.fuse(reverse.graph)
     reverse.graph.eliminate_dead_code()
     reverse.recompile()
 
+
+#: Products of lanes alone, which are no operators of ours but which a backend may know how to multiply.
+_PLAIN = (ops.reduced_matmul, torch.matmul)
 
 #: What takes a part of a value or turns it around, before or after a cast alike.
 _VIEWS = {aten.narrow.default, aten.t.default}

@@ -67,6 +67,7 @@ def every_operator(n: int) -> None:
     linear(n)
     linear(n, torch.bfloat16)
     linear(n, torch.bfloat16, features=768)
+    kernels[torch.matmul](on_gpu(1, n, 64), on_gpu(64, 32, dtype=torch.bfloat16))
     reduced(n, "bfloat16")
     reduced(n, "float8")
     attention(n, 2, 5)
