@@ -264,8 +264,8 @@ def products(model: Model, batch: int) -> None:
                     print(f"| {device.name} | {name} | {work.operator} {ins} → {relevant} | {times} |")
 
 
-#: The reverse pass of ViT-B at batch 64 on an H100, ms: what was claimed before L2, issue and launches were counted, the code of then by
-#: the corrected model, and the best that is known how to do (reviewed 2026-11).
+#: The reverse pass of ViT-B at batch 64 on an H100, ms: what was claimed before L2, issue and launches were counted, the code of then
+#: by the corrected model, and the best that is known how to do.
 BEFORE = {
     "float32": (55, 155, "90–110"),
     "bfloat16 model": (26, 73, "25–30"),

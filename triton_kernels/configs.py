@@ -58,7 +58,7 @@ ATTENTION = {
         128: {
             "rows": {80: Tile(32, 32, 0, 4, 1)},
             "queries": {80: Tile(32, 32, 0, 8, 1)},
-            "keys": {80: Tile(32, 32, 0, 8, 1)},
+            "keys": {80: Tile(32, 32, 0, 8, 1), 90: Tile(16, 32, 0, 8, 1)},
         },
     },
     "float32": {
@@ -72,15 +72,15 @@ ATTENTION = {
         64: {
             "rows": {80: Tile(32, 32, 0, 8, 1)},
             "queries": {80: Tile(16, 32, 0, 8, 1)},
-            "queries relevance": {80: Tile(32, 32, 0, 8, 1)},
-            "keys": {80: Tile(16, 32, 0, 8, 1)},
+            "queries relevance": {80: Tile(32, 32, 0, 8, 1), 120: Tile(16, 32, 0, 8, 1)},
+            "keys": {80: Tile(16, 32, 0, 8, 1), 90: Tile(16, 16, 0, 4, 1)},
             "keys relevance": {80: Tile(16, 32, 0, 8, 1)},
         },
         128: {
             "rows": {80: Tile(16, 16, 0, 8, 1)},
             "queries": {80: Tile(16, 16, 0, 8, 1)},
             "queries relevance": {80: Tile(16, 16, 0, 8, 1)},
-            "keys": {80: Tile(16, 16, 0, 8, 1), 100: Tile(16, 32, 0, 8, 1)},
+            "keys": {80: Tile(16, 16, 0, 8, 1), 90: Tile(16, 32, 0, 8, 1)},
             "keys relevance": {80: Tile(16, 16, 0, 8, 1)},
         },
     },
