@@ -175,7 +175,7 @@ def recorded(capability: int = 90, devices: int = 2) -> Iterator[Recorded]:
         mock.patch.object(FakeTensor, "data_ptr", return_value=0x7F0000000000),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "device_count", return_value=devices),
-        mock.patch.object(torch.cuda, "current_device", lambda: seen.device),
+        mock.patch.object(torch.cuda, "current_device", seen.get_current_device),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=number),
         mock.patch.object(torch.cuda, "_exchange_device", exchange),
         mock.patch.object(torch.cuda, "_maybe_exchange_device", exchange),
