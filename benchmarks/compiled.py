@@ -58,12 +58,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: registers per thread, spilled bytes, shared memory in bytes, products in tensor cores."""
+    """What a compiled kernel takes: registers per thread, spilled bytes, shared memory in bytes, products in tensor cores; and of
+    its loop over tiles, the instructions that every warp issues (0 where there is none, and for AMD)."""
 
     registers: int
     spills: int
     shared: int
     tensor_cores: int
+    loop: int = 0
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -170,9 +172,29 @@ def resources(case: Case, target: str) -> Resources:
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage.stdout + usage.stderr))
     instructions = len(re.findall(r"\b(?:wgmma|mma\.sync|tcgen05\.mma)", binary.asm["ptx"]))
-    return Resources(int(found["REG"]), int(found["LOCAL"]) + int(found["STACK"]), binary.metadata.shared, instructions)
+    spilled = int(found["LOCAL"]) + int(found["STACK"])
+    return Resources(int(found["REG"]), spilled, binary.metadata.shared, instructions, loop_instructions(code))
+
+
+def loop_instructions(code: str) -> int:
+    """Instructions of the loop that holds most products, from its branch back; loops within it count once."""
+    addresses, products, branches = [], [], []
+    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", code):
+        at = int(address, 16)
+        addresses.append(at)
+        if re.search(r"\b(?:[HQIU]?[A-Z]*MMA|FFMA)\b", text):
+            products.append(at)
+        if back := re.search(r"\bBRA(?:\.\S+)?\s.*?(0x[0-9a-f]+)", text):
+            target = int(back.group(1), 16)
+            if target < at:
+                branches.append((target, at))
+    if not branches or not products:
+        return 0
+    first, last = max(branches, key=lambda b: (sum(b[0] <= at <= b[1] for at in products), b[0] - b[1]))
+    return sum(first <= at <= last for at in addresses)
 
 
 def table(targets: list[str]) -> dict[str, dict[str, Resources]]:
@@ -201,7 +223,8 @@ def main() -> None:
                 f"| {target} | {name} | {used.registers} | {used.spills} | {used.shared / 1024:.1f} | {used.tensor_cores} |"
             )
     if options.write:
-        kept = {target: {name: asdict(used) for name, used in rows.items()} for target, rows in found.items()}
+        kept = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+        kept |= {target: {name: asdict(used) for name, used in rows.items()} for target, rows in found.items()}
         TABLE.write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -159,10 +159,11 @@ def attention_rows_kernel(
 @triton.jit(do_not_specialize=["queries", "keys", "targets", "query_start"])
 def attention_queries_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr,
-    rel_q_ptr, grad_q_ptr,  # [targets, batch, queries, heads, d]
+    rel_q_ptr,  # [targets, batch, queries, heads, d]
+    grad_q_ptr,  # the same, lane_row numbers from token to token
     sum_ptr,  # [targets, batch, heads, queries]
     mask_sum_ptr,  # [targets, batch, heads, 3, queries]
-    heads, queries, keys, d, scale, query_start,
+    heads, queries, keys, d, scale, query_start, lane_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
     REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, SUMS: tl.constexpr,
@@ -218,7 +219,8 @@ def attention_queries_kernel(
             sum_rel += row_rel
     at = ((t * (parts // heads) + b) * queries * heads + h) * d
     if GRAD_IN:
-        store_rows(grad_q_ptr + at, i, queries, d, D, heads * d, grad_q)
+        at_grad = (t * (parts // heads) + b) * queries * lane_row + h * d
+        store_rows(grad_q_ptr + at_grad, i, queries, d, D, lane_row, grad_q)
     if REL_IN and OFFICIAL:
         store_rows(rel_q_ptr + at, i, queries, d, D, heads * d, rel_q * b_q * 0.5)
         if MASK != 0:
@@ -234,9 +236,10 @@ def attention_queries_kernel(
 def attention_keys_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr,
     row_ptr,  # [targets, batch, queries]
-    rel_k_ptr, rel_v_ptr, grad_k_ptr, grad_v_ptr,  # [targets, batch, keys, heads, d]
+    rel_k_ptr, rel_v_ptr,  # [targets, batch, keys, heads, d]
+    grad_k_ptr, grad_v_ptr,  # the same, lane_row numbers from token to token
     through_ptr,  # [targets, batch, heads, keys]
-    heads, queries, keys, d, scale, query_start,
+    heads, queries, keys, d, scale, query_start, lane_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
     REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, ROW: tl.constexpr,
@@ -291,8 +294,9 @@ def attention_keys_kernel(
                 rel_k = tl.dot(tl.trans(operand(s_scores, tl.float32, PRECISION)), b_q, rel_k, input_precision=PRECISION)
     at = (sample * keys * heads + h) * d
     if GRAD_IN:
-        store_rows(grad_k_ptr + at, j, keys, d, D, heads * d, grad_k)
-        store_rows(grad_v_ptr + at, j, keys, d, D, heads * d, grad_v)
+        at_grad = sample * keys * lane_row + h * d
+        store_rows(grad_k_ptr + at_grad, j, keys, d, D, lane_row, grad_k)
+        store_rows(grad_v_ptr + at_grad, j, keys, d, D, lane_row, grad_v)
     if REL_IN:
         store_rows(rel_v_ptr + at, j, keys, d, D, heads * d, rel_v * b_relevant * (0.5 if OFFICIAL else 1.0))
         if OFFICIAL:
@@ -337,7 +341,12 @@ def attention_relevance(
     wants_rel, wants_grad = inputs and rel is not None, inputs and grad is not None
     rel_q, rel_k = lane(wants_rel and official, queries), lane(wants_rel and official, keys)
     rel_v = lane(wants_rel, keys)
-    grad_q, grad_k, grad_v = lane(wants_grad, queries), lane(wants_grad, keys), lane(wants_grad, keys)
+    if wants_grad and queries == keys:
+        # Side by side, as a layer that made q, k and v in one has them: its lanes need no joining.
+        grads = empty(targets, batch, queries, 3, heads, d)
+        grad_q, grad_k, grad_v = (grads.select(3, i).transpose(2, 3) for i in range(3))
+    else:
+        grad_q, grad_k, grad_v = lane(wants_grad, queries), lane(wants_grad, keys), lane(wants_grad, keys)
     lse = empty(batch, heads, queries)
     s = none if rel is None else empty(targets, batch, heads, queries, d)
     delta = none if grad is None else empty(targets, batch, heads, queries)
@@ -385,7 +394,8 @@ def attention_relevance(
         tile, blocking = tiled("queries relevance" if rel_in and not grad_in else "queries")
         if grad_in or rel_in or sums_in:
             attention_queries_kernel[blocks(queries, tile.m) * batch * heads, targets](
-                **values, rel_q_ptr=rel_q, grad_q_ptr=grad_q, sum_ptr=sums, mask_sum_ptr=mask_sums,
+                **values, lane_row=grad_q.stride(-2) if wants_grad else 0,
+                rel_q_ptr=rel_q, grad_q_ptr=grad_q, sum_ptr=sums, mask_sum_ptr=mask_sums,
                 GRAD_IN=grad_in, REL_IN=rel_in, SUMS=sums_in, **_of_lanes(options, grad_in, rel_in, sums_in), **blocking,
             )  # fmt: skip
     kept, weights = none, row
@@ -399,7 +409,8 @@ def attention_relevance(
         tile, blocking = tiled("keys relevance" if rel_in and not grad_in else "keys")
         if grad_in or rel_in or row_in:
             attention_keys_kernel[blocks(keys, tile.n) * batch * heads, targets](
-                **values, row_ptr=none if weights is None else weights, rel_k_ptr=rel_k, rel_v_ptr=rel_v,
+                **values, lane_row=grad_k.stride(-2) if wants_grad else 0,
+                row_ptr=none if weights is None else weights, rel_k_ptr=rel_k, rel_v_ptr=rel_v,
                 grad_k_ptr=grad_k, grad_v_ptr=grad_v, through_ptr=through, GRAD_IN=grad_in, REL_IN=rel_in, ROW=row_in,
                 **_of_lanes(options, grad_in, rel_in, row_in), **blocking,
             )  # fmt: skip

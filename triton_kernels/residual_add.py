@@ -18,15 +18,18 @@ RUN = 8
 @triton.jit(do_not_specialize=["size", "total"])
 def residual_share_kernel(
     u_ptr, v_ptr,  # [size]
-    rel_ptr, rel_u_ptr, rel_v_ptr,  # [targets, size]
+    rel_ptr, beside_ptr, rel_u_ptr, rel_v_ptr,  # [targets, size]
     size, total,
-    BLOCK: tl.constexpr,
+    ADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < total
     b_u = tl.load(u_ptr + at % size, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
     b_v = tl.load(v_ptr + at % size, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
-    rel_u, rel_v = share(b_u, b_v, tl.load(rel_ptr + at, mask=inside, other=0.0))
+    b_rel = tl.load(rel_ptr + at, mask=inside, other=0.0)  # [BLOCK]
+    if ADDED:
+        b_rel += tl.load(beside_ptr + at, mask=inside, other=0.0)
+    rel_u, rel_v = share(b_u, b_v, b_rel)
     tl.store(rel_u_ptr + at, rel_u, mask=inside)
     tl.store(rel_v_ptr + at, rel_v, mask=inside)
 
@@ -92,10 +95,7 @@ def residual_scale_kernel(
 def residual_add(u: Tensor, v: Tensor, rel: Tensor, batch_dim: int, rules: str) -> tuple[Tensor, Tensor]:
     """`fastrel::residual_add` for u, v of float32, bfloat16 or float16 and a lane of float32."""
     if rules == "positive":
-        u, v, rel = dense(u), dense(v), dense(rel)
-        rel_u, rel_v = torch.empty_like(rel), torch.empty_like(rel)
-        residual_share_kernel[(blocks(rel.numel(), BLOCK),)](u, v, rel, rel_u, rel_v, u.numel(), rel.numel(), BLOCK=BLOCK)
-        return rel_u, rel_v
+        return residual_add_of_sum(u, v, rel, None)
     u, v, rel = (dense(x.movedim(d, d - batch_dim)) for x, d in ((u, batch_dim), (v, batch_dim), (rel, batch_dim + 1)))
     rel_u, rel_v = torch.empty_like(rel), torch.empty_like(rel)
     batch = len(u)
@@ -107,3 +107,15 @@ def residual_add(u: Tensor, v: Tensor, rel: Tensor, batch_dim: int, rules: str) 
         u, v, rel, rel_u, rel_v, sums, batch, size, chunks, BLOCK=BLOCK, CHUNKS=triton.next_power_of_2(chunks)
     )
     return rel_u.movedim(1, batch_dim + 1), rel_v.movedim(1, batch_dim + 1)
+
+
+@on_its_device
+def residual_add_of_sum(u: Tensor, v: Tensor, rel: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`residual_add` under the positive rules of `rel` + `beside`, what two consumers of u + v give it."""
+    u, v, rel = dense(u), dense(v), dense(rel)
+    rel_u, rel_v = torch.empty_like(rel), torch.empty_like(rel)
+    residual_share_kernel[(blocks(rel.numel(), BLOCK),)](
+        u_ptr=u, v_ptr=v, rel_ptr=rel, beside_ptr=rel if beside is None else dense(beside), rel_u_ptr=rel_u, rel_v_ptr=rel_v,
+        size=u.numel(), total=rel.numel(), ADDED=beside is not None, BLOCK=BLOCK,
+    )  # fmt: skip
+    return rel_u, rel_v

@@ -39,7 +39,7 @@ def kind_of(weight: torch.dtype) -> Kind:
     if weight == torch.bfloat16:
         return Kind("split", tl.bfloat16, "ieee", True, tl.bfloat16, torch.float32)
     if weight == torch.float16 and not torch.version.hip:
-        return Kind("split", tl.float32, "tf32", True, tl.float32, torch.float32)
+        return Kind("split, tf32", tl.float32, "tf32", True, tl.float32, torch.float32)
     return Kind("float32", tl.float32, float32_precision(), False, tl.float32, torch.float32)
 
 
@@ -211,7 +211,7 @@ def zplus_linear(
     """
     kind = kind_of(weight.dtype)
     if x.dtype == weight.dtype == torch.bfloat16 and configs.products_first(x.numel() // x.shape[-1], weight.shape):
-        return zplus_products.linear(x, weight, weight, rel, grad, rules, parts=2)
+        return zplus_products.linear(x, weight, weight, None, None, rel, grad, rules, parts=2)
     from_output = y is not None and y.dtype == weight.dtype == torch.float32
     return _fused(kind, x, weight, None, weight, y if from_output else None, bias, rel, grad, rules)
 
@@ -231,7 +231,7 @@ def zplus_linear_reduced(
     """`fastrel::zplus_linear_reduced` in the prepared weight's dtype, bfloat16 or float8_e4m3fn. |W| is formed in registers."""
     kind = REDUCED[w.dtype]
     if kind.name == "bfloat16" and configs.products_first(x.numel() // x.shape[-1], w.shape):
-        return zplus_products.linear(x, w, w_grad, rel, grad, "positive", parts=1)
+        return zplus_products.linear(x, w, w_grad, y, bias, rel, grad, "positive", parts=1)
     return _fused(kind, x, w, scales, w_grad, y, bias, rel, grad, "positive")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fastrel import ops, weights
-from fastrel.backends import cpp, cuda, triton
+from fastrel.backends import cpp, cuda, fusion, triton
 from fastrel.backends.common import Call
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.ops.library import CPU_KERNELS, REFERENCES
@@ -104,11 +104,11 @@ def lower(
         InputError: a backend asked for by name does not run on this device.
         UnsupportedModelError: it cannot compute an operator that this explanation needs, with the reasons.
     """
-    allowed = candidates(backend, device)
+    allowed, fused = candidates(backend, device), False
     digests: dict[Any, fx.Node] = {}
     for node in reverse.graph.nodes:
         op = node.target
-        if op not in REFERENCES and op is not ops.reduced_matmul:
+        if op not in REFERENCES and op not in _PLAIN:
             continue
         chosen, against = choose(Call.of(node, dtype), allowed)
         if against and backend != "auto":
@@ -119,18 +119,30 @@ def lower(
             with reverse.graph.inserting_before(node):
                 node.args = tuple(_as_the_model_has_it(x) for x in node.args)
         node.target = chosen.kernels().get(op, op)
-        if not keep_weights or op is not ops.reduced_weight:
-            continue
-        if not chosen.digest:
-            node.target = weights.kept_by_version(node.target) if device.type != "cpu" else node.target
-            continue
-        weight, purpose = node.args
-        if weight not in digests:
-            with reverse.graph.inserting_before(node):
-                digests[weight] = reverse.graph.call_function(weights.digested(chosen.digest), (weight,))
-        node.target, node.args = weights.kept(node.target), (weight, purpose, digests[weight])
+        if keep_weights and op is ops.reduced_weight:
+            _keep(node, chosen, device, digests)
+        fused = fused or chosen.name == "triton"
+    if fused:
+        fusion.fuse(reverse.graph)
     reverse.graph.eliminate_dead_code()
     reverse.recompile()
+
+
+#: Products of lanes alone, which are no operators of ours but which a backend may know how to multiply.
+_PLAIN = (ops.reduced_matmul, torch.matmul)
+
+
+def _keep(node: fx.Node, chosen: Backend, device: torch.device, digests: dict[Any, fx.Node]) -> None:
+    """What is made of a weight is kept from call to call, on a CPU while its digest is the same (one for all its uses)."""
+    target: Any = node.target
+    if not chosen.digest:
+        node.target = weights.kept_by_version(target) if device.type != "cpu" else target
+        return
+    weight, purpose = node.args
+    if weight not in digests:
+        with node.graph.inserting_before(node):
+            digests[weight] = node.graph.call_function(weights.digested(chosen.digest), (weight,))
+    node.target, node.args = weights.kept(target), (weight, purpose, digests[weight])
 
 
 #: What takes a part of a value or turns it around, before or after a cast alike.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrel import ops
+from fastrel import ops, weights
 from fastrel.backends import native
 from fastrel.backends.common import Call, without_kernel
 from fastrel.ops.attention import mask_factor
@@ -89,11 +89,14 @@ def supports(call: Call) -> list[str]:
     return without_kernel(call, None)
 
 
+_kept = weights.kept(lambda weight, purpose: (weight.abs(),))
+
+
 def zplus_linear(
     x: Tensor, weight: Tensor, y: Tensor | None, bias: Tensor | None, rel: Tensor, grad: Tensor | None, rules: str
 ) -> tuple[Tensor, Tensor]:
     """`fastrel::zplus_linear` in float32 or float64."""
-    w_abs = weight.abs()
+    (w_abs,) = _kept(weight, "magnitude")
     magnitude = x.abs() @ w_abs.mT
     signed = x @ weight.mT if y is None else y
     s = passes.zplus_ratio(signed, None if y is None else bias, magnitude, rel, 0.0, rules == "official")

@@ -78,7 +78,7 @@ def kernels() -> dict[Any, Any]:
     from fastrel.triton_kernels.residual_add import residual_add
     from fastrel.triton_kernels.rollout_row import rollout_row
     from fastrel.triton_kernels.zplus_linear import zplus_linear, zplus_linear_reduced
-    from fastrel.triton_kernels.zplus_products import reduced_matmul, reduced_weight
+    from fastrel.triton_kernels.zplus_products import matmul, reduced_matmul, reduced_weight
 
     return {
         ops.zplus_linear: zplus_linear,
@@ -90,6 +90,7 @@ def kernels() -> dict[Any, Any]:
         ops.layer_norm_backward: layer_norm_backward,
         ops.reduced_weight: reduced_weight,
         ops.reduced_matmul: reduced_matmul,
+        torch.matmul: matmul,
     }
 
 

@@ -300,7 +300,7 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
             owners.append(attributes.get(id(constant), constant) if isinstance(constant, Tensor) else constant)
     output = next(iter(reversed(graph.nodes)))
     # What the model writes into its own inputs is no output.
-    results = zip(output.args[0], signature.output_specs, strict=True)  # type: ignore[arg-type]
+    results = zip(output.args[0], signature.output_specs, strict=True)
     output.args = (tuple(x for x, spec in results if spec.kind is OutputKind.USER_OUTPUT),)
     graph.eliminate_dead_code()
     guards = Guards(inputs)

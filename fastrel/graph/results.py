@@ -39,4 +39,4 @@ def returns_plainly(model: nn.Module) -> None:
     def plainly(*args: Any, **kwargs: Any) -> Any:
         return plain(forward(*args, **kwargs))
 
-    model.forward = plainly  # type: ignore[method-assign]
+    model.forward = plainly

@@ -172,14 +172,14 @@ def recorded(capability: int = 90, devices: int = 2) -> Iterator[Recorded]:
     with (
         mock.patch.object(JITFunction, "_do_compile", compile_),
         mock.patch.object(JITFunction, "device_caches", property(caches, lambda self, value: None), create=True),
-        mock.patch.object(FakeTensor, "data_ptr", lambda self: 0x7F0000000000),
+        mock.patch.object(FakeTensor, "data_ptr", return_value=0x7F0000000000),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "device_count", return_value=devices),
-        mock.patch.object(torch.cuda, "current_device", lambda: seen.device),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: number),
+        mock.patch.object(torch.cuda, "current_device", seen.get_current_device),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=number),
         mock.patch.object(torch.cuda, "_exchange_device", exchange),
         mock.patch.object(torch.cuda, "_maybe_exchange_device", exchange),
-        mock.patch.object(triton_backend, "_fails_on", lambda index: None),
+        mock.patch.object(triton_backend, "_fails_on", return_value=None),
         _Operators(seen),
     ):
         driver.set_active(seen)

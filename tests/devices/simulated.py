@@ -43,6 +43,17 @@ def layer(x: Tensor, weight: Tensor, rel: Tensor, grad: Tensor | None, value: Ro
 PARTS = (lambda x: x.clamp(min=0), lambda x: x.clamp(max=0))
 
 
+def bfloat16_layer(
+    x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None, rel: Tensor, grad: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Operands of bfloat16; Z from the layer's own output and the product of magnitudes."""
+    narrow, x, w = arithmetic.bfloat16, x.float(), w.float()
+    magnitude, y = narrow(x.abs()) @ w.abs().mT, y.float() if bias is None else y.float() - bias.float()
+    s = narrow(safe_divide(rel, torch.maximum((y + magnitude) / 2, magnitude * FLOOR)))
+    rel_in = x.clamp(min=0) * (s @ w.clamp(min=0)) + x.clamp(max=0) * (s @ w.clamp(max=0))
+    return rel_in, x.new_empty(0) if grad is None else narrow(grad) @ w
+
+
 def float8_layer(
     x: Tensor, w: Tensor, scales: Tensor, w_grad: Tensor, y: Tensor, bias: Tensor | None, rel: Tensor, grad: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -98,7 +109,7 @@ def operators() -> dict[Any, Callable[..., Any]]:
         x: Any, w: Any, w_abs: Any, scales: Any, w_grad: Any, y: Any, bias: Any, rel: Any, grad: Any
     ) -> Any:
         if w.dtype == torch.bfloat16:
-            return layer(x, w, rel, grad, arithmetic.bfloat16, arithmetic.bfloat16)
+            return bfloat16_layer(x, w, y, bias, rel, grad)
         return float8_layer(x, w, scales, w_grad, y, bias, rel, grad)
 
     def attention_relevance(q: Tensor, *rest: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -17,8 +19,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl
 
-from fastrel import ops
+import fastrel
+from fastrel import backends, ops
 from fastrel.backends import triton
+from fastrel.backends.common import Call
+from tests import models
 from tests.devices import recorder
 from tests.devices.programs import Launches, lowered
 from tests.devices.recorder import GRID_LIMITS, Recorded, recorded
@@ -67,6 +72,7 @@ def every_operator(n: int) -> None:
     linear(n)
     linear(n, torch.bfloat16)
     linear(n, torch.bfloat16, features=768)
+    kernels[torch.matmul](on_gpu(1, n, 64), on_gpu(64, 32, dtype=torch.bfloat16))
     reduced(n, "bfloat16")
     reduced(n, "float8")
     attention(n, 2, 5)
@@ -203,8 +209,8 @@ class TestWhetherTritonRuns:
 
     def test_a_trial_kernel_that_fails_is_the_reason(self) -> None:
         with (
-            mock.patch.object(torch.cuda, "is_available", lambda: True),
-            mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+            mock.patch.object(torch.cuda, "is_available", return_value=True),
+            mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
         ):
             reason = triton.runs_on(torch.device("cuda:1"))
         assert reason is not None
@@ -213,7 +219,7 @@ class TestWhetherTritonRuns:
     def test_every_device_is_asked_for_its_own_capability(self) -> None:
         old = {0: (9, 0), 1: (7, 5)}
         with (
-            mock.patch.object(torch.cuda, "is_available", lambda: True),
+            mock.patch.object(torch.cuda, "is_available", return_value=True),
             mock.patch.object(torch.cuda, "get_device_capability", lambda device=0: old[int(device)]),
         ):
             assert triton.runs_on(torch.device("cuda:1")) == "compute capability 7.5 of cuda:1 is below 8.0"
@@ -257,3 +263,47 @@ def test_the_last_blocks_lanes_lie_on_the_row_that_is_read() -> None:
 def test_dots_are_named_as_triton_names_them() -> None:
     """A guard for the table above."""
     assert (tl.bfloat16.name, tl.float32.name, tl.float8e4nv.name) == ("bf16", "fp32", "fp8e4nv")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("mixed", torch.bfloat16)])
+def test_lanes_are_neither_joined_nor_added_by_launches_of_their_own(precision: str, dtype: torch.dtype) -> None:
+    """q, k and v of one layer get their gradients side by side; sums of lanes are taken where a kernel reads them anyway."""
+    model, given = _vit(dtype)
+    with recorded(90) as seen:
+        launches = Launches(seen, *lowered(model, given, DEVICE, precision=precision), DEVICE)
+        launches.explain(1)
+        launches.explain(1)
+        names = [name.removeprefix("aten.") for name in seen.operators]
+        assert names.count("cat.default") == 1  # the forward pass's own, of the class token
+        # The forward pass has 25 and the rows of the rollout 12; two more where the last block's row meets all tokens.
+        assert names.count("add.Tensor") <= 25 + 12 + 2
+
+
+def test_without_triton_a_cpu_explanation_is_none_the_worse() -> None:
+    """Whether kernels are interpreted is read from the environment: nothing of Triton's is imported for it."""
+    model, given = models.build("timm_vit"), models.inputs("timm_vit")
+    absent = dict.fromkeys(("triton", "fastrel.triton_kernels", "fastrel.triton_kernels.launch"))
+    with mock.patch.dict(sys.modules, absent):
+        assert fastrel.Explainer(model)(**given).relevance.isfinite().all()
+
+
+def test_nothing_is_compiled_for_an_operator_that_the_backend_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking whether the CUDA passes are there runs nvcc for minutes; for `reduced_weight` they have no use."""
+    asked = []
+    passes = dataclasses.replace(backends.BACKENDS["cuda"], unavailable=lambda: asked.append(1) or "not here")
+    call = Call(ops.reduced_weight, ("bfloat16",), torch.float32)
+    chosen, _ = backends.choose(call, [passes, backends.BACKENDS["torch"]])
+    assert (chosen.name, asked) == ("torch", [])
+    backends.choose(Call(ops.residual_add, ("positive",), torch.float32), [passes, backends.BACKENDS["torch"]])
+    assert asked == [1]
+
+
+def test_16_bit_values_reach_the_kernels_without_casts() -> None:
+    """Computed again, cut out of a larger layer or turned round: x and weight are what the model has."""
+    model, given = _vit(torch.bfloat16)
+    with recorded(90) as seen:
+        launches = Launches(seen, *lowered(model, given, DEVICE), DEVICE)
+        launches.explain(2)
+        for launch in seen.launches:
+            if launch.name == "zplus_back_kernel":
+                assert {launch.arguments[name].dtype for name in ("x_ptr", "w_ptr", "w_grad_ptr")} == {torch.bfloat16}

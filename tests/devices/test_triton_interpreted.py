@@ -73,6 +73,15 @@ def test_torchs_products_with_passes_between_them(
     compare(guards, ops.zplus_linear, x, weight.mT.contiguous().mT, None, None, rel, None, rules)
 
 
+def test_gradients_by_a_16_bit_weight_alone() -> None:
+    """As exact as in float32, and not multiplied in it."""
+    lane, weight = torch.randn(2, 3, 5, 70), torch.randn(70, 33).bfloat16()
+    ours, exact = triton.kernels()[torch.matmul](lane, weight), lane.double() @ weight.double()
+    assert golden.relative_error(ours.double(), exact) < 5e-6
+    wide = weight.float()
+    assert torch.equal(triton.kernels()[torch.matmul](lane, wide), lane @ wide)
+
+
 def test_torchs_products_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one part each, they err as rounding to bfloat16 does."""
     monkeypatch.setattr(configs, "products_first", lambda rows, weight: True)
@@ -225,7 +234,9 @@ def test_what_is_not_a_number_is_not_hidden(bad: float) -> None:
         rel_in, grad_in = kernels[ops.zplus_linear](torch.randn(3, 16).to(dtype), *values[1:], broken, broken, "positive")
         assert not rel_in[0, 2].isfinite().all(), dtype
         assert not grad_in[0, 2].isfinite().all(), dtype
-    products = zplus_products.linear(x.bfloat16(), weight.bfloat16(), weight.bfloat16(), lane, lane, "positive", parts=2)
+    products = zplus_products.linear(
+        x.bfloat16(), weight.bfloat16(), weight.bfloat16(), None, None, lane, lane, "positive", parts=2
+    )
     assert not products[0][0, 1].isfinite().all()
     u, v = torch.randn(2, 3, 20)
     u[1, 2] = bad
