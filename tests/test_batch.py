@@ -74,7 +74,7 @@ def test_explain_gives_the_maps_of_the_explainer(tmp_path: Path) -> None:
     expected = fastrel.Explainer(model)(x, target=top.indices)
     assert made["map"].shape == (6, 4, 4)
     assert np.allclose(made["map"].reshape(3, 2, 4, 4), expected.patches.numpy(), atol=1e-6)
-    assert made["target"] == top.indices.flatten().tolist()
+    assert made["target"].tolist() == top.indices.flatten().tolist()
     assert np.allclose(made["logit"], top.values.flatten().numpy(), atol=1e-5)
     assert np.allclose(made["probability"], expected.logits.softmax(1).gather(1, top.indices).flatten(), atol=1e-6)
     assert all(len(digest) == 64 for digest in made["sha256"])

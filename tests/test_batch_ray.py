@@ -24,8 +24,7 @@ from fastrel.errors import FastrelError, InputError
 from tests import tiny
 from tests.test_batch import found, rows
 
-pytest.importorskip("ray")
-from fastrel.batch import on_ray
+ray = pytest.importorskip("ray")
 
 KILLS = int(os.environ.get("FASTREL_KILLS", "3"))
 
@@ -58,6 +57,8 @@ def run(engine: str, explain: Explain, folder: Path, out: Path, **options: Any) 
         if engine == "local":
             local.run(explain, tasks, store, schema, 0, lambda done, failed: None)
         else:
+            from fastrel.batch import on_ray
+
             on_ray.run(explain, tasks, store, schema, lambda done, failed: None, **options)
 
 
@@ -123,6 +124,20 @@ def test_a_model_that_kills_every_actor_ends_the_run(cluster: str, tmp_path: Pat
     explain = Explain("tests.tiny:fatal", target=("1",))  # never loaded here: it would end this process
     with pytest.raises(FastrelError, match="die again and again"):
         run("ray", explain, folder, tmp_path / "out", actors=1, address=cluster)
+
+
+def test_the_callable_maps_a_data_set_of_one_s_own(cluster: str, tmp_path: Path) -> None:
+    folder = tiny.pictures(tmp_path / "p", 9)
+    (folder / "bad.png").write_bytes(b"no")
+    ray.init(address=cluster, log_to_driver=False)
+    try:
+        files = ray.data.read_binary_files(str(folder), include_paths=True)
+        frame = files.map_batches(Explain("tests.tiny:vit", target=("top2",)), batch_size=3).to_pandas()
+    finally:
+        ray.shutdown()
+    assert len(frame) == 19
+    assert [Path(name).name for name in frame["item"][frame["error"].notna()]] == ["bad.png"]
+    assert np.stack(list(frame["map"])).shape == (19, 4, 4)
 
 
 def test_too_few_processors_are_an_error_not_a_hang(cluster: str, explain: Explain, tmp_path: Path) -> None:

@@ -40,15 +40,16 @@ class Explain:
             raise InputError(f"unknown options {', '.join(unknown)}; there are {', '.join(sorted(known))}")
         if isinstance(options.get("target"), (str, int)):
             options["target"] = (str(options["target"]),)
-        self.settings = Settings(model, **options)
-        self._lock = threading.Lock()
-        self._ready: tuple[Loaded, Explainer, list[int] | None, int] | None = None
+        self.__setstate__({"settings": Settings(model, **options)})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"settings": self.settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.settings, self._lock, self._ready = state["settings"], threading.Lock(), None
+        self.settings: Settings = state["settings"]
+        self._lock = threading.Lock()
+        self._shape: tuple[int, ...] | None = None
+        self._ready: tuple[Loaded, Explainer, list[int] | None, int] | None = None
 
     @property
     def loaded(self) -> Loaded:
@@ -59,20 +60,24 @@ class Explain:
         """One row per item and target, by column; an item that fails has one row with an `error`, and nothing is raised.
 
         Args:
-            batch: "item": names; "image": the bytes of a file, PIL images or arrays [H, W, 3] of uint8, or "text": strings.
-                Without the last two, items are paths.
+            batch: "item" (or "path"): names; "image" (or "bytes", as `ray.data.read_binary_files` calls it): the bytes of
+                files, PIL images or arrays [H, W, 3] of uint8; or "text": strings. Without these, items are paths.
 
         Returns:
-            the columns of `fastrel.batch.row.Row`; "map" is [N, gh, gw] float32, NaN where there is an error.
+            the columns that `fastrel batch` writes, of `fastrel.batch.row.Row`: "map" [N, gh, gw] float32, or (texts) lists of
+            "relevance" and "tokens". Where there is an error, maps and logits are NaN or empty and targets -1.
         """
-        given = next((batch[name] for name in ("image", "text") if name in batch), None)
-        names = [str(name) for name in batch.get("item", range(len(given) if given is not None else 0))]
+        given = next((batch[name] for name in ("image", "bytes", "text") if name in batch), None)
+        items = next((batch[name] for name in ("item", "path") if name in batch), None)
+        if items is None:
+            items = range(0 if given is None else len(given))
+        names = [str(name) for name in items]
         try:
-            loaded = self.loaded
+            loaded, shape = self.loaded, self.shape()
             rows = self.rows([_decode(name, None if given is None else given[i], loaded) for i, name in enumerate(names)])
         except Exception as error:  # the model itself; every row says so
-            rows = [Row(name, error=reason(error)) for name in names]
-        return _columns(rows)
+            return _columns([Row(name, error=reason(error)) for name in names], None)
+        return _columns(rows, shape)
 
     def rows(self, items: Sequence[Decoded]) -> list[Row]:
         """The rows of a batch.
@@ -104,9 +109,12 @@ class Explain:
         loaded = self.loaded
         if loaded.kind != "image":
             return None
+        if self._shape is not None:
+            return self._shape
         noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
         (row, *_) = self._explained([(Decoded("noise", samples=loaded.reader(Image.fromarray(noise))), 0)])[0]
-        return None if row.map is None else row.map.shape
+        self._shape = None if row.map is None else row.map.shape
+        return self._shape
 
     def _one(self, place: tuple[Decoded, int]) -> list[list[Row]]:
         item, window = place
@@ -205,10 +213,26 @@ def _decode(name: str, content: Any, loaded: Loaded) -> Decoded:
     return decode(Item(name, where), loaded.reader, loaded.kind)
 
 
-def _columns(rows: Sequence[Row]) -> dict[str, Any]:
-    columns: dict[str, Any] = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Row)}
-    shapes = {row.map.shape for row in rows if row.map is not None}
-    if len(shapes) == 1:
-        missing = np.full(shapes.pop(), np.nan, np.float32)
-        columns["map"] = np.stack([missing if row.map is None else row.map.astype(np.float32) for row in rows])
+def _columns(rows: Sequence[Row], shape: tuple[int, ...] | None) -> dict[str, Any]:
+    """Columns of one type each, whatever failed: what Arrow and Ray make blocks of."""
+    columns: dict[str, Any] = {
+        name: [getattr(row, name) for row in rows] for name in ("item", "sha256", "target_name", "error")
+    }
+    for name, missing, kind in (
+        ("window", 0, np.int64),
+        ("target", -1, np.int64),
+        ("predicted", -1, np.int64),
+        ("logit", np.nan, np.float32),
+        ("probability", np.nan, np.float32),
+    ):
+        found = [getattr(row, name) for row in rows]
+        columns[name] = np.array([missing if value is None else value for value in found], kind)
+    if shape is None:
+        nothing = np.zeros(0, np.float32)
+        columns["relevance"] = [nothing if row.relevance is None else row.relevance for row in rows]
+        columns["tokens"] = [row.tokens or [] for row in rows]
+    else:
+        maps = [np.full(shape, np.nan, np.float32) if row.map is None else row.map for row in rows]
+        columns["map"] = np.stack(maps).astype(np.float32) if maps else np.zeros((0, *shape), np.float32)
+    columns["notes"] = [list(row.notes) for row in rows]
     return columns

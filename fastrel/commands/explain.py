@@ -73,13 +73,13 @@ def run(options: argparse.Namespace) -> int:
         print(f"{len(found.items) - len(todo)} of {len(found.items)} were explained before")
     if options.rules == "official":
         print("maps under the official rules depend on rounding; explanation.noise_floor() in Python says by how much")
-    failures = _all(options, explain, todo, outputs)
+    failures = explain_all(options, explain, todo, outputs)
     for name, reason in failures.items():
         print(f"fastrel: not explained: {name}: {reason}", file=sys.stderr)
     return 0 if not failures else 2 if len(failures) == len(found.items) else 1
 
 
-def _all(options: argparse.Namespace, explain: Explain, todo: Sequence[Item], outputs: Outputs) -> dict[str, str]:
+def explain_all(options: argparse.Namespace, explain: Explain, todo: Sequence[Item], outputs: Outputs) -> dict[str, str]:
     """Explain items while others are decoded and drawn; the failures, with the reason."""
     size = options.batch_size
     batches = [todo[at : at + size] for at in range(0, len(todo), size)]
