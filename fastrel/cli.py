@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return options.run(options)
     except (FastrelError, OSError, ImportError) as error:
         if options.debug:
+            print(getattr(error, "details", ""), file=sys.stderr)
             raise
         print(f"fastrel: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from fastrel.graph.ambient import plainly
 from fastrel.graph.capture import LOCK, Captured
 from fastrel.graph.clone import structural_clone
 from fastrel.graph.results import plain
@@ -39,7 +40,7 @@ def difference(
     """Where the outputs of a captured graph and of the model part on these inputs; None if they are equal."""
     expected = _tensors(run_model(model, args, kwargs))
     graph = _module(captured, captured.outputs)
-    with torch.no_grad():
+    with plainly():
         found = _tensors(graph(*values))
     if len(found) != len(expected):
         return f"it returns {len(found)} tensors, the model {len(expected)}"
@@ -102,7 +103,7 @@ def _place(model: nn.Module, captured: Captured, values: list[Any], args: Sequen
             if isinstance(node.meta.get("val"), Tensor):
                 last[path] = node
     names = [name for name in own if name in last]
-    with torch.no_grad():
+    with plainly():
         results = _module(captured, [last[name] for name in names])(*values)
     for name, result in zip(names, results, strict=True):
         if result.shape == own[name].shape and _apart(result, own[name]):

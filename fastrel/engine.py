@@ -6,14 +6,12 @@ outputs are compared with the model's own the first time that it runs, and the f
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
@@ -21,6 +19,7 @@ from fastrel import backends
 from fastrel import precision as precision_
 from fastrel.comparison import difference, run_model
 from fastrel.errors import CaptureError, InputError
+from fastrel.graph.ambient import outside_inference
 from fastrel.graph.capture import LOCK, Captured, Signature, capture, in_order
 from fastrel.graph.clone import unwrapped
 from fastrel.graph.fingerprint import Fingerprint
@@ -232,26 +231,6 @@ def _program(captured: Captured, options: Options, outputs: tuple[int, ...], tra
     )
     backends.lower(program.reverse, options.backend, value.device, program.dtype, keep_weights=options.memory == "normal")
     return program
-
-
-@contextlib.contextmanager
-def outside_inference() -> Iterator[None]:
-    """Outside of `torch.inference_mode`, where tensors know their versions."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            yield
-    else:
-        yield
-
-
-@contextlib.contextmanager
-def plainly(grad: bool = False) -> Iterator[None]:
-    """Where programs run: what the ambient modes make of the model is in its graph already."""
-    with outside_inference(), torch.set_grad_enabled(grad), contextlib.ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def _ordinary(x: Any) -> Any:

@@ -25,16 +25,18 @@ from fastrel.verification import Verification, verify
 
 
 class Explainer:
-    """Explains predictions of an unmodified model.
+    """Explains predictions of an unmodified model, as it is at the moment of each call.
 
     The model is captured with `torch.export` at the first call and again for every new kind of input (other image size,
-    other dtype); batch size and text length may vary freely. Nothing is patched and nothing is copied: parameters are read
-    from the live model at every call, so that training it further is fine. It is always explained as it predicts in eval
-    mode, whatever mode it is in. Calls from several threads are safe.
+    other dtype) and after every change of the model itself; batch size and text length may vary freely. Nothing is patched,
+    and parameters are read from the live model at every call, so that training it further is fine. Where the captured graph and
+    the model would differ, there is another capture or an error, never a map. It is always explained as it predicts in eval
+    mode, whatever mode it is in. Calls from several threads are safe, also of several explainers, and so is using the model
+    elsewhere meanwhile. Options are frozen; `using` makes an explainer with others.
 
     Args:
         model: a module that returns class logits [B, C], or anything holding them (a Hugging Face output, a dict, a tuple).
-        method: one of `fastrel.methods.METHODS`.
+        method: one of `fastrel.methods.METHODS` by name, or a `fastrel.Method` of your own.
         rules: "positive" (default): eq. (5) in every layer. "official": the published code, whose maps depend on rounding.
             "original_lrp": the published code's baseline LRP, which doubles relevance in every linear layer.
         start_layer: first attention block of the chain, counted from the input; negative from the output. Default: the
@@ -48,6 +50,8 @@ class Explainer:
             is computed again when its turn comes, for the time of one more forward pass.
         backend: "auto": per operator the first that can compute it of "triton" and "cuda" on a GPU, "cpp" (C++) on a CPU, and
             "torch", plain PyTorch. One that is named computes everything that it has kernels for, or says why it cannot.
+        live: whether to ask, at every call, that the model still is what was captured, in about a millisecond for a large one.
+            False trusts: after a change other than of weights, call `reset`.
 
     Raises:
         InputError: an option that does not exist; `backend` that cannot run, with the reason.

@@ -10,9 +10,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastrel.engine import Call, Engine, plainly
+from fastrel.engine import Call, Engine
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.explanation import Explanation
+from fastrel.graph.ambient import plainly
 from fastrel.inputs import check_finite, image_size
 from fastrel.maps import TokenMap
 from fastrel.methods.integrated_gradients import integrated_gradients

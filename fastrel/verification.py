@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 from fastrel import methods
 from fastrel.comparison import difference
 from fastrel.eager import propagation
-from fastrel.engine import Call, Engine, plainly
+from fastrel.engine import Call, Engine
 from fastrel.errors import FastrelError
 from fastrel.explanation import Explanation
+from fastrel.graph.ambient import plainly
 from fastrel.maps import TokenMap
 from fastrel.noise import NOISY
 from fastrel.options import Options

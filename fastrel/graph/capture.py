@@ -7,6 +7,7 @@ whole process, and on a clone of the model's structure (`fastrel.graph.clone`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import logging
@@ -25,6 +26,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.modules import transformer
 
 from fastrel.errors import CaptureError, InputError
+from fastrel.graph.ambient import casts
 from fastrel.graph.canonical import canonicalise
 from fastrel.graph.clone import structural_clone
 from fastrel.graph.facts import Facts
@@ -82,9 +84,20 @@ def _kind(leaf: Any) -> Any:
 
 def _ambient() -> tuple[Any, ...]:
     """Process or thread state that decides what a model computes."""
-    kinds = ("cpu", "cuda")
-    cast = tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
-    return torch.get_default_dtype(), torch.get_default_device(), cast
+    return torch.get_default_dtype(), torch.get_default_device(), tuple(casts().items())
+
+
+def _autocast_inside(model: nn.Module, ambient: dict[str, torch.dtype]) -> None:
+    """Let a module do itself what autocast around it does: torch.export notes only what is inside."""
+    for kind, dtype in ambient.items():
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def cast(*args: Any, _kind: str = kind, _dtype: Any = dtype, _forward: Any = forward, **kwargs: Any) -> Any:
+            with torch.autocast(_kind, _dtype):
+                return _forward(*args, **kwargs)
+
+        model.forward = cast
 
 
 @dataclass(frozen=True)
@@ -242,11 +255,15 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ba
         try:
             clone = structural_clone(model)
             returns_plainly(clone)
+            ambient = casts()
+            _autocast_inside(clone, ambient)
             dynamic = pytree.tree_map(
                 lambda x: _varying(x, batch_varies) if isinstance(x, Tensor) else None,
                 _by_name(clone, example_args, example_kwargs),
             )
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.ExitStack() as outside:
+                for kind in ambient:
+                    outside.enter_context(torch.autocast(kind, enabled=False))
                 program = torch.export.export(clone, example_args, example_kwargs, dynamic_shapes=dynamic)
             return _read(program, clone)
         except CaptureError:

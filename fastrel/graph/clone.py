@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import types
 from collections.abc import Iterator
@@ -70,16 +69,3 @@ def _reachable(model: nn.Module) -> Iterator[Any]:
             todo.append(x.__self__)
         elif isinstance(getattr(x, "__dict__", None), dict):
             todo += x.__dict__.values()
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside, every module's own mode restored outside."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
