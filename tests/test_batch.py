@@ -22,6 +22,7 @@ import fastrel
 from fastrel import batch, demo
 from fastrel.batch import decoding, local, table
 from fastrel.batch.explain import Explain
+from fastrel.batch.row import Row
 from fastrel.batch.settings import Settings
 from fastrel.batch.store import Store, parts
 from fastrel.cli import main
@@ -303,6 +304,22 @@ def test_killed_at_ten_random_moments_the_rows_are_those_of_an_uninterrupted_run
     run_local(explain, items, tmp_path / "killed")
     assert rows(tmp_path / "killed").equals(rows(tmp_path / "whole"))
     assert len(parts(tmp_path / "killed")) == len(parts(tmp_path / "whole")) == 8
+
+
+def test_parts_that_are_missing_in_the_middle_keep_their_company(tmp_path: Path) -> None:
+    """A cluster finishes parts in any order; what is left must not be divided in another way."""
+    items = [inputs.Item(f"{i}", inputs.Value("")) for i in range(18)]
+    schema = table.schema(None, {})
+    with Store(str(tmp_path), {}) as store:
+        planned = store.tasks(items, retry=False, size=4)
+        for task in (planned[3], planned[0]):
+            store.put(task, table.table([Row(item.name) for item in task.items], schema))
+        assert store.tasks(items, retry=False, size=4) == [planned[1], planned[2], planned[4]]
+        more = [inputs.Item("new", inputs.Value("")), *items]  # all boundaries move: the rest, in new files
+        rest = store.tasks(more, retry=False, size=4)
+        assert [item.name for task in rest for item in task.items].count("new") == 1
+        assert len({item.name for task in rest for item in task.items}) == 11
+        assert not {task.name for task in rest} & {planned[0].name, planned[3].name}
 
 
 def test_two_processes_do_not_write_the_same_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

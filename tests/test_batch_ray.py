@@ -26,7 +26,7 @@ from tests.test_batch import found, rows
 
 ray = pytest.importorskip("ray")
 
-KILLS = int(os.environ.get("FASTREL_KILLS", "3"))
+KILLS = int(os.environ.get("FASTREL_KILLS", "2"))
 
 
 @pytest.fixture(scope="module")

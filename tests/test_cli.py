@@ -81,6 +81,9 @@ def test_pictures_of_the_same_name_do_not_overwrite_each_other(tmp_path: Path) -
         files[-1].write_bytes(sample.read_bytes())
     assert main(["explain", *map(str, files), "--target", "1", "--out", str(tmp_path / "out")]) == 0
     assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["scene-1.png", "scene-2-1.png"]
+    # Other classes of other pictures: the names would be free, and yet say that both are of one picture.
+    assert main(["explain", *map(str, files), "--out", str(tmp_path / "predicted")]) == 0
+    assert sorted(p.name for p in (tmp_path / "predicted").glob("*.png")) == ["scene-2-1.png", "scene-5.png"]
 
 
 def test_a_timm_model_with_own_weights(weights: Path, tmp_path: Path) -> None:

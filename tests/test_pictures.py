@@ -82,6 +82,12 @@ def test_a_bomb_costs_no_memory() -> None:
     assert int(grown) < 60_000  # kB; the smaller one decoded would take 121,000
 
 
+def test_the_limit_of_pixels_can_be_lower() -> None:
+    assert pictures.read(GOOD["plain.jpg"], max_pixels=hostile.WIDTH * hostile.HEIGHT).image.width == hostile.WIDTH
+    with pytest.raises(InputError, match="48 x 32 pixels; at most 1535 are read"):
+        pictures.read(GOOD["plain.jpg"], max_pixels=hostile.WIDTH * hostile.HEIGHT - 1)
+
+
 def test_pipes_folders_and_what_is_not_there_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, word in (("pipe", "not a regular file"), (".", "a folder"), ("none", "No such file"), ("\0", "null")):
