@@ -75,7 +75,9 @@ class Transform:
         self.rules = rules
         self.published = rules != "positive"
         self.analysis = Analysis(captured, [captured.outputs[i] for i in leaves], method.start_layer)
-        self.dtype = common_lane_dtype(self.analysis.active)
+        if trace or method.lane:
+            self.analysis.needed = set(self.analysis.active)
+        self.dtype = common_lane_dtype(self.analysis.needed)
         self.products = products if self.dtype == torch.float32 else Products()
         self.emit = Emitter(captured.graph, self.analysis.recomputed(memory), self.dtype)
         self.generic: list[str] = []
@@ -87,8 +89,6 @@ class Transform:
         self._block = self.analysis.total_blocks
         self.attention_maps: list[fx.Node] = []
         self.read_row: fx.Node | None = None  # what the head reads of the last block, [K, B, Tq]
-        if trace or method.lane:
-            self.analysis.needed = set(self.analysis.active)
 
     # What rules ask.
 
