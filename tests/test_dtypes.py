@@ -176,6 +176,23 @@ def test_lanes_of_16_bit_models_are_never_rounded_to_16_bit(norm: Any) -> None:
     assert len(lanes) > 50
 
 
+def test_an_input_in_float64_does_not_make_a_float32_model_slow() -> None:
+    """Nothing of the explanation depends on what is cast before the first block."""
+
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = vit()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x.float())
+
+    explainer = fastrel.Explainer(uneven(Casting()))
+    explainer(IMAGES.double())
+    (program,) = explainer._programs.values()
+    assert program.dtype == torch.float32
+
+
 def test_eager_models_of_two_dtypes_take_a_backend_that_adds_them() -> None:
     u, v = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     torch.autograd.grad(fastrel.functional.add(u, v), (u, v), torch.ones(2, 3, dtype=torch.float64))

@@ -195,6 +195,7 @@ def test_torch_accepts_the_kernels_registrations() -> None:
             x, *CPU_KERNELS[ops.reduced_weight](weight, "int8"), weight, value, None, lane, lane,
         ),
         ops.reduced_weight: (weight, "int8"),
+        ops.row_digest: (weight, torch.arange(8, dtype=torch.int32)),
         ops.residual_add: (value, value, lane, 0, "official"),
         ops.layer_norm_backward: (lane, value, None, 1, 1e-5),
         ops.attention_relevance: (
@@ -218,6 +219,7 @@ def wrong_shapes() -> Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
         ops.zplus_linear: (x, weight, value, torch.randn(6), lane, lane, "positive"),
         ops.zplus_linear_reduced: (x, *prepared, weight, value, torch.randn(6), lane, lane),
         ops.reduced_weight: (weight, "bfloat16"),
+        ops.row_digest: (weight, torch.arange(8, dtype=torch.int32)),
         ops.residual_add: (value, value, lane, 0, "official"),
         ops.layer_norm_backward: (lane, value, torch.randn(6), 1, 1e-5),
         ops.attention_relevance: (q, k, k, torch.rand(2, 1, 5, 7), heads, heads, row, *options),

@@ -130,6 +130,28 @@ def test_only_what_reaches_the_map_is_computed() -> None:
     assert not any(node.target in linears and "qkv" in str(node.args[1]) for node in program.reverse.graph.nodes)
 
 
+def test_looking_at_an_operator_seeds_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither this one nor those of GPUs, which nothing would restore: a training run goes on with its own random numbers."""
+
+    class Unusual(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 2)
+            self.block = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(torch.sinc(self.block(self.embed(ids)))[:, 0])
+
+    model, seeds = Unusual().eval(), []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    before = torch.get_rng_state()
+    explanation = fastrel.Explainer(model)(torch.tensor([[1, 2, 3]]))
+    assert "aten.sinc" in str(explanation.report)
+    assert not seeds
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_float32_on_the_shipped_weights() -> None:
     """positive: within 1e-4 of float64; official: typically at most twice the reference's own
     error (a geometric mean over scenes; one scene says little, for these rules amplify rounding)."""

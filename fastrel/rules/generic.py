@@ -194,22 +194,22 @@ def _mixes_tokens(t: Context, node: fx.Node, argument: int, place: int | None, x
     axes = t.axes(node)
     tokens = [dim for dim, axis in enumerate(axes) if any(role == "token" for _, role in axis)]
     values: dict[fx.Node, Any] = {}
+    generator = torch.Generator().manual_seed(0)  # a seed for all would be one for every GPU, too
 
     def sample(n: fx.Node) -> Any:
         value = n.meta["val"]
         if isinstance(value, Tensor):
             shape = [size if isinstance(size, int) else 2 for size in value.shape]
             values[n] = (
-                torch.randn(shape, dtype=value.dtype)
+                torch.randn(shape, dtype=value.dtype, generator=generator, device="cpu")
                 if value.is_floating_point()
-                else torch.zeros(shape, dtype=value.dtype)
+                else torch.zeros(shape, dtype=value.dtype, device="cpu")
             )
             return values[n]
         return value if isinstance(value, (int, float, bool)) else 2
 
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
             args: list[Any] = list(fx.map_arg(node.args, sample))
             kwargs = dict(fx.map_arg(node.kwargs, sample))
             before = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -60,7 +60,7 @@ def transform(
         raise InputError("the model returns no floating-point tensor to explain")
     nodes = [captured.outputs[i] for i in leaves]
     stretch = Stretch.of(captured.facts, nodes, method.start_layer, everything=trace or method.to_the_end)
-    dtype = common_lane_dtype(captured.facts.active)
+    dtype = common_lane_dtype(stretch.needed)
     emit = Emitter(captured.graph, captured.facts.recomputed(memory), dtype)
     products = products if dtype == torch.float32 else Products()
     t = Context(captured.facts, stretch, method, rules, products, emit, trace)
