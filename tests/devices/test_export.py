@@ -34,7 +34,9 @@ def from_the_cpu(graph: fx.Graph) -> list[str]:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.device.type == "cpu" and value.dim():
             found.append(f"{node.format_node()} on the CPU")
-        elif node.target is aten.to.device or torch.device(node.kwargs.get("device") or "meta").type == "cpu":
+        elif (node.target is aten.to.device and node.args[0].meta["val"].device != value.device) or torch.device(
+            node.kwargs.get("device") or "meta"
+        ).type == "cpu":
             found.append(str(node.format_node()))
     return found
 

@@ -234,7 +234,7 @@ def _vit(dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Tensor]]:
 
 
 #: Launches of one explanation at batch 1 when everything is compiled and kept: forward pass (125) and reverse pass.
-BUDGET = {("float32", torch.float32): 490, ("float32", torch.bfloat16): 490}
+BUDGET = {("float32", torch.float32): 420, ("float32", torch.bfloat16): 425}
 
 
 @pytest.mark.parametrize(("precision", "dtype"), BUDGET)
@@ -274,7 +274,7 @@ def test_lanes_are_neither_joined_nor_added_by_launches_of_their_own(precision: 
         launches.explain(1)
         launches.explain(1)
         names = [name.removeprefix("aten.") for name in seen.operators]
-        assert names.count("cat.default") == 1  # the forward pass's own, of the class token
+        assert names.count("cat.default") <= 2  # of the class token; and of the last block, where q is one row
         # The forward pass has 25 and the rows of the rollout 12; two more where the last block's row meets all tokens.
         assert names.count("add.Tensor") <= 25 + 12 + 2
 
