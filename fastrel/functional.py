@@ -28,26 +28,25 @@ class _Value(torch.autograd.Function):
     """A value whose backward pass is a relevance rule: rule(R, *tensors) -> relevance of each tensor, None for constants."""
 
     @staticmethod
-    def forward(ctx: Any, value: list[Tensor], rule: Callable[..., Any], *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.rule = rule
+    def forward(ctx: Any, value: list[Tensor], rule: Callable[..., Any], keep: bool, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors if keep else ())
+        ctx.rule, ctx.shapes = rule, [x.shape for x in tensors]
         return value[0]
 
     @staticmethod
     def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        parts = ctx.rule(rel, *tensors)
+        parts = ctx.rule(rel, *ctx.saved_tensors)
         parts = (parts,) if isinstance(parts, Tensor) else parts
-        padded = [*parts, *[None] * (len(tensors) - len(parts))]
-        return None, None, *(p if p is None else p.sum_to_size(x.shape) for p, x in zip(padded, tensors, strict=True))
+        padded = [*parts, *[None] * (len(ctx.shapes) - len(parts))]
+        return None, None, None, *(p if p is None else p.sum_to_size(s) for p, s in zip(padded, ctx.shapes, strict=True))
 
 
-def _propagate(f: Callable[..., Tensor], rule: Callable[..., Any], *tensors: Tensor) -> Tensor:
-    """f(*tensors) with `rule` backwards."""
+def _propagate(f: Callable[..., Tensor], rule: Callable[..., Any], *tensors: Tensor, keep: bool = True) -> Tensor:
+    """f(*tensors) with rule(R, *tensors) backwards; `keep=False`: with rule(R), so that tensors may change meanwhile."""
     with torch.no_grad():
         value = f(*tensors)
         value = value.clone() if any(value is x for x in tensors) or value._is_view() else value
-    return _Value.apply([value], rule, *tensors)
+    return _Value.apply([value], rule, keep, *tensors)
 
 
 # Layers.
@@ -80,9 +79,15 @@ def pixel_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, str
     )
 
 
-def add(u: Tensor, v: Tensor, rules: Rules = "positive") -> Tensor:
-    """u + v of two activations, a residual add; backward eq. (5) (positive) or eq. (9) (official)."""
-    return _propagate(torch.add, lambda rel, u, v: R.add(u.expand_as(rel), v.expand_as(rel), rel, rules), u, v)
+def add(u: Tensor, v: Tensor, rules: Rules = "positive", *, batch_dim: int = 0) -> Tensor:
+    """u + v of two activations, a residual add; backward eq. (5) (positive) or eq. (9) (official), over all but `batch_dim`."""
+
+    def rule(rel: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        u, v, rel = (x.expand_as(rel).movedim(batch_dim, 0) for x in (u, v, rel))
+        rel_u, rel_v = R.add(u, v, rel, rules)
+        return rel_u.movedim(0, batch_dim), rel_v.movedim(0, batch_dim)
+
+    return _propagate(torch.add, rule, u, v)
 
 
 def add_constant(x: Tensor, constant: Tensor, rules: Rules = "positive") -> Tensor:
@@ -94,12 +99,12 @@ def add_constant(x: Tensor, constant: Tensor, rules: Rules = "positive") -> Tens
 
 def mul(u: Tensor, v: Tensor) -> Tensor:
     """u ⊙ v of two activations, a gate; backward half to each."""
-    return _propagate(torch.mul, lambda rel, u, v: (R.gate(rel), R.gate(rel)), u, v)
+    return _propagate(torch.mul, lambda rel: (R.gate(rel), R.gate(rel)), u, v, keep=False)
 
 
 def identity(y: Tensor, x: Tensor) -> Tensor:
     """The value y, computed from x by whatever passes relevance unchanged; backward R goes to x."""
-    return _propagate(lambda _: y.detach(), lambda rel, _: R.identity(rel), x)
+    return _propagate(lambda _: y.detach(), R.identity, x, keep=False)
 
 
 def multiply_constant(x: Tensor, factor: Any) -> Tensor:
@@ -178,7 +183,7 @@ def softmax(scores: Tensor, dim: int = -1) -> Tensor:
 
 def end(attn: Tensor, rules: Rules = "positive") -> Tensor:
     """An attention map as A·V takes it: backward stops here under the positive rules, whose relevance V has carried on."""
-    return _propagate(lambda a: a, lambda rel, _: R.softmax(rel, rules), attn)
+    return _propagate(lambda a: a, lambda rel: R.softmax(rel, rules), attn, keep=False)
 
 
 def add_mask(scores: Tensor, mask: Tensor, rules: Rules = "positive") -> Tensor:

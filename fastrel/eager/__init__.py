@@ -12,13 +12,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastrel import functional
 from fastrel.eager import arithmetic, kinds, names, products  # noqa: F401  (registration)
-from fastrel.eager.tape import HANDLERS, Tape, activations
+from fastrel.eager.tape import HANDLERS, Saved, Tape, activations
 from fastrel.reference.rules import Rules
+
+#: Operands that may be given by keyword, in torch's order.
+_OPERANDS = ("input", "other", "mat1", "mat2", "batch1", "batch2", "tensor1", "tensor2")
 
 
 class propagation(TorchFunctionMode):
@@ -50,22 +55,38 @@ class propagation(TorchFunctionMode):
 
     def __enter__(self) -> propagation:
         self._tape = Tape(self._tape.rules)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._tape.save, Saved.get)
+        self._hooks.__enter__()
         super().__enter__()
         return self
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        self._hooks.__exit__(*reason)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One call of torch's."""
         tape, kwargs = self._tape, dict(kwargs or {})
-        if "input" in kwargs and not args:
-            args = (kwargs.pop("input"),)
+        args = (*args, *(kwargs.pop(key) for key in _OPERANDS if key in kwargs))
         name, in_place = _name(func)
         if name in names.AUTOGRAD or (_is_attribute(func) and name not in names.UNCHANGED | names.MOVES):
             return func(*args, **kwargs)
         if name == "embedding":
             return kinds.embedding(tape, func, args, kwargs)
-        found = activations((args, kwargs))
-        if not found or name in names.CONSTANTS:
+        if not activations((args, kwargs)) or name in names.CONSTANTS:
             return kinds.constant(tape, name, func, args, kwargs)
+        left = not torch.is_grad_enabled()
+        with torch.enable_grad():
+            result = self._followed(name, in_place, func, args, kwargs)
+            for x in activations(result) if left else ():
+                tape.leave(x)
+        return result
+
+    def _followed(self, name: str, in_place: bool, func: Any, args: Any, kwargs: Any) -> Any:
+        """A function of activations."""
+        tape = self._tape
+        args, kwargs = pytree.tree_map(lambda x: tape.as_made(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        found = activations((args, kwargs))
         writes = name in names.WRITES and (in_place or name == "setitem")
         tape.accept(name, found, args[:1] if writes else ())
         if writes:

@@ -28,7 +28,10 @@ def add(tape: Tape, u: Any, v: Any, *, alpha: float = 1) -> Tensor:
     if is_activation(v):
         if of_u.root is of_v.root:
             return tape.of_root(u.detach() + v.detach(), u)
-        return tape.know(functional.add(u, v, tape.rules), **both_maps)
+        sizes = torch.broadcast_shapes(u.shape, v.shape)
+        batch_first = not tape.batch or sizes[0] % tape.batch == 0 or tape.batch not in sizes
+        batch_dim = 0 if batch_first else sizes.index(tape.batch)
+        return tape.know(functional.add(u, v, tape.rules, batch_dim=batch_dim), **both_maps)
     if isinstance(v, Tensor) and tape.rules != "positive":
         return functional.add_constant(u, v, tape.rules)
     out = tape.pointwise(u.detach() + v, u)

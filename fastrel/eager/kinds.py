@@ -20,9 +20,9 @@ def constant(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     with torch.no_grad():
         result = func(*args, **kwargs)
     if activations(result):  # a view of a parameter requires grad all the same
-        result = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, result)
+        result = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) and x._is_view() else x, result)
     if name == "softmax":
-        tape.know(result, keys=_softmax_dim(args[0], args, kwargs))
+        tape.know(result, keys=_softmax_keys(args[0], args, kwargs))
     elif name in ("mul", "rmul") and len(args) == 2:
         for x, factor in (args, args[::-1]):
             tape.keep_map(result, x, factor)
@@ -49,7 +49,7 @@ def unchanged(tape: Tape, name: str, func: Callable[..., Tensor], args: Any, kwa
         return x
     facts, out = tape.facts(x), functional.identity(value, x)
     pointwise = name not in OVER_FEATURES and value.shape == x.shape
-    keys = facts.keys if name in COPIES else _softmax_dim(x, args, kwargs) if name == "softmax" else None
+    keys = facts.keys if name in COPIES else _softmax_keys(x, args, kwargs) if name == "softmax" else None
     return tape.know(
         out,
         root=facts.root if pointwise else out,
@@ -59,14 +59,20 @@ def unchanged(tape: Tape, name: str, func: Callable[..., Tensor], args: Any, kwa
     )
 
 
-def _softmax_dim(x: Tensor, args: Any, kwargs: Any) -> int | None:
+def _softmax_keys(x: Tensor, args: Any, kwargs: Any) -> int | None:
+    """The dimension of keys of a softmax: the last, or it makes no attention map."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    return dim if dim is None or dim < 0 else dim - x.dim()
+    return -1 if dim in (-1, x.dim() - 1) else None
 
 
 def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """Autograd follows the numbers; the facts of the first argument go along where they hold of the result."""
-    result = func(*args, **kwargs)
+    try:
+        result = func(*args, **kwargs)
+    except RuntimeError:  # products may leave other strides than the model's own
+        if name != "view":
+            raise
+        result = args[0].reshape(*args[1:])
     if not isinstance(args[0], Tensor) or not activations(args[0]):
         return result
     x, facts = args[0], tape.facts(args[0])
@@ -100,9 +106,9 @@ def _moved_keys(func: Any, x: Tensor, keys: int, args: Any, kwargs: Any) -> list
 
 def write(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     """A write into a tensor, which autograd follows."""
-    result, target = func(*args, **kwargs), args[0]
-    if name == "setitem":
-        tape.write(target.detach()[args[1]])
+    target = args[0]
+    tape.write(target, target.detach()[args[1]] if name == "setitem" else None)
+    result = func(*args, **kwargs)
     tape.know(target, keys=tape.facts(target).keys, mixed=tape.facts(target).mixed)
     return result
 

@@ -61,7 +61,7 @@ def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     if of_a.keys == -1:
         return _attention_value(tape, a, b, of_a)
     if of_b.keys == -2 and of_a.keys is None:
-        return _attention_value(tape, b.mT, a.mT, of_b).mT
+        return _attention_value(tape, b.mT, a.mT, of_b).mT.contiguous()
     return functional.matmul(a, b, tape.rules)
 
 
@@ -125,7 +125,7 @@ def einsum(tape: Tape, equation: str, *operands: Any) -> Tensor:
     product = matmul(tape, matrices(a, left, rows, summed), matrices(b, right, summed, columns))
     order = [*batch, *rows, *columns]
     product = rearranged("reshape", product, [sizes[i] for i in order])
-    return rearranged("permute", product, [order.index(i) for i in result])
+    return rearranged("permute", product, [order.index(i) for i in result]).contiguous()
 
 
 def _indices(equation: str, operands: Sequence[Any]) -> tuple[str, str, str]:

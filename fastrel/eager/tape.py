@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,11 +55,30 @@ class Facts:
     """
 
     tensor: Tensor  # kept, so that no other tensor gets its id
+    seen: bool  # made here as an activation
     root: Tensor
     keys: int | None = None
     mixed: bool = False
     scale: bool = False
     merged: tuple[int, int] | None = None
+    alias: Tensor | None = None  # the same value, of an autograd.Function's forward pass
+
+
+class Saved:
+    """A tensor that autograd keeps for the backward pass, copied before the model writes into it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.tensor, self.version = x.detach(), x._version
+
+    def get(self) -> Tensor:
+        """The tensor as it was."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(f"a tensor {tuple(self.tensor.shape)} that relevance needs was overwritten")
+        return self.tensor
+
+    def copy(self) -> None:
+        """Keep a copy instead."""
+        self.tensor, self.version = self.get().clone(), 0
 
 
 class Tape:
@@ -71,20 +91,21 @@ class Tape:
         self.batch: int | None = None
         self._facts: dict[int, Facts] = {}
         self._overwritten: list[Tensor] = []
+        self._saved: weakref.WeakSet[Saved] = weakref.WeakSet()
         with torch.enable_grad():
             self._began = torch.zeros(1, requires_grad=True).view(1).grad_fn._sequence_nr()  # type: ignore[union-attr]
 
     def facts(self, x: Any) -> Facts:
         """What is known of x."""
-        return self._facts.get(id(x)) or Facts(x, x)
+        return self._facts.get(id(x)) or Facts(x, False, x)
 
     def knows(self, x: Tensor) -> bool:
         """Whether x was made inside, not given from outside."""
-        return id(x) in self._facts
+        return self.facts(x).seen
 
     def know(self, x: Tensor, **facts: Any) -> Tensor:
         """Keep facts of x, which is returned."""
-        self._facts[id(x)] = Facts(x, **{"root": x, **facts})
+        self._facts[id(x)] = Facts(x, x.requires_grad, **{"root": x, **facts})
         return x
 
     def accept(self, name: str, found: list[Tensor], writes: Sequence[Tensor]) -> None:
@@ -105,9 +126,32 @@ class Tape:
         """x is no longer what the model has: the result of the function that overwrote it took its place."""
         self._overwritten.append(x)
 
-    def write(self, part: Tensor) -> None:
-        """These entries hold again what the model has."""
-        self._overwritten = [x for x in self._overwritten if not _same_place(x, part)]
+    def write(self, target: Tensor, part: Tensor | None) -> None:
+        """The model writes into the target, where `part` of it then holds again what it should."""
+        storage = target.untyped_storage().data_ptr()
+        for saved in self._saved:
+            if saved.tensor.untyped_storage().data_ptr() == storage:
+                saved.copy()
+        if part is not None:
+            self._overwritten = [x for x in self._overwritten if not _same_place(x, part)]
+
+    def save(self, x: Tensor) -> Saved:
+        """What autograd keeps of x."""
+        saved = Saved(x)
+        self._saved.add(saved)
+        return saved
+
+    def leave(self, x: Tensor) -> None:
+        """x may be a result of an autograd.Function, which replaces its place in the graph by its own gradient."""
+        self._facts[id(x)] = dataclasses.replace(self.facts(x), alias=x.view_as(x))
+
+    def as_made(self, x: Tensor) -> Tensor:
+        """x as it was before an autograd.Function returned it."""
+        alias = self.facts(x).alias
+        if alias is None or alias.grad_fn.next_functions[0][0] is x.grad_fn:  # type: ignore[union-attr]
+            return x
+        self._facts[id(alias)] = dataclasses.replace(self.facts(x), tensor=alias, alias=None)
+        return alias
 
     # Values made of one activation.
 
@@ -125,7 +169,8 @@ class Tape:
         """`out`, x times a factor, still is an attention map where x is one and the factor the same for all keys."""
         facts = self.facts(x)
         if facts.keys and (not isinstance(factor, Tensor) or factor.dim() < -facts.keys or factor.shape[facts.keys] == 1):
-            self._facts[id(out)] = dataclasses.replace(self.facts(out), keys=facts.keys, mixed=facts.mixed)
+            known = self.facts(out)
+            self.know(out, root=known.root, scale=known.scale, keys=facts.keys, mixed=facts.mixed)
         return out
 
 
