@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastrel.lanes import Lane
 from torch import Tensor, nn
 
 import fastrel
 from fastrel import rules
-from fastrel.lanes import Lane
 from tests import golden_files as golden
 from tests import models
 from tests.test_coverage import CASES, Case, hf_text, image_model

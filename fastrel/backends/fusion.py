@@ -65,6 +65,6 @@ def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
         for i, x in enumerate(tensors)
     ):
         shape, stride = list(first.shape), list(first.stride())
-        shape[dim], stride[dim] = len(tensors), step
+        shape[dim], stride[dim] = len(tensors), int(step)
         return first.as_strided(shape, stride)
     return torch.cat(list(tensors), dim)
