@@ -323,7 +323,7 @@ AROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "norm by length": lambda x: 3 * F.normalize(x, dim=-1),
     "swish": lambda x: x * torch.sigmoid(1.7 * x),
     "gate": lambda x: x[..., :4].sigmoid().repeat(1, 1, 2) * x,
-    "gated linear unit": lambda x: F.glu(torch.cat([x, x.flip(-1)], -1)),
+    "gated linear unit": lambda x: F.glu(torch.cat([x, x.roll(1, -1)], -1)),
     "squeeze and excitation": lambda x: x * x.mean(1, keepdim=True).sigmoid(),
     "max over windows": lambda x: F.max_pool2d(x.transpose(1, 2)[:, :, None], (1, 3), 1, (0, 1))[:, :, 0].transpose(1, 2),
     "average over windows": lambda x: F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
