@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastrel.triton_kernels.layer_norm_backward import layer_norm_backward_beside
+from fastrel.triton_kernels.residual_add import residual_add_of_sum
 from torch import Tensor, nn
 
 from fastrel import ops
@@ -134,8 +136,17 @@ def explained(model: nn.Module, image: Tensor, target: int, precision: str = "fl
             q.float(), k.float(), v.float(), *rest
         )
     by_launcher = {launcher: op for op, launcher in launchers.items()}
+    lanes = arithmetic.two_parts if not exact else same
     for node in program.reverse.graph.nodes:
         op = by_launcher.get(node.target)
+        if node.target is layer_norm_backward_beside:
+            node.target = lambda *args: _widened(REFERENCES[ops.layer_norm_backward])(*args[:5]) + args[5]
+        elif node.target is residual_add_of_sum:
+            node.target = lambda u, v, rel, beside: _widened(REFERENCES[ops.residual_add])(
+                u, v, rel + beside, 0, "positive"
+            )
+        elif op is torch.matmul:
+            node.target = lambda lane, weight: (lanes(lane) if weight.dtype == torch.bfloat16 else lane) @ weight.float()
         if op in simulated:
             node.target = simulated[op]
         elif op in (ops.residual_add, ops.layer_norm_backward):

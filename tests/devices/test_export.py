@@ -32,11 +32,11 @@ def from_the_cpu(graph: fx.Graph) -> list[str]:
     found = []
     for node in graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.device.type == "cpu" and value.dim():
-            found.append(f"{node.format_node()} on the CPU")
-        elif (node.target is aten.to.device and node.args[0].meta["val"].device != value.device) or torch.device(
-            node.kwargs.get("device") or "meta"
-        ).type == "cpu":
+        if not isinstance(value, Tensor):
+            continue
+        made = torch.device(node.kwargs.get("device") or "meta").type == "cpu"
+        copied = node.target is aten.to.device and node.args[0].meta["val"].device != value.device
+        if made or copied or (value.device.type == "cpu" and value.dim()):
             found.append(str(node.format_node()))
     return found
 
