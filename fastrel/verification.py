@@ -231,7 +231,7 @@ def _gradient(subject: _Subject) -> Iterator[Check]:
         return
     worst = 0.0
     for where, one in zip(program.maps, ours.maps.values(), strict=True):
-        leaf = _Leaf(subject.call, where.node)
+        leaf = _Leaf(subject.call, where.nodes)
         relative = leaf.times_gradient(subject, where.features)
         own = one.relevance if one.relevance.dim() == 3 else one.relevance[:, None]
         expected, size = (x.reshape(*x.shape[:2], -1).transpose(0, 1) for x in relative)
@@ -241,9 +241,9 @@ def _gradient(subject: _Subject) -> Iterator[Check]:
 
 
 class _Leaf(fx.Interpreter):
-    """Runs the captured graph with one value as a leaf of autograd."""
+    """Runs the captured graph with some values as leaves of autograd."""
 
-    def __init__(self, call: Call, name: str) -> None:
+    def __init__(self, call: Call, names: Sequence[str]) -> None:
         graph: fx.Graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in call.captured.graph.nodes:
@@ -251,14 +251,15 @@ class _Leaf(fx.Interpreter):
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(fx.map_arg(tuple(call.captured.outputs), copies.__getitem__))
         super().__init__(fx.GraphModule(nn.Module(), graph))
-        original = next(node for node in copies if node.name == name)
-        self.name, self.leaf, self.spec = copies[original].name, torch.empty(0), call.captured.out_spec
+        self.names = {copy.name for node, copy in copies.items() if node.name in names}
+        self.leaves, self.spec = list[Tensor](), call.captured.out_spec
 
     def run_node(self, n: fx.Node) -> Any:
-        """As usual, but for that value."""
+        """As usual, but for these values."""
         value = super().run_node(n)
-        if n.name == self.name:
-            value = self.leaf = value.detach().clone().requires_grad_()
+        if n.name in self.names:
+            value = value.detach().clone().requires_grad_()
+            self.leaves.append(value)
         return value
 
     def times_gradient(self, subject: _Subject, features: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -266,8 +267,11 @@ class _Leaf(fx.Interpreter):
         with plainly(grad=True):
             outputs = list(self.run(*subject.call.values))
             scores = _scores(subject, outputs, pytree.tree_unflatten(outputs, self.spec))
-            grads = [torch.autograd.grad(score.sum(), self.leaf, retain_graph=True)[0] for score in scores.unbind(1)]
-        product = torch.stack([grad * self.leaf for grad in grads]).detach().double()
+            grads = [torch.autograd.grad(score.sum(), self.leaves, retain_graph=True) for score in scores.unbind(1)]
+        product = torch.stack(
+            [torch.stack([g * x for g, x in zip(parts, self.leaves, strict=True)]).sum(0) for parts in grads]
+        )
+        product = product.detach().double()
         dims = [dim + 1 for dim in features]
         return (product.sum(dims), product.abs().sum(dims)) if dims else (product, product.abs())
 

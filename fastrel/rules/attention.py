@@ -97,6 +97,12 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
     if row_node and out.row:
         queries = {path: _queries(t, part.lane.node, rows, query_dim) for path, part in out.row.parts.items() if part.lane}
         _give_row(t, q, v, rows, out.row, queries, row_node, kept, through)
+    if block is None and out.row:
+        # Below the first block that takes part, tokens stay where they are.
+        if t.row_shape(v) == t.row_shape(node):
+            t.give(v, row=out.row)
+        else:
+            t.rollout.end(out.row)
     if block is not None and isinstance(t.method.reading, AllMaps):
         maps = t.emit.call(attention_maps, *attention, None, None, float(scale), bool(is_causal), start, t.rules)
         t.attention_maps.append(t.emit.parts(maps, 3)[0])

@@ -14,13 +14,13 @@ class Map:
 
     Attributes:
         input: position among the graph's inputs.
-        node: name of the captured value whose tokens the map is over.
+        nodes: names of the captured values whose tokens the map is over: one, or look-ups of the same tokens.
         features: its other dimensions.
         branch: what tells it from other maps of the same input, as " in decoder.embed"; empty for the only one.
     """
 
     input: int
-    node: str
+    nodes: tuple[str, ...]
     features: tuple[int, ...]
     branch: str = ""
 

@@ -32,10 +32,11 @@ aten = torch.ops.aten
 
 
 class _Found(NamedTuple):
-    """A map that was read: at which value, and its row."""
+    """A map that was read: at which value, and its row; at others as well, if these are look-ups of the same tokens."""
 
     node: fx.Node
     row: Lane
+    others: tuple[fx.Node, ...] = ()
 
 
 def transform(
@@ -88,7 +89,12 @@ def transform(
         tuple(tuple(t.features(leaf)) for leaf in nodes),
         tuple(name for name, _ in t.records),
         tuple(
-            Map(captured.inputs.index(captured.facts.source(one.node)), one.node.name, tuple(t.features(one.node)), branch)
+            Map(
+                captured.inputs.index(captured.facts.source(one.node)),
+                tuple(x.name for x in (one.node, *one.others)),
+                tuple(t.features(one.node)),
+                branch,
+            )
             for one, branch in zip(found, _branches(t, found), strict=True)
         ),
         len(stretch.blocks),
@@ -186,7 +192,11 @@ def _met(t: Context, found: Sequence[_Found]) -> list[_Found]:
     for one in found:
         by_tokens[one.node.args[1] if one.node.target is aten.embedding.default else one.node].append(one)
     return [
-        _Found(several[0].node, t.added(several[0].node, [one.row for one in several], is_row=True))
+        _Found(
+            several[0].node,
+            t.added(several[0].node, [one.row for one in several], is_row=True),
+            tuple(one.node for one in several[1:]),
+        )
         for several in by_tokens.values()
     ]
 
