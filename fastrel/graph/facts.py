@@ -58,9 +58,9 @@ class Facts:
         return next(node for node in self._inputs if node in self.sources[x])
 
     def sequences(self, x: fx.Node) -> set[Any]:
-        """The sequences of tokens that x is made of: an input each, but inputs over the same tokens ([B, T]) are one."""
+        """The sequences of tokens that x is made of: an input each, but inputs over the same tokens ([B, T, …], T alike) are one."""
         shapes = {node: tuple(str(size) for size in node.meta["val"].shape) for node in self.sources[x]}
-        return {node if len(shape) > 3 else shape[:2] for node, shape in shapes.items()}
+        return {node if len(shape) > 3 else shape[1:2] for node, shape in shapes.items()}
 
     def are_streams(self, operands: Sequence[fx.Node], blocks: Collection[fx.Node]) -> bool:
         """Whether the operands of a sum are streams of tokens: each with attention blocks that no other has, and, where they come
