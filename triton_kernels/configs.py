@@ -49,6 +49,12 @@ def products_first(rows: int, weight: tuple[int, ...]) -> bool:
 #: In float32, and under the official rules, a sweep holds lanes of one kind only, the gradient or (`… relevance`) relevance.
 ATTENTION = {
     "tf32": {
+        32: {
+            "rows": {80: Tile(64, 32, 0, 8, 1), 90: Tile(64, 64, 0, 8, 1), 120: Tile(64, 32, 0, 8, 1)},
+            "queries": {80: Tile(32, 32, 0, 4, 1), 90: Tile(64, 64, 0, 8, 1), 120: Tile(32, 32, 0, 4, 1)},
+            "queries relevance": {80: Tile(32, 32, 0, 4, 1)},
+            "keys": {80: Tile(32, 32, 0, 4, 1), 90: Tile(16, 16, 0, 2, 1)},
+        },
         64: {
             "rows": {80: Tile(64, 32, 0, 8, 1), 90: Tile(64, 64, 0, 8, 1), 120: Tile(64, 32, 0, 8, 1)},
             "queries": {80: Tile(32, 32, 0, 4, 1), 90: Tile(64, 64, 0, 8, 1), 120: Tile(32, 32, 0, 4, 1)},
