@@ -36,6 +36,7 @@ REDUCTIONS = {
     aten.std.dim,
     aten.linalg_vector_norm.default,
     aten.norm.ScalarOpt_dim,
+    aten.logsumexp.default,
 }
 
 RESHAPES = {
@@ -225,7 +226,13 @@ def _embedding(node: fx.Node, labels: Labels) -> Axes:
     return (*(((size, role),) for size, role in zip(shape, roles, strict=False)), ((shape[-1], "feature"),))
 
 
-@axes_of(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+@axes_of(
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+)
 def _convolution(node: fx.Node, labels: Labels) -> Axes:
     x, shape = labels.of(node.args[0]), labels.shape(node)
     first = x[0] if x is not None and len(x) == len(shape) else ((shape[0], "batch"),)
@@ -293,6 +300,8 @@ def _product(node: fx.Node, labels: Labels) -> Axes | None:
         if len(shape) > 2:  # learned queries times keys, say
             return (*other[:-2], ((shape[-2], "token"),), other[-1]) if other and len(other) == len(shape) else None
         return _widest(node, labels)
+    if len(shape) == len(x) - 1 and node.args[1].meta["val"].dim() == 1:  # type: ignore[union-attr]
+        return x[:-1]  # times a vector
     if other and len(other) == len(x) and is_feature(x[-1]) and is_feature(x[-2]) and not is_feature(other[-2]):
         # A map over tokens that a linear layer made (outlook attention): its rows are tokens where its columns are.
         x = (*x[:-2], other[-2] if size_of(other[-2]) == shape[-2] else x[-2], x[-1])

@@ -15,6 +15,7 @@ from torch import fx
 from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import insert_call
 from fastrel.graph.patterns import is_attention_value, is_softmax_over_keys
+from fastrel.graph.spellings import spell_out
 
 aten = torch.ops.aten
 
@@ -70,30 +71,57 @@ def _is_empty(x: fx.Node, dim: int) -> bool:
 
 
 @rewrite
-def einsums_as_products(graph: fx.Graph, axes: Labelled) -> bool:
-    """einsum("bhlt,bhtv->bhlv", a, b) and ("bhlk,bhtk->bhlt") become matrix products; whether there was any."""
+def spelled_out(graph: fx.Graph, axes: Labelled) -> bool:
+    """Operators that are others in one word become these; whether there was any."""
+    return spell_out(graph, axes.__contains__)
+
+
+@rewrite
+def softmax_over_the_last(graph: fx.Graph, axes: Labelled) -> bool:
+    """softmax(x, 1)ᵀ becomes softmax(xᵀ, -1), a map with its keys where maps have them; whether there was any."""
     found = False
     for node in list(graph.nodes):
-        if node.target is not aten.einsum.default or len(node.args[1]) != 2 or "." in node.args[0]:
+        if node.target is not aten.transpose.int or node.args[0] not in axes:
             continue
-        operands, _, result = node.args[0].replace(" ", "").partition("->")
-        left, _, right = operands.partition(",")
-        batch, i, j = result[:-2], result[-2:-1], result[-1:]
-        summed = set(left) & set(right) - set(result)
-        if (
-            len(result) < 3
-            or len(summed) != 1
-            or left != batch + i + (k := summed.pop())
-            or right not in (batch + k + j, batch + j + k)
-        ):
+        attn, ndim = node.args[0], node.meta["val"].dim()
+        if attn.target is not aten.softmax.int or ndim - 1 not in (places := [dim % ndim for dim in node.args[1:]]):
             continue
-        a, b = node.args[1]
+        if attn.args[1] % ndim not in places or attn.args[1] % ndim == ndim - 1:
+            continue
         with graph.inserting_before(node):
-            b = b if right.endswith(k + j) else insert_call(graph, aten.transpose.int, b, -2, -1)
-            product = _product_like(node, aten.matmul.default, a, b)
-        node.replace_all_uses_with(product)
+            scores = insert_call(graph, aten.transpose.int, attn.args[0], *places)
+            turned = _product_like(node, aten.softmax.int, scores, -1)
+        node.replace_all_uses_with(turned)
         graph.erase_node(node)
         found = True
+    return found
+
+
+@rewrite
+def weighted_sums_as_products(graph: fx.Graph, axes: Labelled) -> bool:
+    """(softmax(w, 1) · x).sum(1), of [B, T, 1] and [B, T, D], becomes softmax(wᵀ) x, attention pooling; whether there was any."""
+    found = False
+    for node in list(graph.nodes):
+        if node.target is not aten.sum.dim_IntList or node.args[0].target is not aten.mul.Tensor:
+            continue
+        product = node.args[0]
+        if product.meta["val"].dim() != 3 or [dim % 3 for dim in node.args[1]] != [1]:
+            continue
+        for attn, x in (product.args[:2], product.args[1::-1]):
+            if not isinstance(attn, fx.Node) or attn not in axes or x not in axes or attn.target is not aten.softmax.int:
+                continue
+            if attn.args[1] % 3 != 1 or attn.meta["val"].dim() != 3 or attn.meta["val"].shape[2] != 1:
+                continue
+            with graph.inserting_before(node):
+                scores = insert_call(graph, aten.transpose.int, attn.args[0], 1, 2)
+                turned = insert_call(graph, aten.softmax.int, scores, -1)
+                result = _product_like(node, aten.matmul.default, turned, x)
+                if node.meta["val"].dim() == 2:
+                    result = insert_call(graph, aten.squeeze.dim, result, 1)
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+            found = True
+            break
     return found
 
 

@@ -215,6 +215,8 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
     ndim = node.meta["val"].dim()
     if not t.is_active(right) and right.meta["val"].dim() == 2:
         return times_parameter(t, node, left, right, None, out)
+    if not t.is_active(right) and right.meta["val"].dim() == 1:
+        return _times_vector(t, node, left, right, out)
     if not left.meta["val"].dim() == right.meta["val"].dim() == ndim:
         raise UnsupportedModelError(f"{describe(node)} is not a product of two values of the same rank")
     rows = _common_rows(out, ndim - 2)
@@ -252,16 +254,63 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
     ends = is_attention and not carries_scores(t.rules)
     if out.row and block is None:
         _pass_row(t, node, (right, left), out.row)
-    t.give(left, Lane(grad_a, rows) if grad_a else None, Lane(rel_a, rows) if rel_a and not ends else None)
-    t.give(right, Lane(grad_b) if grad_b else None, Lane(rel_b) if rel_b else None)
+    t.give(left, _narrowed(t, left, node, grad_a, rows), None if ends else _narrowed(t, left, node, rel_a, rows))
+    t.give(right, _narrowed(t, right, node, grad_b), _narrowed(t, right, node, rel_b))
+
+
+def _narrowed(t: Context, x: fx.Node, node: fx.Node, lane: fx.Node | None, rows: Rows | None = None) -> Lane | None:
+    """A lane of an operand, summed where that was broadcast (keys and values that all heads share)."""
+    if lane is None:
+        return None
+    if x.meta["val"].shape[:-2] == node.meta["val"].shape[:-2]:
+        return Lane(lane, rows)
+    lead = [t.emit.size(x, dim) for dim in range(x.meta["val"].dim() - 2)]
+    return Lane(t.emit.call(sum_lead, lane, *lead), rows)
+
+
+def sum_lead(lane: Tensor, *lead: int) -> Tensor:
+    """A lane [K, *, m, n] summed to the leading sizes that an operand has."""
+    return lane.sum_to_size(lane.shape[0], *lead, *lane.shape[-2:])
+
+
+def _times_vector(t: Context, node: fx.Node, x: fx.Node, vector: fx.Node, out: Lanes) -> None:
+    """x w with w [in]: a linear layer of one output."""
+    grad = rel = None
+    if t.wants(x):
+        weight = t.emit.call(aten.unsqueeze.default, t.value(vector), 0)
+        if out.grad:
+            lane = t.emit.call(aten.unsqueeze.default, t.dense(out.grad, node).node, -1)
+            grad = Lane(t.emit.call(torch.matmul, lane, weight))
+        if out.rel:
+            lane = t.emit.call(aten.unsqueeze.default, t.dense(out.rel, node).node, -1)
+            rel = Lane(t.emit.call(reference.linear, t.value(x), weight, lane, t.rules))
+    row = out.row and out.row.map(
+        lambda lane: Lane(t.emit.call(aten.unsqueeze.default, t.dense(lane, node, is_row=True).node, -1))
+    )
+    t.give(x, grad, rel, row)
 
 
 def _pass_row(t: Context, node: fx.Node, operands: tuple[fx.Node, ...], row: Row) -> None:
     """A product that mixes features (attention over channels): the row stays with the operand that holds the tokens."""
+    right, left = operands
+    if t.is_active(left) and t.is_active(right) and node.meta["val"].dim() == 2:
+        return _pairs_row(t, node, left, right, row)
     for x in operands:
         if t.is_active(x) and t.row_shape(x) == t.row_shape(node):
             return t.give(x, row=row)
     raise UnsupportedModelError(f"cannot follow tokens through {describe(node)}")
+
+
+def _pairs_row(t: Context, node: fx.Node, left: fx.Node, right: fx.Node, row: Row) -> None:
+    """u vᵀ of two sets of samples [A, D] and [B, D], as similarities are: each pair's row in equal parts to both."""
+    streams = t.facts.are_streams((left, right), t.stretch.blocks)
+    for x, dim, own in zip((left, right), (2, 1), t.rollout.fork(row, 2, None, streams), strict=True):
+
+        def back(lane: Lane, x: fx.Node = x, dim: int = dim) -> Lane:
+            total = t.emit.call(aten.sum.dim_IntList, t.dense(lane, node, is_row=True).node, [dim], True)
+            return Lane(t.emit.call(aten.expand.default, total, [-1, *t.row_shape(x)]))
+
+        t.give(x, row=own.map(back))
 
 
 def _left_right(a: Tensor, b: Tensor, rel: Tensor, rules: reference.Rules) -> tuple[Tensor, Tensor]:

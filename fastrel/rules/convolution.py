@@ -18,7 +18,10 @@ from fastrel.transform.lanes import Lane, Lanes
 aten = torch.ops.aten
 
 
-@rule(aten.conv2d.default, aten.conv1d.default)
+_TURNED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
+
+
+@rule(aten.conv2d.default, aten.conv1d.default, *_TURNED)
 def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
     """A linear layer over windows of tokens: eq. (5), and z^B for the first one, which reads the image itself."""
     one = [1] * (node.meta["val"].dim() - 2)

@@ -64,10 +64,9 @@ INDEX_MAPS = {
     aten.slice_scatter.default,
     aten.select_scatter.default,
     aten.diagonal.default,
-    aten.amax.default,
-    aten.amin.default,
+    aten.maximum.default,
+    aten.minimum.default,
     aten.max_pool2d.default,
-    aten.adaptive_max_pool2d.default,
 }
 
 
@@ -123,15 +122,7 @@ def index_map(t: Context, node: fx.Node, out: Lanes) -> None:
         t.index_map(x, out, back)
 
 
-@rule(
-    aten.sum.dim_IntList,
-    aten.linalg_vector_norm.default,
-    aten.norm.ScalarOpt_dim,
-    aten.var.correction,
-    aten.std.correction,
-    aten.var.dim,
-    aten.std.dim,
-)
+@rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
 def statistic(t: Context, node: fx.Node, out: Lanes) -> None:
     """What a spelled-out norm divides by: the ordinary gradient, and no relevance reaches it."""
     if out.rel or out.row:

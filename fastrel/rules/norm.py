@@ -53,9 +53,9 @@ def batch_norm_backward(grad: Tensor, weight: Tensor | None, variance: Tensor, e
     return grad * scale.to(grad.dtype).reshape(1, 1, -1, *(1,) * (grad.dim() - 3))
 
 
-@rule(aten.group_norm.default, aten.rms_norm.default)
+@rule(aten.group_norm.default, aten.rms_norm.default, aten.instance_norm.default, aten.prelu.default)
 def other_norm(t: Context, node: fx.Node, out: Lanes) -> None:
-    """Identity for relevance; the ordinary gradient."""
+    """Identity for relevance (also PReLU, whose slope is learned); the ordinary gradient."""
     x = node.args[0]
     values: Any = fx.map_arg(node.args, t.value)
 

@@ -158,8 +158,9 @@ def mul(t: Context, node: fx.Node, out: Lanes) -> None:
     both = t.is_active(u) and t.is_active(v)
     scales = [t.facts.is_scale(x) for x in (u, v)] if both else [False, False]
     scaled = both and scales[0] != scales[1]
-    if divide and t.is_active(v) and not (scaled and scales[1]):
-        raise UnsupportedModelError(f"{describe(node)} divides by an activation")
+    if divide and both and t.facts.roots[node] is node:
+        # What a value is divided by normalises it, as a norm's scale does.
+        scales, scaled = [False, True], True
     rel = out.rel
     if both and not scaled and t.method.attnlrp and out.grad:
         out = _attnlrp_product(t, node, out, out.grad)

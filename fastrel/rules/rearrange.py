@@ -11,13 +11,29 @@ from torch import fx
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments, describe
-from fastrel.rules.generic import divided_row, index_map, vjp
+from fastrel.rules.generic import divided_row, index_map
+from fastrel.rules.reduce import pick
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes, Rows
 from fastrel.transform.rollout import operand_shares
 
 aten = torch.ops.aten
+
+
+#: Operators that pick entries by their size and say where these were.
+PICKS = {
+    aten.max.dim,
+    aten.min.dim,
+    aten.topk.default,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.kthvalue.default,
+    aten.median.dim,
+    aten.adaptive_max_pool1d.default,
+    aten.adaptive_max_pool2d.default,
+    aten.max_pool2d_with_indices.default,
+}
 
 
 def _ndim(x: Any) -> int:
@@ -203,38 +219,9 @@ def getitem(t: Context, node: fx.Node, out: Lanes) -> None:
         lengths = [part.shape[dim] for part in whole.meta["val"]]
         if all(isinstance(length, int) for length in lengths):
             return _narrow(t, node, x, out, dim, sum(lengths[:index]), lengths[index])
-    if whole.target in (aten.max.dim, aten.min.dim) and index == 0:
-        return _extreme(t, node, whole, out)
+    if whole.target in PICKS and index == 0:
+        return pick(t, node, whole, out)
     raise UnsupportedModelError(f"no relevance rule for {describe(whole)}")
-
-
-def _extreme(t: Context, node: fx.Node, whole: fx.Node, out: Lanes) -> None:
-    """The largest entry along a dimension: nothing reaches the others. A row goes where its features' relevance does."""
-    x, *options = arguments(whole, count=len(whole.args))
-
-    def back(lane: fx.Node) -> fx.Node:
-        return t.emit.call(vjp, whole.target, lane, 0, None, (), t.value(x), *options)
-
-    lanes = [Lane(back(t.dense(lane, node).node)) if lane and t.wants(x) else None for lane in (out.grad, out.rel)]
-    weights = out.rel or out.grad
-    by = t.dense(weights, node).node if weights else None
-    features, own = ([dim + 1 for dim in t.features(value)] for value in (node, x))
-
-    def row_back(lane: Lane) -> Lane:
-        dense = t.dense(lane, node, is_row=True).node
-        moved = back(t.emit.call(weighted_row, dense, by, features, *t.shape(node)))
-        return Lane(t.emit.call(aten.sum.dim_IntList, moved, own, True) if own else moved)
-
-    t.give(x, lanes[0], lanes[1], out.row and out.row.map(row_back))
-
-
-def weighted_row(row: torch.Tensor, by: torch.Tensor | None, features: list[int], *shape: int) -> torch.Tensor:
-    """A row [K, *], size 1 in `features`, divided among them in proportion to |by|, equally without it."""
-    full = row.expand(row.shape[0], *shape)
-    weights = torch.ones_like(full) if by is None else by.abs()
-    total = weights.sum(features, keepdim=True) if features else weights
-    equal = torch.ones_like(full) if not features else torch.ones_like(full) / full[0].numel() * total[0].numel()
-    return full * torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), equal)
 
 
 @rule(aten.cat.default)

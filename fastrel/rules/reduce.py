@@ -1,14 +1,19 @@
 """Pooling over tokens."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
 from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments
+from fastrel.reference import pooling
 from fastrel.reference import rules as reference
+from fastrel.rules.generic import statistic, vjp
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
-from fastrel.transform.lanes import Lane, Lanes
+from fastrel.transform.lanes import Lane, Lanes, Row
 
 aten = torch.ops.aten
 
@@ -50,3 +55,109 @@ def mean(t: Context, node: fx.Node, out: Lanes) -> None:
 def spread(lane: Tensor, count: int, *shape: int) -> Tensor:
     """A lane [K, *] divided into `count` equal parts over the dimensions that were averaged."""
     return (lane / count).expand(lane.shape[0], *shape)
+
+
+@rule(aten.sum.dim_IntList, aten.std.correction, aten.var.correction, aten.std.dim, aten.var.dim)
+def total(t: Context, node: fx.Node, out: Lanes) -> None:
+    """A sum, also of weighted or masked values, and the spread of values: relevance by share of what adds up to its sign.
+
+    A row goes to each token by its constant weight, in equal parts where it has none; tokens that are 0 (padding) take nothing.
+    """
+    if not (out.rel or out.row):
+        return statistic(t, node, out)
+    x: Any = node.args[0]
+    over, keep = _over(node), node.meta["val"].dim() == x.meta["val"].dim()
+    grad = rel = None
+    if out.rel and t.wants(x):
+        rel = Lane(t.emit.call(reference.mean, t.value(x), _widened(t, node, out.rel, over, keep), over, t.rules))
+    if out.grad and t.wants(x):
+        values: Any = fx.map_arg(node.args, t.value)
+        lane = t.dense(out.grad, node).node
+        grad = Lane(t.emit.call(vjp, node.target, lane, 0, None, tuple(node.kwargs.items()), *values))
+    t.give(x, grad, rel, out.row and _row_by_weight(t, node, x, out.row, over, keep))
+
+
+@rule(aten.logsumexp.default)
+def logsumexp(t: Context, node: fx.Node, out: Lanes) -> None:
+    """log Σ exp: every lane by softmax; a row by that of its features' relevance."""
+    x: Any = node.args[0]
+    over, keep = _over(node), node.meta["val"].dim() == x.meta["val"].dim()
+
+    def back(lane: Lane) -> Lane:
+        return Lane(t.emit.call(pooling.logsumexp, t.value(x), _widened(t, node, lane, over, keep), over))
+
+    grad, rel = (back(lane) if lane and t.wants(x) else None for lane in (out.grad, out.rel))
+    t.give(x, grad, rel, out.row and by_relevance(t, node, x, out, lambda full: back(Lane(full)).node))
+
+
+def _over(node: fx.Node) -> list[int]:
+    ndim = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    given: Any = node.args[1] if len(node.args) > 1 else None
+    return sorted(dim % ndim for dim in ([given] if isinstance(given, int) else given or range(ndim)))
+
+
+def _widened(t: Context, node: fx.Node, lane: Lane | None, over: list[int], keep: bool, is_row: bool = False) -> fx.Node:
+    """A lane with size 1 in the dimensions that were summed."""
+    assert lane
+    wide = t.dense(lane, node, is_row).node
+    for dim in () if keep else over:
+        wide = t.emit.call(aten.unsqueeze.default, wide, dim + 1)
+    return wide
+
+
+def _row_by_weight(t: Context, node: fx.Node, x: fx.Node, row: Row, over: list[int], keep: bool) -> Row:
+    features, weight = t.features(x), _constant_factor(t, x)
+    if all(dim in features for dim in over):
+        return row.map(lambda lane: Lane(_widened(t, node, lane, over, keep, is_row=True)))
+    given = None if weight is None else t.value(weight)
+    shares = t.emit.call(pooling.token_weights, t.value(x), given, over, features)
+    return row.map(lambda lane: Lane(t.emit.call(torch.mul, _widened(t, node, lane, over, keep, is_row=True), shares)))
+
+
+def _constant_factor(t: Context, x: fx.Node) -> fx.Node | None:
+    """The constant by which the tokens of a value were multiplied last."""
+    if x.target is not aten.mul.Tensor:
+        return None
+    return next((w for w in x.args if isinstance(w, fx.Node) and not t.is_active(w) and w.meta["val"].dim()), None)
+
+
+def by_relevance(t: Context, node: fx.Node, x: fx.Node, out: Lanes, back: Callable[[fx.Node], fx.Node]) -> Row:
+    """A row that goes back entry by entry, divided among features in proportion to their relevance (or gradient)."""
+    assert out.row
+    weights = out.rel or out.grad
+    by = t.dense(weights, node).node if weights else None
+    features, own = ([dim + 1 for dim in t.features(value)] for value in (node, x))
+
+    def moved(lane: Lane) -> Lane:
+        dense = t.dense(lane, node, is_row=True).node
+        full = back(t.emit.call(weighted_row, dense, by, features, *t.shape(node)))
+        return Lane(t.emit.call(aten.sum.dim_IntList, full, own, True) if own else full)
+
+    return out.row.map(moved)
+
+
+def weighted_row(row: Tensor, by: Tensor | None, features: list[int], *shape: int) -> Tensor:
+    """A row [K, *], size 1 in `features`, divided among them in proportion to |by|, equally without it."""
+    full = row.expand(row.shape[0], *shape)
+    weights = torch.ones_like(full) if by is None else by.abs()
+    sums = weights.sum(features, keepdim=True) if features else weights
+    equal = torch.ones_like(full) if not features else torch.ones_like(full) / full[0].numel() * sums[0].numel()
+    return full * torch.where(sums > 0, weights / torch.where(sums > 0, sums, 1.0), equal)
+
+
+@rule(aten.amax.default, aten.amin.default)
+def extreme(t: Context, node: fx.Node, out: Lanes) -> None:
+    """The largest entry: nothing reaches the others. A row goes where its features' relevance does."""
+    pick(t, node, node, out)
+
+
+def pick(t: Context, node: fx.Node, whole: fx.Node, out: Lanes) -> None:
+    """Entries that `whole` picks by their size; `node` is its result, or the first of several."""
+    x: Any = whole.args[0]
+    options, kwargs = whole.args[1:], tuple(whole.kwargs.items())
+
+    def back(lane: fx.Node) -> fx.Node:
+        return t.emit.call(vjp, whole.target, lane, 0, None, kwargs, t.value(x), *options)
+
+    lanes = [Lane(back(t.dense(lane, node).node)) if lane and t.wants(x) else None for lane in (out.grad, out.rel)]
+    t.give(x, lanes[0], lanes[1], out.row and by_relevance(t, node, x, out, back))
