@@ -110,7 +110,7 @@ def weighted_sums_as_products(graph: fx.Graph, axes: Labelled) -> bool:
         for attn, x in (product.args[:2], product.args[1::-1]):
             if not isinstance(attn, fx.Node) or attn not in axes or x not in axes or attn.target is not aten.softmax.int:
                 continue
-            if attn.args[1] % 3 != 1 or attn.meta["val"].dim() != 3 or attn.meta["val"].shape[2] != 1:
+            if attn.args[1] % 3 != 1 or attn.meta["val"].dim() != 3 or attn.meta["val"].shape[2] != 1:  # type: ignore[operator]
                 continue
             with graph.inserting_before(node):
                 scores = insert_call(graph, aten.transpose.int, attn.args[0], 1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,24 +52,24 @@ def spell_out(graph: fx.Graph, active: Callable[[fx.Node], bool]) -> bool:
 
 @_spelling(aten.mT.default, aten.mH.default, aten.adjoint.default)
 def _transposed(insert: Any, x: fx.Node, **_: Any) -> fx.Node:
-    return insert(aten.transpose.int, x, -2, -1)  # type: ignore[no-any-return]
+    return insert(aten.transpose.int, x, -2, -1)
 
 
 @_spelling(aten.hstack.default)
 def _hstack(insert: Any, parts: Sequence[fx.Node], **_: Any) -> fx.Node:
-    return insert(aten.cat.default, parts, min(1, parts[0].meta["val"].dim() - 1))  # type: ignore[no-any-return]
+    return insert(aten.cat.default, parts, min(1, parts[0].meta["val"].dim() - 1))
 
 
 @_spelling(aten.tile.default)
 def _tile(insert: Any, x: fx.Node, times: Sequence[int], **_: Any) -> fx.Node:
-    return insert(aten.repeat.default, x, [1] * (x.meta["val"].dim() - len(times)) + list(times))  # type: ignore[no-any-return]
+    return insert(aten.repeat.default, x, [1] * (x.meta["val"].dim() - len(times)) + list(times))
 
 
 @_spelling(aten.add.Tensor, aten.sub.Tensor)
 def _scaled_sum(insert: Any, u: fx.Node, v: Any, alpha: float = 1, **_: Any) -> fx.Node | None:
     if alpha == 1 or not isinstance(v, fx.Node):
         return None
-    return insert(aten.add.Tensor, u, insert(aten.mul.Tensor, v, alpha))  # type: ignore[no-any-return]
+    return insert(aten.add.Tensor, u, insert(aten.mul.Tensor, v, alpha))
 
 
 def _scaled(insert: Any, x: fx.Node, factor: Any) -> fx.Node:
@@ -77,7 +78,7 @@ def _scaled(insert: Any, x: fx.Node, factor: Any) -> fx.Node:
 
 @_spelling(aten.addcmul.default)
 def _addcmul(insert: Any, x: fx.Node, a: fx.Node, b: fx.Node, value: float = 1, **_: Any) -> fx.Node:
-    return insert(aten.add.Tensor, x, _scaled(insert, insert(aten.mul.Tensor, a, b), value))  # type: ignore[no-any-return]
+    return insert(aten.add.Tensor, x, _scaled(insert, insert(aten.mul.Tensor, a, b), value))
 
 
 @_spelling(aten.baddbmm.default)
@@ -93,7 +94,7 @@ def _glu(insert: Any, x: fx.Node, dim: int = -1, **_: Any) -> fx.Node | None:
         return None
     halves = insert(aten.split.Tensor, x, size // 2, dim)
     a, b = (insert(operator.getitem, halves, i) for i in range(2))
-    return insert(aten.mul.Tensor, a, insert(aten.sigmoid.default, b))  # type: ignore[no-any-return]
+    return insert(aten.mul.Tensor, a, insert(aten.sigmoid.default, b))
 
 
 @_spelling(aten.cosine_similarity.default)
@@ -103,7 +104,7 @@ def _cosine(insert: Any, u: fx.Node, v: fx.Node, dim: int = 1, eps: float = 1e-8
     for x in (u, v):
         norm = insert(aten.linalg_vector_norm.default, x, 2, [dim], True)
         units.append(insert(aten.div.Tensor, x, insert(aten.clamp_min.default, norm, eps)))
-    return insert(aten.sum.dim_IntList, insert(aten.mul.Tensor, *units), [dim])  # type: ignore[no-any-return]
+    return insert(aten.sum.dim_IntList, insert(aten.mul.Tensor, *units), [dim])
 
 
 @_spelling(aten.tensor_split.sections, aten.tensor_split.indices)
@@ -115,8 +116,8 @@ def _tensor_split(insert: Any, x: fx.Node, how: Any, dim: int = 0, **_: Any) -> 
         lengths = [size // how + (i < size % how) for i in range(how)]
     else:
         ends = [0, *(min(max(i + size if i < 0 else i, 0), size) for i in how), size]
-        lengths = [max(0, b - a) for a, b in zip(ends, ends[1:], strict=False)]
-    return insert(aten.split_with_sizes.default, x, lengths, dim)  # type: ignore[no-any-return]
+        lengths = [max(0, b - a) for a, b in itertools.pairwise(ends)]
+    return insert(aten.split_with_sizes.default, x, lengths, dim)
 
 
 @_spelling(aten.einsum.default)
@@ -158,5 +159,5 @@ def _ordered(insert: Any, x: fx.Node, names: Sequence[str], wanted: Sequence[str
         return x
     moved = [i for i, place in enumerate(order) if place != i]
     if len(moved) == 2:
-        return insert(aten.transpose.int, x, *moved)  # type: ignore[no-any-return]
-    return insert(aten.permute.default, x, order)  # type: ignore[no-any-return]
+        return insert(aten.transpose.int, x, *moved)
+    return insert(aten.permute.default, x, order)
