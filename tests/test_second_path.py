@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastrel.lanes import Lane
 from torch import Tensor, nn
 
 import fastrel
 from fastrel import rules
+from fastrel.transform.lanes import Lane
 from tests import golden_files as golden
 from tests import models
 from tests.test_coverage import CASES, Case, hf_text, image_model
@@ -373,7 +373,7 @@ def test_a_norm_that_reverses_its_relevance_is_seen(monkeypatch: pytest.MonkeyPa
 
         return reversed_ if node.target is torch.ops.aten.layer_norm.default else right(node)
 
-    monkeypatch.setattr(rules, "rule_for", wrong)
+    monkeypatch.setattr("fastrel.transform.walk.rule_for", wrong)
     with pytest.raises(AssertionError, match=r"'positive', 0"):
         check_model(Small(products).double().eval(), {"x": random(3, 5, 6)})
 

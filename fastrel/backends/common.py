@@ -13,7 +13,7 @@ from torch import fx
 class Call:
     """A call of a fused operator: its rules, update, purpose and 8-bit dtype; the dtype of its lanes; the size of attention heads.
 
-    `mixed`: some operand has another floating-point dtype. In a reverse graph none has (fastrel.emit).
+    `mixed`: some operand has another floating-point dtype. In a reverse graph none has (fastrel.transform.emit).
     """
 
     op: Any

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fastrel.capture import capture, in_order
-from fastrel.emit import lane_dtype
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from fastrel import backends, methods
 from fastrel import precision as precision_
+from fastrel.graph.capture import capture, in_order
 from fastrel.graphed import run
-from fastrel.transform import Program, transform
+from fastrel.outputs import logits_index
+from fastrel.transform.lanes import lane_dtype
+from fastrel.transform.program import Program
+from fastrel.transform.walk import transform
 from tests.devices.recorder import Recorded
 
 aten = torch.ops.aten
@@ -26,11 +28,12 @@ def lowered(
     """The program that explains a model, its operators chosen for Triton on `device`, and the values it takes."""
     given = in_order(model, (), given)
     captured = capture(model, (), given)
-    dtype = lane_dtype(captured.outputs[captured.logits_index].meta["val"].dtype)
+    logits = logits_index(captured)
+    dtype = lane_dtype(captured.outputs[logits].meta["val"].dtype)
     products = precision_.products(precision, rules, dtype, device, "triton")
     method = methods.get("transformer_attribution")
-    program = transform(captured, method, rules=rules, leaves=(captured.logits_index,), products=products)
-    backends.lower(program.reverse, "triton", device, dtype)
+    program = transform(captured, method, rules=rules, leaves=(logits,), products=products)
+    backends.lower(program.reverse, "triton", device, program.dtype)
     values = captured.parameters(model)
     assert values is not None
     return program, [*values, *given.values()]

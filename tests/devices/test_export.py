@@ -14,8 +14,7 @@ from torch import Tensor, fx, nn
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is computed here", allow_module_level=True)
 
-from fastrel.capture import Captured, capture, in_order
-
+from fastrel.graph.capture import Captured, capture, in_order
 from tests import models
 
 aten = torch.ops.aten
