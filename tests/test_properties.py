@@ -338,6 +338,24 @@ def test_rows_that_do_not_meet_share_the_whole(operands: int, gone: int, weighte
         assert torch.allclose(total, r)
 
 
+def test_a_class_token_that_goes_through_attention_alone_keeps_its_identity() -> None:
+    """Class attention: one token of the branch is mixed, the others pass by; the residual operand holds I for all."""
+    numbers = Numbers()
+    rollout = Rollout(numbers.emit)
+    row = rollout.seed(numbers.lane(torch.rand(1, 2, 5)).node)
+    r = numbers.values[row.parts[()].lane.node]
+    residual, branch = rollout.fork(row, 2)
+    first, others = torch.tensor([1.0, 0, 0, 0, 0]), torch.tensor([0.0, 1, 1, 1, 1])
+    cls, rest = (
+        branch.map(lambda lane, keep=keep: numbers.lane(numbers.values[lane.node] * keep)) for keep in (first, others)
+    )
+    rollout.end(cls)
+    mixed = (r * first) @ torch.rand(5, 5)
+    merged, met = rollout.merge([residual, rest, Row({(): Part(numbers.lane(mixed))})], numbers.add)
+    assert torch.allclose(numbers.values[merged.parts[()].lane.node], r + mixed)
+    assert met
+
+
 def test_a_fork_counted_twice_would_be_found() -> None:
     """A check that cannot fail would prove nothing."""
     numbers = Numbers()

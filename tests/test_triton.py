@@ -16,6 +16,7 @@ from benchmarks import compiled, roofline
 from fastrel import Explainer, InputError
 from fastrel.backends import BACKENDS
 from fastrel.graphed import Graphed, run
+from fastrel.outputs import logits_index
 from tests import golden_files as golden
 from tests import models
 
@@ -110,9 +111,12 @@ def test_nothing_between_inputs_and_map_looks_at_values(name: str) -> None:
 def _replayed(explainer: Explainer, given: dict[str, torch.Tensor]) -> Graphed:
     """A Graphed whose graph is replayed by running the program: all of it but the capture, which needs a device."""
     graphed = Graphed.__new__(Graphed)
-    captured, values, inputs = explainer._enter((), {name: x.clone() for name, x in given.items()})
-    graphed._model, graphed._inputs, graphed._spec, graphed._classes = explainer.model, inputs, captured.out_spec, None
-    graphed._program = explainer._program(captured, (captured.logits_index,))
+    call = explainer._engine.enter((), {name: x.clone() for name, x in given.items()})
+    graphed._model, graphed._inputs, graphed._classes = explainer.model, call.tensors, None
+    graphed._spec, values = call.captured.out_spec, call.values
+    graphed._program = explainer._engine.program(call.entry, explainer.options, (logits_index(call.captured),))
+    graphed._names = [call.names[one.input] for one in graphed._program.maps]
+    graphed._images = [values[len(call.captured.owners) + one.input] for one in graphed._program.maps]
 
     class Graph:
         def replay(self) -> None:

@@ -79,7 +79,7 @@ class Rollout:
             while path and path in parts and (children := self._complete(path, parts)) is not None:
                 fork, path = path[-1].fork, path[:-1]
                 met = met or len(children) < self._forks[fork].operands or any(c.settled for c in children.values())
-                for i in children:
+                for i in range(self._forks[fork].operands):
                     parts.pop((*path, Branch(fork, i)), None)
                 one = self._folded(fork, children, add, outermost=path == self._stream(path))
                 before = [parts[path]] if path in parts else []
@@ -120,18 +120,23 @@ class Rollout:
         return Part(add(lanes) if lanes else None, any(part.settled for part in parts))
 
     def _complete(self, path: Path, parts: dict[Path, Part]) -> dict[int, Part] | None:
-        """The parts that came by the operands of the sum that `path` came by last, if all are here or lead nowhere else."""
+        """The parts that came by the operands of the sum that `path` came by last, if all are here or lead nowhere else.
+
+        Where only some tokens of an operand went into an attention block (a class token) and the others come by, an operand that
+        comes whole stands for all.
+        """
         fork, before = path[-1].fork, path[:-1]
         children: dict[int, Part] = {}
+        pieces: dict[int, Part] = {}
         for i in range(self._forks[fork].operands):
             child = (*before, Branch(fork, i))
-            if child in parts:
-                children[i] = parts[child]
-            elif child in self._replaced:
+            if child in self._replaced:
                 children[i] = Part(None, settled=True)
+            elif child in parts:
+                (pieces if child in self._gone and not parts[child].settled else children)[i] = parts[child]
             elif not self._closed(child):
                 return None
-        return children
+        return children or pieces
 
     def _closed(self, path: Path) -> bool:
         """Whether what came by a path has ended in attention blocks."""

@@ -262,7 +262,7 @@ def test_a_map_of_an_image_with_a_hole_is_no_map() -> None:
     explainer = fastrel.Explainer(model, backend="triton")
     explainer(images)
     _, values, _ = explainer._enter((), {"x": images})
-    (program,) = explainer._programs.values()
+    (program,) = models.programs(explainer)
     images[0, 0, 3, 3], images[1, 0, 3, 3] = NOT_FINITE
     _, _, relevance, _ = run(program, values, None)
     assert [bool(row.isfinite().all()) for row in relevance] == [False, False, True]
