@@ -301,7 +301,9 @@ def _rows(subject: _Subject) -> Iterator[Check]:
     excess = max(float((total / expected).max()), float(last.max())) - 1  # type: ignore[union-attr]
     lost = 1 - float((total / expected).min())  # type: ignore[operator, union-attr]
     meaning = f"the rollout of {program.blocks} attention maps adds up to 2ⁿ" + (
-        f", less {lost:.0%} that met constant tokens, blocks without a residual or blocks of other sequences" if lost > 1e-3 else ""
+        f", less {lost:.0%} that met constant tokens, blocks without a residual or blocks of other sequences"
+        if lost > 1e-3
+        else ""
     )
     yield Check("rows", max(excess, 0.0), subject.limit(1e-9, 1e-4, 2e-2), meaning)
 

@@ -244,7 +244,9 @@ def _index(node: fx.Node, labels: Labels) -> Axes | None:
     """x[mask] of some tokens of every sample, [samples and tokens, …]; other indices as elementwise."""
     x, shape, indices = labels.of(node.args[0]), labels.shape(node), list(node.args[1])  # type: ignore[arg-type]
     first: Any = indices[0]
-    mask = len(indices) == 1 and first is not None and first.meta["val"].dtype == torch.bool and first.meta["val"].dim() == 2
+    mask = (
+        len(indices) == 1 and first is not None and first.meta["val"].dtype == torch.bool and first.meta["val"].dim() == 2
+    )
     if x is None or not mask or is_feature(x[1]) or shape[0] % size_of(x[0]):
         return _broadcast([x], shape) if x else _widest(node, labels)
     return ((*x[0], (shape[0] // size_of(x[0]), "token")), *x[2:])

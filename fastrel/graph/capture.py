@@ -145,7 +145,10 @@ def find(model: nn.Module, path: tuple[str, ...]) -> Any:
 
 
 def _is_causal(
-    mask: Tensor | None, is_causal: bool | None = None, size: int | None = None, detect: Any = transformer._detect_is_causal_mask
+    mask: Tensor | None,
+    is_causal: bool | None = None,
+    size: int | None = None,
+    detect: Any = transformer._detect_is_causal_mask,
 ) -> bool:
     """What nn.TransformerEncoder asks of a mask's numbers: not while it is traced; the mask itself then says all."""
     return bool(is_causal) if isinstance(mask, FakeTensor) else detect(mask, is_causal, size)

@@ -54,9 +54,7 @@ class Rollout:
         """The row at an output of the model."""
         return Row({(): Part(Lane(node))})
 
-    def fork(
-        self, row: Row, operands: int, shares: tuple[fx.Node, ...] | None = None, streams: bool = False
-    ) -> list[Row]:
+    def fork(self, row: Row, operands: int, shares: tuple[fx.Node, ...] | None = None, streams: bool = False) -> list[Row]:
         """The row for each operand of a sum, be it of streams or of what a block adds up to.
 
         `shares` [K, B] each: by how much of the row each is charged where they do not meet again; None: equal parts.
@@ -162,9 +160,7 @@ class Rollout:
         given = [*(shares[i] for i in lanes), *(shares[i] for i in among)]
         return Lane(self.emit(weighted, len(values), *map(_dense, values), *given))
 
-    def _gathered(
-        self, parts: dict[Path, Part], at: Path, add: Sum, shared: bool, stream: Path = ()
-    ) -> Lane | None:
+    def _gathered(self, parts: dict[Path, Part], at: Path, add: Sum, shared: bool, stream: Path = ()) -> Lane | None:
         """The parts below a path as one lane; `shared`: less what came by operands that are not here, which streams always are
         but those of `stream`."""
         here = parts.get(at)
