@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastrel
 from tests import golden_files as golden
+from tests import models
 
 IDS = torch.randint(3, 60, (2, 14), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -97,10 +98,7 @@ def close(
     """On both backends, the map of a model is that of the same weights in float32."""
     first = fastrel.Explainer(model, method, **options)
     maps = {"auto": first(given)}
-    # The captured graph is the same for both.
-    other = fastrel.Explainer(model, method, **options, backend="torch")
-    other._captured = first._captured
-    maps["torch"] = other(given, target=maps["auto"].target)
+    maps["torch"] = first.using(backend="torch")(given, target=maps["auto"].target)
     wide = given.float() if given.is_floating_point() else given
     exact = fastrel.Explainer(in_float32, method)(wide, target=maps["auto"].target).relevance
     for explanation in maps.values():
@@ -166,7 +164,7 @@ def test_norms_in_float64_in_reduced_precision(monkeypatch: pytest.MonkeyPatch) 
 def test_lanes_of_16_bit_models_are_never_rounded_to_16_bit(norm: Any) -> None:
     explainer = fastrel.Explainer(uneven(vit(norm)).bfloat16())
     explainer(IMAGES.bfloat16())
-    (program,) = explainer._programs.values()
+    (program,) = models.programs(explainer)
     lanes = set()
     for node in program.reverse.graph.nodes:
         seed = node.op == "placeholder" and node.name in ("grad_0", "rel_0", "row_0")
@@ -189,7 +187,7 @@ def test_an_input_in_float64_does_not_make_a_float32_model_slow() -> None:
 
     explainer = fastrel.Explainer(uneven(Casting()))
     explainer(IMAGES.double())
-    (program,) = explainer._programs.values()
+    (program,) = models.programs(explainer)
     assert program.dtype == torch.float32
 
 
