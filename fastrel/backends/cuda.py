@@ -89,7 +89,7 @@ def supports(call: Call) -> list[str]:
     return without_kernel(call, None)
 
 
-_kept = weights.kept(lambda weight, purpose: (weight.abs(),))
+_kept = weights.kept_by_version(lambda weight, purpose: (weight.abs(),))
 
 
 def zplus_linear(
