@@ -171,17 +171,17 @@ class FormTape(Tape):
 
     def add(self, u: Tensor, v: Tensor) -> Tensor:
         y = u + v
-        self._record([y], [u, v], lambda rel: self.form.add(u, v, rel))
+        self.record([y], [u, v], lambda rel: self.form.add(u, v, rel))
         return y
 
     def query_key(self, q: Tensor, k: Tensor) -> Tensor:
         y = q @ k.mT
-        self._record([y], [q, k], lambda rel: self.form.query_key(q, k, rel))
+        self.record([y], [q, k], lambda rel: self.form.query_key(q, k, rel))
         return y
 
     def attention_value(self, attn: Tensor, v: Tensor) -> Tensor:
         y = attn @ v
-        self._record([y], [attn, v], lambda rel: self.form.attention_value(attn, v, rel))
+        self.record([y], [attn, v], lambda rel: self.form.attention_value(attn, v, rel))
         return y
 
     def softmax(self, scores: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def prepared(weight: Tensor, purpose: str) -> tuple[Tensor, ...]:
     return (torch.cat([weight] * int(parts)),)
 
 
-_kept = weights.kept(prepared)
+_kept = weights.kept_by_version(prepared)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
