@@ -10,6 +10,12 @@ from torch.export import ExportedProgram
 
 aten = torch.ops.aten
 
+#: Layers and products whose result is a tensor of its own, whatever the options.
+_FRESH = {
+    aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.linear.default, aten.batch_norm.default,
+    aten.layer_norm.default, aten.group_norm.default, aten.add.Tensor, aten.mul.Tensor, aten.matmul.default, aten.bmm.default,
+}  # fmt: skip
+
 
 def functional(program: ExportedProgram) -> ExportedProgram:
     """A program without writes in place and without regions, both of which torch itself takes apart; the rest stays as it is.
@@ -23,6 +29,7 @@ def functional(program: ExportedProgram) -> ExportedProgram:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     _without_grad_regions(program.graph_module)
+    _without_needless_writes(graph)
     if not any(_writes(node) or isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes):
         return program
     with torch.no_grad():
@@ -56,6 +63,24 @@ def _without_grad_regions(module: fx.GraphModule) -> None:
                 part.replace_all_uses_with(results[part.args[1]])
                 graph.erase_node(part)
             graph.erase_node(node)
+
+
+def _without_needless_writes(graph: fx.Graph) -> None:
+    """Let what writes into the result of a layer that nothing else sees, as `ReLU(inplace=True)` does, make its own: torch takes
+    longer to find that out than to export the model."""
+    for node in graph.nodes:
+        if not _writes(node) or not node.args or not isinstance(x := node.args[0], fx.Node):
+            continue
+        own = getattr(getattr(aten, node.target._schema.name.removeprefix("aten::").removesuffix("_"), None), _overload(node), None)
+        alone = x.target in _FRESH and list(x.users) == [node] and list(node.all_input_nodes).count(x) == 1
+        if own is not None and not own._schema.is_mutable and alone and node.meta["val"].dtype == x.meta["val"].dtype:
+            others = [y.meta["val"].dtype for y in node.all_input_nodes if isinstance(y.meta.get("val"), torch.Tensor)]
+            if set(others) == {x.meta["val"].dtype}:
+                node.target = own
+
+
+def _overload(node: fx.Node) -> str:
+    return node.target._schema.overload_name or "default"  # type: ignore[union-attr]
 
 
 def _writes(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from fastrel.graph.nodes import arguments, describe
 from fastrel.reference.convolution import convolution as conv_relevance
 from fastrel.reference.convolution import pixel_convolution
 from fastrel.reference.operators import pooling as pool_relevance
-from fastrel.rules.generic import spread_row, vjp
+from fastrel.rules.generic import divided_row, vjp
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes
@@ -88,13 +88,13 @@ def pooling(t: Context, node: fx.Node, out: Lanes) -> None:
             dense = t.dense(out.rel, node).node
             rel = Lane(t.emit.call(window_shares, node.target, dense, value, kwargs, *options))
     if out.row:
-        # The entries of a window lie with the features, where a row has their full number.
+        # The entries of a window lie with the features, among which a row that has their full number is divided.
         windows = node.target is aten.col2im.default
         sizes, full = t.shape(x) if windows else t.row_shape(x), t.shape(node) if windows else ()
 
         def back(lane: Lane) -> Lane:
             dense = t.dense(lane, node, is_row=True).node
-            dense = t.emit.call(spread_row, dense, *full) if windows else dense
+            dense = t.emit.call(divided_row, dense, *full) if windows else dense
             return Lane(t.emit.call(pool_row, node.target, dense, list(sizes), kwargs, *options))
 
         row = out.row.map(back)

@@ -133,11 +133,6 @@ def statistic(t: Context, node: fx.Node, out: Lanes) -> None:
         t.give(x, grad=Lane(t.emit.call(vjp, node.target, lane, 0, None, tuple(node.kwargs.items()), *values)))
 
 
-def spread_row(row: Tensor, *shape: int) -> Tensor:
-    """A row [K, *], size 1 in feature dimensions, at every entry of a value."""
-    return row.expand(row.shape[0], *shape)
-
-
 def divided_row(row: Tensor, *shape: int) -> Tensor:
     """A row [K, *], size 1 in feature dimensions, in equal parts over the features of a value."""
     full = row.expand(row.shape[0], *shape)

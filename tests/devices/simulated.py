@@ -156,7 +156,7 @@ def explained(model: nn.Module, image: Tensor, target: int, precision: str = "fl
     program.reverse.recompile()
     with torch.no_grad():
         _, _, relevance, _ = run(program, values, torch.tensor([[target]]))
-    return relevance[0, 0]
+    return relevance[0][0, 0]
 
 
 def _widened(reference: Callable[..., Any]) -> Callable[..., Any]:

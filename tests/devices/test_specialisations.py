@@ -50,7 +50,8 @@ def _official_attention(mask: torch.dtype | None) -> None:
 
 def _sweep(variant: Variant) -> Iterator[tuple[str, ASTSource]]:
     """The variant with all integers that Triton specialises as the constant 1, and with all of 64 bits."""
-    signature, names = dict(variant.signature), list(variant.signature)
+    signature = dict(variant.signature)
+    names = list(signature)
     integers = [name for name, kind in signature.items() if kind in ("i32", "i64")]
     special = [name for name in integers if not variant.kernel.params[names.index(name)].do_not_specialize]
     ones = {**dict(variant.constants), **{(names.index(name),): 1 for name in special}}
