@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastrel.reference import convolution as C
 from fastrel.reference import operators as O
+from fastrel.reference import pooling as P
 from fastrel.reference import rules as R
 
 Rules = R.Rules
@@ -66,6 +67,20 @@ def convolution(
     return _propagate(
         lambda x, w: C.CONVOLUTIONS[w.dim()](x, w, bias, *options),
         lambda rel, x, w: C.convolution(x, w, rel, rules, *options),
+        x,
+        weight.detach(),
+    )
+
+
+def transposed_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    groups: int = 1, dilation: Any = 1, rules: Rules = "positive",
+) -> Tensor:  # fmt: skip
+    """Transposed convolution of x [B, C, *tokens] with weight [C, D / groups, *window]; backward eq. (5)."""
+    options = (stride, padding, output_padding, groups, dilation)
+    return _propagate(
+        lambda x, w: C.TRANSPOSED[w.dim()](x, w, bias, *options),
+        lambda rel, x, w: C.transposed_convolution(x, w, rel, rules, *options),
         x,
         weight.detach(),
     )
@@ -131,14 +146,33 @@ def relu(x: Tensor) -> Tensor:
 
 def mean(x: Tensor, dims: Sequence[int], keepdim: bool = False, rules: Rules = "positive") -> Tensor:
     """Mean over tokens; backward by share (`fastrel.reference.rules.mean`)."""
+    return reduction(lambda x: x.mean(tuple(dims), keepdim), x, dims, keepdim, rules)
+
+
+def reduction(
+    f: Callable[[Tensor], Tensor], x: Tensor, dims: Sequence[int], keepdim: bool = False, rules: Rules = "positive"
+) -> Tensor:
+    """f(x), a sum or a spread over `dims`; backward by share, as for a mean."""
+    over, kept = _over(x, dims, keepdim)
+    return _propagate(f, lambda rel, x: R.mean(x, kept(rel), over, rules), x)
+
+
+def logsumexp(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
+    """log Σ exp over `dims`; backward by softmax (`fastrel.reference.pooling.logsumexp`)."""
+    over, kept = _over(x, dims, keepdim)
+    return _propagate(lambda x: x.logsumexp(over, keepdim), lambda rel, x: P.logsumexp(x, kept(rel), over), x)
+
+
+def _over(x: Tensor, dims: Sequence[int], keepdim: bool) -> tuple[list[int], Callable[[Tensor], Tensor]]:
+    """Dimensions that are reduced, in order, and what gives a reduced value size 1 in them."""
     over = sorted(d % x.dim() for d in dims)
 
-    def rule(rel: Tensor, x: Tensor) -> Tensor:
+    def kept(rel: Tensor) -> Tensor:
         for dim in () if keepdim else over:
             rel = rel.unsqueeze(dim)
-        return R.mean(x, rel, over, rules)
+        return rel
 
-    return _propagate(lambda x: x.mean(over, keepdim), rule, x)
+    return over, kept
 
 
 def pooling(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import pytest
 import timm
 import torch
 import transformers
+from timm.models.nest import Nest
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 import fastrel
@@ -46,12 +48,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "bias from the queries, windows (SAM)": lambda: image_model("samvit_base_patch16_224", 64, img_size=64, depth=2, embed_dim=96, num_heads=3),
     "channel attention (XCiT)": lambda: image_model("xcit_nano_12_p16_224", 64, img_size=64, depth=2),
     "windows, shifts (Swin)": hf_swin,
-    "V Aᵀ, one head (SHViT)": lambda: image_model("shvit_s1", 128),
+    "V Aᵀ, one head (SHViT)": lambda: image_model("shvit_s1", 128, depth=(1, 2, 1), embed_dim=(64, 96, 128), partial_dim=(16, 24, 32)),
     "maps written into, gated with positions (ConViT)": lambda: image_model("convit_tiny", 64, img_size=64, depth=2, local_up_to_layer=1),
     "tokens within tokens (TNT)": lambda: image_model("tnt_s_legacy_patch16_224", 64, img_size=64, depth=2),
-    "outlook attention, maxima (VOLO)": lambda: image_model("volo_d1_224", 64, img_size=64, layers=(1, 1, 1, 1)),
+    "outlook attention, maxima (VOLO)": lambda: (VOLO([2, 1, 1, 1], 64, num_classes=5, embed_dims=[48, 96, 96, 96], num_heads=[2, 4, 4, 4]).eval(), {"x": torch.randn(2, 3, 64, 64)}),
     "halos around windows (HaloNet)": lambda: image_model("halonet26t", 256),
-    "one window at the top (NesT)": lambda: image_model("nest_tiny", 64, img_size=64),
+    "one window at the top (NesT)": lambda: (Nest(64, embed_dims=(24, 48, 96), num_heads=(1, 2, 4), depths=(1, 1, 2), num_classes=5).eval(), {"x": torch.randn(2, 3, 64, 64)}),
     "cosine attention (Swin v2)": lambda: hf_swin("v2"),
     "causal, x W + b (GPT-2)": lambda: hf_text("GPT2", n_embd=32, n_layer=2, n_head=4),
     "grouped keys, RMSNorm, rotary, gated (Llama)": lambda: hf_text("Llama"),

@@ -21,7 +21,6 @@ EXACT = 1e-9
 LIMITS = {"positive": EXACT, "official": 1e-4}
 
 # Written against the engine before its redesign; which of these hold against the new one is not known yet.
-pytestmark = pytest.mark.xfail(strict=False, reason="not compared with the redesigned engine yet")
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +66,13 @@ def counterpart(attention: Tensor, relevance: Tensor, block: fastrel.BlockTrace)
     return None
 
 
+def limit(explainer: fastrel.Explainer, given: dict[str, Tensor], rule_set: str) -> float:
+    """What may be off; relevance of the second path goes through float32 wherever the model itself does (norms of Llama)."""
+    values = [node.meta.get("val") for node in explainer._engine.enter((), given).captured.graph.nodes]
+    single = any(isinstance(x, Tensor) and x.dtype == torch.float32 for x in values)
+    return max(LIMITS[rule_set], 1e-6 if single else 0)
+
+
 def check_model(model: nn.Module, given: dict[str, Tensor], *rule_sets: str) -> None:
     """The two paths agree on the prediction and on the relevance of every attention map over tokens."""
     model = model.double()
@@ -82,7 +88,7 @@ def check_model(model: nn.Module, given: dict[str, Tensor], *rule_sets: str) -> 
             assert found, f"the second path has no map of block {i}"
             place, (mine, theirs) = found[0]
             left.pop(place)
-            assert golden.relative_error(mine, theirs) < LIMITS[rule_set], (rule_set, i)
+            assert golden.relative_error(mine, theirs) < limit(explainer, given, rule_set), (rule_set, i)
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
@@ -320,6 +326,9 @@ def written_norm(x: Tensor) -> Tensor:
 
 
 DEPTHWISE = torch.linspace(-1, 1, 24).double().view(8, 1, 3)
+TURNED = torch.linspace(-1, 1, 192).double().sin().view(8, 8, 3)
+WEIGHTS = torch.tensor([0.2, 1.0, 0.0, 0.5, 2.0]).double().view(5, 1)
+TOKENS = torch.linspace(-2, 2, 25).double().cos().view(5, 5)
 AROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "RMSNorm written out": written_rms,
     "LayerNorm written out": written_norm,
@@ -331,6 +340,20 @@ AROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "max over windows": lambda x: F.max_pool2d(x.transpose(1, 2)[:, :, None], (1, 3), 1, (0, 1))[:, :, 0].transpose(1, 2),
     "average over windows": lambda x: F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
     "depthwise convolution": lambda x: F.conv1d(x.transpose(1, 2), DEPTHWISE, padding=1, groups=8).transpose(1, 2),
+    "transposed convolution": lambda x: F.conv_transpose1d(x.transpose(1, 2), TURNED, padding=1).transpose(1, 2),
+    "transposed convolution in groups": lambda x: F.conv_transpose1d(x.mT, TURNED[:, :4], padding=1, groups=2).mT,
+    "sum over tokens": lambda x: x - 0.1 * x.sum(1, keepdim=True),
+    "standard deviation over tokens": lambda x: x + x.std(1, keepdim=True),
+    "weighted mean over tokens": lambda x: x + (x * WEIGHTS).sum(1, keepdim=True) / WEIGHTS.sum(),
+    "logsumexp over tokens": lambda x: x + x.logsumexp(1, keepdim=True),
+    "maximum of two": lambda x: torch.maximum(x, x.flip(-1)),
+    "a product by einsum": lambda x: torch.einsum("btd,de->bte", x, TURNED[..., 0]),
+    "tokens mixed by einsum": lambda x: torch.einsum("ts,bsd->btd", TOKENS, x),
+    "addcmul": lambda x: torch.addcmul(x, x.flip(-1), x.sigmoid(), value=0.5),
+    "difference with a factor": lambda x: torch.sub(x, x.flip(-1), alpha=0.3),
+    "softplus of a difference": lambda x: torch.logaddexp(x, x.flip(-1)),
+    "softsign": F.softsign,
+    "instance norm": lambda x: F.instance_norm(x.mT).mT,
     "shift of tokens": lambda x: x.roll(1, 1),
     "difference of two": lambda x: x.relu() - 0.3 * x.flip(-1),
     "constants": lambda x: (1 - 2 * x) / 3 + 0.5,
@@ -350,7 +373,7 @@ def flipped(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
 WRONG: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
     "a convolution that flips": (rules.convolution, "conv_relevance", flipped, "depthwise convolution"),
     "pooling that flips": (rules.convolution, "window_shares", flipped, "average over windows"),
-    "a generic rule that flips": (rules.generic, "share", flipped, "gated linear unit"),
+    "a generic rule that flips": (rules.generic, "share", flipped, "softplus of a difference"),
     "picks that flip": (rules.generic, "vjp", flipped, "max over windows"),
 }
 

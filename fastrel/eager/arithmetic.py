@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrel import functional
-from fastrel.eager.kinds import generic
-from fastrel.eager.tape import Tape, activations, handles, is_activation
+from fastrel.eager.kinds import generic, move, unchanged
+from fastrel.eager.tape import Tape, handles, is_activation
 from fastrel.errors import UnsupportedModelError
 
 
@@ -21,7 +22,7 @@ def _plain(x: Any) -> Any:
 def add(tape: Tape, u: Any, v: Any, *, alpha: float = 1) -> Tensor:
     """Residual adds, position embeddings, masks; x·f(x) + g(x) is an activation function of x."""
     if alpha != 1:
-        raise UnsupportedModelError(f"no relevance function for add with alpha={alpha}")
+        return add(tape, u, mul(tape, v, alpha) if is_activation(v) else alpha * v)
     u, v = (u, v) if is_activation(u) else (v, u)
     of_u, of_v = tape.facts(u), tape.facts(v)
     both_maps = {"keys": of_u.keys, "mixed": of_u.mixed or of_v.mixed} if of_u.keys and of_u.keys == of_v.keys else {}
@@ -86,43 +87,59 @@ def div(tape: Tape, u: Any, v: Any, *, rounding_mode: str | None = None) -> Tens
 # Reductions.
 
 
+def _dims(x: Tensor, dim: Any) -> list[int]:
+    return list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+
+
 def _statistic(tape: Tape, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
     """A reduction of x; over its features it makes the number per token that a norm which is spelled out divides by."""
-    dims = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    over = [d % x.dim() for d in dims]
+    over = [d % x.dim() for d in _dims(x, dim)]
     return tape.know(out, scale=x.dim() - 1 in over if keepdim else over == [x.dim() - 1])
 
 
 @handles("mean")
 def mean(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """By share, over tokens or features."""
-    dims = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    dims = _dims(x, dim)
     given = x if dtype in (None, x.dtype) else functional.identity(x.detach().to(dtype), x)
     return _statistic(tape, functional.mean(given, dims, keepdim, tape.rules), x, dims, keepdim)
 
 
 @handles("sum")
-def sum_(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
-    """The generic rule, where it is no statistic of a norm."""
-    return _statistic(tape, generic(tape, "sum", torch.sum, (x, dim, keepdim), options), x, dim, keepdim)
+def sum_(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """By share, as a mean."""
+    given = x if dtype in (None, x.dtype) else functional.identity(x.detach().to(dtype), x)
+    dims = _dims(x, dim)
+    return _statistic(
+        tape, functional.reduction(lambda x: x.sum(dims, keepdim), given, dims, keepdim, tape.rules), x, dim, keepdim
+    )
 
 
 @handles("var")
 def var(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Tensor:
     """As `sum_`."""
-    return _spread(tape, "var", x, *args, **options)
+    return _spread(tape, torch.var, x, *args, **options)
 
 
 @handles("std")
 def std(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Tensor:
     """As `sum_`."""
-    return _spread(tape, "std", x, *args, **options)
+    return _spread(tape, torch.std, x, *args, **options)
 
 
-def _spread(tape: Tape, name: str, x: Tensor, dim: Any = None, *args: Any, **options: Any) -> Tensor:
-    over = None if isinstance(dim, bool) else dim
-    out = generic(tape, name, getattr(torch, name), (x, dim, *args) if dim is not None else (x, *args), options)
-    return _statistic(tape, out, x, over, out.dim() == x.dim())
+def _spread(tape: Tape, f: Callable[..., Tensor], x: Tensor, *args: Any, **options: Any) -> Tensor:
+    given = (options.pop("dim"), *args) if "dim" in options else args
+    over = None if not given or isinstance(given[0], bool) else given[0]
+    with torch.no_grad():
+        kept = f(x.detach(), *given, **options).dim() == x.dim()
+    out = functional.reduction(lambda x: f(x, *given, **options), x, _dims(x, over), kept, tape.rules)
+    return _statistic(tape, out, x, over, kept)
+
+
+@handles("logsumexp")
+def logsumexp(tape: Tape, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    """By softmax."""
+    return tape.know(functional.logsumexp(x, _dims(x, dim), keepdim))
 
 
 @handles("norm")
@@ -156,18 +173,37 @@ def amin(tape: Tape, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
 
 @handles("max")
 def max_(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Any:
-    """As `amax`, but the largest of two tensors takes the generic rule."""
-    return _extreme(tape, "max", x, *args, **options)
+    """As `amax`; of two tensors, the winner of each entry takes it all."""
+    return torch.max(x, *args, **options)
 
 
 @handles("min")
 def min_(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Any:
     """As `max_`."""
-    return _extreme(tape, "min", x, *args, **options)
+    return torch.min(x, *args, **options)
 
 
-def _extreme(tape: Tape, name: str, *args: Any, **options: Any) -> Any:
-    func = getattr(torch, name)
-    if any(isinstance(x, Tensor) for x in [*args[1:], *options.values()]) or not activations(args[:1]):
-        return generic(tape, name, func, args, options)
-    return func(*args, **options)
+@handles("maximum")
+def maximum(tape: Tape, u: Tensor, v: Tensor) -> Tensor:
+    """As `max_`."""
+    return torch.maximum(u, v)
+
+
+@handles("minimum")
+def minimum(tape: Tape, u: Tensor, v: Tensor) -> Tensor:
+    """As `max_`."""
+    return torch.minimum(u, v)
+
+
+@handles("glu")
+def glu(tape: Tape, x: Tensor, dim: int = -1) -> Tensor:
+    """a σ(b) of two halves, a gate."""
+    a, b = move(tape, "chunk", torch.chunk, (x, 2, dim), {})
+    return mul(tape, a, unchanged(tape, "sigmoid", torch.sigmoid, (b,), {}))
+
+
+@handles("addcmul")
+def addcmul(tape: Tape, x: Any, a: Any, b: Any, *, value: float = 1) -> Tensor:
+    """x + value a b."""
+    product = mul(tape, a, b) if is_activation(a) or is_activation(b) else a * b
+    return add(tape, x, mul(tape, product, value) if is_activation(product) else product * value)

@@ -46,6 +46,17 @@ def convolution(
     return tape.know(out, keys=keys, mixed=True) if keys == -1 and out.shape[2:] == x.shape[2:] else out
 
 
+@handles("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed_convolution(
+    tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Tensor:  # fmt: skip
+    """Eq. (5)."""
+    refuse_activations("conv_transpose", weight, bias)
+    options = (stride, padding, output_padding, groups, dilation)
+    return functional.transposed_convolution(x, weight, bias, *options, tape.rules)
+
+
 def _flat(option: Any) -> list[Any]:
     return list(option) if isinstance(option, (list, tuple)) else [option]
 
@@ -57,6 +68,8 @@ def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
         weight = b.detach().mT if b.dim() == 2 else b.detach()[None]
         out = functional.linear(a, weight, None, tape.rules)
         return out if b.dim() == 2 else out.squeeze(-1)
+    if not is_activation(a) and a.dim() < 3:
+        return matmul(tape, b.mT, a.mT).mT.contiguous()
     of_a, of_b = tape.facts(a), tape.facts(b)
     if of_a.keys == -1:
         return _attention_value(tape, a, b, of_a)

@@ -71,7 +71,9 @@ def _without_needless_writes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if not _writes(node) or not node.args or not isinstance(x := node.args[0], fx.Node):
             continue
-        own = getattr(getattr(aten, node.target._schema.name.removeprefix("aten::").removesuffix("_"), None), _overload(node), None)
+        own = getattr(
+            getattr(aten, node.target._schema.name.removeprefix("aten::").removesuffix("_"), None), _overload(node), None
+        )
         alone = x.target in _FRESH and list(x.users) == [node] and list(node.all_input_nodes).count(x) == 1
         if own is not None and not own._schema.is_mutable and alone and node.meta["val"].dtype == x.meta["val"].dtype:
             others = [y.meta["val"].dtype for y in node.all_input_nodes if isinstance(y.meta.get("val"), torch.Tensor)]

@@ -65,11 +65,16 @@ def _tile(insert: Any, x: fx.Node, times: Sequence[int], **_: Any) -> fx.Node:
     return insert(aten.repeat.default, x, [1] * (x.meta["val"].dim() - len(times)) + list(times))
 
 
-@_spelling(aten.add.Tensor, aten.sub.Tensor)
+@_spelling(aten.add.Tensor)
 def _scaled_sum(insert: Any, u: fx.Node, v: Any, alpha: float = 1, **_: Any) -> fx.Node | None:
     if alpha == 1 or not isinstance(v, fx.Node):
         return None
     return insert(aten.add.Tensor, u, insert(aten.mul.Tensor, v, alpha))
+
+
+@_spelling(aten.sub.Tensor)
+def _scaled_difference(insert: Any, u: fx.Node, v: Any, alpha: float = 1, **_: Any) -> fx.Node | None:
+    return _scaled_sum(insert, u, v, -alpha) if alpha != 1 else None
 
 
 def _scaled(insert: Any, x: fx.Node, factor: Any) -> fx.Node:

@@ -1,5 +1,6 @@
 """Relevance rules of convolutions: linear layers over windows."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from fastrel.reference.operators import vjp
 from fastrel.reference.rules import OFFICIAL_EPSILON, Rules, safe_divide
 
-#: The convolution for a weight [out, in / groups, *window], by its number of dimensions.
+#: The convolution for a weight [out, in / groups, *window], and the transposed one for [in, out / groups, *window], by dimensions.
 CONVOLUTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+TRANSPOSED: dict[int, Any] = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
 def convolution(x: Tensor, weight: Tensor, rel: Tensor, rules: Rules = "positive", *options: Any) -> Tensor:
@@ -20,12 +22,19 @@ def convolution(x: Tensor, weight: Tensor, rel: Tensor, rules: Rules = "positive
     rel [..., B, D, *windows], options: stride, padding, dilation, groups.
     """
 
-    def convolve(a: Tensor, w: Tensor) -> Tensor:
-        return CONVOLUTIONS[weight.dim()](a, w, None, *options)
+    return _eq5(lambda a, w: CONVOLUTIONS[weight.dim()](a, w, None, *options), x, weight, rel, rules)
 
+
+def transposed_convolution(x: Tensor, weight: Tensor, rel: Tensor, rules: Rules = "positive", *options: Any) -> Tensor:
+    """The same for a transposed convolution, weight [C, D / groups, *window]; options: stride, padding, output padding, groups,
+    dilation."""
+    return _eq5(lambda a, w: TRANSPOSED[weight.dim()](a, w, None, *options), x, weight, rel, rules)
+
+
+def _eq5(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, rel: Tensor, rules: Rules) -> Tensor:
     parts = [(x.clamp(min=0), weight.clamp(min=0)), (x.clamp(max=0), weight.clamp(max=0))]
-    s = safe_divide(rel, sum(convolve(a, w) for a, w in parts), rules)  # type: ignore[arg-type]
-    return sum(a * vjp(convolve, s, a, w) for a, w in parts)  # type: ignore[return-value]
+    s = safe_divide(rel, sum(f(a, w) for a, w in parts), rules)  # type: ignore[arg-type]
+    return sum(a * vjp(f, s, a, w) for a, w in parts)  # type: ignore[return-value]
 
 
 def pixel_convolution(x: Tensor, weight: Tensor, rel: Tensor, stride: tuple[int, int]) -> Tensor:

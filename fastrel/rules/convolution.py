@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph.nodes import arguments, describe
 from fastrel.reference.convolution import convolution as conv_relevance
-from fastrel.reference.convolution import pixel_convolution
+from fastrel.reference.convolution import pixel_convolution, transposed_convolution
 from fastrel.reference.operators import pooling as pool_relevance
 from fastrel.rules.generic import divided_row, vjp
 from fastrel.rules.registry import rule
@@ -25,9 +25,14 @@ _TURNED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
 def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
     """A linear layer over windows of tokens: eq. (5), and z^B for the first one, which reads the image itself."""
     one = [1] * (node.meta["val"].dim() - 2)
-    x, weight, _, *options = arguments(node, None, one, [0] * len(one), one, 1, count=7)
+    none = [0] * len(one)
+    turned = node.target in _TURNED
+    if turned:  # stride, padding, output padding, groups, dilation
+        x, weight, _, *options = arguments(node, None, one, none, none, 1, one, count=8)
+    else:  # stride, padding, dilation, groups
+        x, weight, _, *options = arguments(node, None, one, none, one, 1, count=7)
     pixels = t.facts.enters(x)
-    plain = not any(_numbers(options[1])) and set(_numbers(options[2])) == {1} and options[3] == 1
+    plain = not turned and not any(_numbers(options[1])) and set(_numbers(options[2])) == {1} and options[3] == 1
     grad = rel = row = None
     if t.wants(x):
         value, kernel = t.value(x), t.value(weight)
@@ -40,7 +45,8 @@ def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
             rel = Lane(t.emit.call(pixel_convolution, value, kernel, t.dense(out.rel, node).node, _numbers(options[0])))
         elif out.rel:
             dense = t.dense(out.rel, node).node
-            rel = Lane(t.emit.call(conv_relevance, value, kernel, dense, t.rules, *options))
+            formula = transposed_convolution if turned else conv_relevance
+            rel = Lane(t.emit.call(formula, value, kernel, dense, t.rules, *options))
     if out.row:
         sizes, window = t.shape(x), list(weight.meta["val"].shape[2:])
         row = out.row.map(lambda lane: _row_back(t, node, lane, sizes, window, options))
@@ -53,16 +59,14 @@ def _numbers(option: Any) -> list[int]:
 
 def _row_back(t: Context, node: fx.Node, lane: Lane, sizes: Any, window: list[int], options: Any) -> Lane:
     dense = t.dense(lane, node, is_row=True).node
-    return Lane(t.emit.call(spread_windows, node.target, dense, [sizes[0], 1, *sizes[2:]], window, *options[:3]))
+    return Lane(t.emit.call(spread_windows, node.target, dense, [sizes[0], 1, *sizes[2:]], window, *options))
 
 
-def spread_windows(
-    op: Any, row: Tensor, shape: list[int], window: list[int], stride: Any, padding: Any, dilation: Any
-) -> Tensor:
-    """A row [K, B, 1, *tokens] in equal parts over the tokens of the window that each token was made of."""
+def spread_windows(op: Any, row: Tensor, shape: list[int], window: list[int], *options: Any) -> Tensor:
+    """A row [K, B, 1, *tokens] in equal parts over the tokens that each token was made of; options as of `op`."""
     kernel, ones = row.new_ones(1, 1, *window), row.new_ones(shape)
-    count = op(ones, kernel, None, stride, padding, dilation, 1)
-    return vjp(op, row / count, 0, None, (), ones, kernel, None, stride, padding, dilation, 1)
+    ungrouped = (*options[:3], 1, *options[4:])
+    return vjp(op, row / op(ones, kernel, None, *ungrouped), 0, None, (), ones, kernel, None, *ungrouped)
 
 
 @rule(
