@@ -23,7 +23,7 @@ from fastrel.graph.ambient import outside_inference
 from fastrel.graph.capture import LOCK, Captured, Signature, capture, in_order
 from fastrel.graph.clone import unwrapped
 from fastrel.graph.fingerprint import Fingerprint
-from fastrel.inputs import check_inputs, input_names
+from fastrel.inputs import check_inputs, input_names, rejected
 from fastrel.options import Options
 from fastrel.transform.lanes import lane_dtype
 from fastrel.transform.program import Program
@@ -196,7 +196,11 @@ class Engine:
         """
         if entry.compared.get(single):
             return entry, owned
-        found = difference(self.model, entry.captured, owned + leaves, args, kwargs)
+        try:
+            found = difference(self.model, entry.captured, owned + leaves, args, kwargs)
+        except (RuntimeError, IndexError, ValueError):
+            self._try_model(args, kwargs)
+            raise
         if not entry.compared:
             entry.fingerprint.ignore_what_the_model_writes()
         entry.compared[single] = found is None
@@ -213,8 +217,7 @@ class Engine:
         try:
             run_model(self.model, args, kwargs)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"{type(self.model).__name__} rejects these inputs: {reason}") from error
+            raise rejected(self.model, error, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]) from error
 
 
 def _program(captured: Captured, options: Options, outputs: tuple[int, ...], trace: bool) -> Program:

@@ -212,7 +212,8 @@ def matmul(a: Tensor, b: Tensor, rules: Rules = "positive", *, attention: bool =
 
 def softmax(scores: Tensor, dim: int = -1) -> Tensor:
     """Relevance passes unchanged. A row without any key attends to nothing."""
-    return identity(scores.detach().softmax(dim).nan_to_num(0.0), scores)
+    given = scores.detach()
+    return identity(given.softmax(dim).masked_fill((given == -torch.inf).all(dim, keepdim=True), 0.0), scores)
 
 
 def end(attn: Tensor, rules: Rules = "positive") -> Tensor:

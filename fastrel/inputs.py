@@ -48,6 +48,20 @@ def check_finite(name: str, x: Tensor, allowed: float | None = None) -> None:
         raise InputError(f"{name} holds NaN or infinity in sample {int(bad.nonzero()[0, 0])}")
 
 
+def rejected(model: nn.Module, error: Exception, tensors: Sequence[Tensor]) -> InputError:
+    """What to say of inputs that a model fails on: its own words, and what the inputs are."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    given = ", ".join(_described(x) for x in tensors)
+    return InputError(f"{type(model).__name__} rejects these inputs: {reason} (given: {given})")
+
+
+def _described(x: Tensor) -> str:
+    """dtype and shape, and of numbers of classes, tokens and the like the range."""
+    kind = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+    ids = not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool and x.numel()
+    return f"{kind} of {int(x.min())} to {int(x.max())}" if ids else kind
+
+
 def input_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """What each input is called: the model's own name of the argument, with the place inside it if it is a container."""
     names = [

@@ -14,7 +14,7 @@ from fastrel.engine import Call, Engine
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.explanation import Explanation
 from fastrel.graph.ambient import plainly
-from fastrel.inputs import check_finite, image_size
+from fastrel.inputs import check_finite, image_size, rejected
 from fastrel.maps import TokenMap
 from fastrel.methods.integrated_gradients import integrated_gradients
 from fastrel.noise import Maps, floor, perturbed
@@ -52,9 +52,9 @@ class Prediction:
     def __init__(self, engine: Engine, options: Options, call: Call, program: Program, grad: bool = False) -> None:
         self._engine, self._options, self._call, self._program = engine, options, call, program
         with plainly(grad):
-            outputs, saved = program.forward(*call.values)
+            outputs, saved = self._run_forward(program)
         self._outputs: list[Any] = list(outputs)
-        self._saved: Sequence[Any] = saved
+        self._saved: Sequence[Any] | None = saved
         owners = [".".join(owner) if isinstance(owner, tuple) else "a constant" for owner in call.captured.owners]
         named = [*zip([*owners, *call.names], call.values, strict=True)]
         self._versions = Versions([*named, *(("the output", x) for x in self._outputs)])
@@ -78,7 +78,8 @@ class Prediction:
                 regression, similarities, contrasts (`lambda out: out[:, 3] - out[:, 5]`) or multi-label scores.
 
         Raises:
-            InputError: the target does not fit the output; weights, inputs or outputs changed since the prediction.
+            InputError: the target does not fit the output; weights, inputs or outputs changed since the prediction; it was
+                explained once.
         """
         return self._explained(target, once=False)
 
@@ -110,7 +111,7 @@ class Prediction:
         """What passed through every block; for predictions by a program that was made to trace."""
         seeds = class_seeds(self.logits, self._program.leaves[0], target)
         with plainly():
-            _, _, records = self._program.reverse(_arguments(self._program, seeds, self._saved))
+            _, _, records = self._program.reverse(_arguments(self._program, seeds, self._saved or ()))
         found: dict[int, dict[str, Tensor]] = {}
         for (block, name), value in zip(self._program.record_names, records, strict=True):
             found.setdefault(block, {})[name] = value
@@ -122,6 +123,8 @@ class Prediction:
         if changed:
             raise InputError(f"{changed} changed in place since the prediction, so no map belongs to it; predict again")
         with plainly(create_graph):
+            if self._saved is None:
+                raise InputError("this prediction was explained by explain_once, which frees what it kept; use explain")
             seeds = self.seeds(target)
             program, saved = self._prepared(seeds)
             if isinstance(self._options.method.reading, PathIntegral):
@@ -130,7 +133,7 @@ class Prediction:
                 arguments = _arguments(program, seeds, saved)
                 del saved
                 if once:
-                    self._saved = ()
+                    self._saved = None
                 rows, grids, _ = self._run_reverse(program, arguments)
             maps = self._maps(program, rows, grids, seeds.several)
         source = None if once else weakref.ref(self)
@@ -149,6 +152,15 @@ class Prediction:
             name = self._call.names[where.input] + where.branch
             found[name] = TokenMap(relevance, patches, image_size(value) if isinstance(value, Tensor) else None)
         return found
+
+    def _run_forward(self, program: Program) -> Any:
+        """Outputs and saved values; the graph's own failures are those of the model on these inputs."""
+        try:
+            return program.forward(*self._call.values)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise rejected(self._engine.model, error, self._call.tensors) from error
 
     def _run_reverse(self, program: Program, arguments: list[Any]) -> Any:
         try:
@@ -172,10 +184,10 @@ class Prediction:
 
     def _prepared(self, seeds: Seeds) -> tuple[Program, Sequence[Any]]:
         """The program that explains the seeded outputs, and what it saved of this prediction."""
-        if seeds.outputs == self._program.leaves:
+        if seeds.outputs == self._program.leaves and self._saved is not None:
             return self._program, self._saved
         program = self._engine.program(self._call.entry, self._options, seeds.outputs)
-        return program, program.forward(*self._call.values)[1]
+        return program, self._run_forward(program)[1]
 
     def _along_path(self, seeds: Seeds) -> Tensor:
         """Integrated gradients of the seeded outputs [K, B, H, W]."""
