@@ -586,7 +586,7 @@ def state() -> tuple[Any, ...]:
 
 
 #: How often 8 models are first explained in 8 threads at once.
-ROUNDS = 10
+ROUNDS = 20
 
 
 def in_threads(work: list[Callable[[], None]]) -> list[BaseException]:

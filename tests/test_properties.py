@@ -15,7 +15,7 @@ from fastrel.transform.lanes import Branch, Lane, Part, Row
 from fastrel.transform.rollout import Rollout
 
 #: Random transformers in CI; each is captured several times, which takes most of its time.
-EXAMPLES = 25
+EXAMPLES = 300
 
 slow = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
