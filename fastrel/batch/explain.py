@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastrel.batch.decoding import Decoded, decode, reason
+from fastrel.batch.decoding import Decoded, decode
 from fastrel.batch.row import Row
 from fastrel.batch.settings import Settings, count_of_highest
 from fastrel.data.inputs import File, Item, Value
-from fastrel.errors import CaptureError, InputError, UnsupportedModelError
+from fastrel.errors import CaptureError, InputError, UnsupportedModelError, reason
 from fastrel.explainer import Explainer
 from fastrel.models import Loaded, Sample
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from fastrel.batch.explain import Explain
 from fastrel.batch.local import Progress
 from fastrel.batch.row import Row
 from fastrel.batch.store import Store, Task
-from fastrel.errors import FastrelError, InputError
+from fastrel.errors import FastrelError, InputError, reason
 
 try:
     import ray
@@ -29,8 +30,8 @@ except ImportError as missing:
 
 KILLS = "it kills the process that explains it (tried twice)"
 
-#: How often actors may start without any batch being finished in between, per actor.
-_PATIENCE = 5
+#: How often actors may start without getting anywhere in between, per actor.
+_PATIENCE = 3
 
 
 def run(
@@ -51,7 +52,8 @@ def run(
 
     Raises:
         InputError: the cluster has fewer processors or GPUs than the actors need.
-        FastrelError: actors die again and again before any batch is finished.
+        FastrelError: an actor cannot work at all (a model that is not there, say), or actors die again and again before any
+            item is finished.
     """
     started = not ray.is_initialized()
     if started:
@@ -66,12 +68,14 @@ def run(
         results = blocks.map_batches(
             Worker,
             batch_size=1,
-            fn_constructor_args=(explain, list(tasks), schema, attempts, os.getcwd()),
+            fn_constructor_args=(explain, list(tasks), schema, attempts, os.getcwd(), list(sys.path)),
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=cpus,
             num_gpus=gpus,
         )
         for row in results.iter_rows():
+            if row["hopeless"]:
+                raise FastrelError(f"the actors cannot work: {row['hopeless']}")
             task = tasks[row["task"]]
             store.put(task, tables.decode(row["parquet"]))
             progress(len(task.items), int(row["failed"]))
@@ -93,7 +97,10 @@ def _require(actors: int, cpus: float, gpus: float) -> None:
 
 
 class Attempts:
-    """Remembers which batches were begun and not ended: where actors died."""
+    """Remembers which batches were begun and not ended: where actors died.
+
+    Getting somewhere is to finish a batch or an item, or to find an item that kills.
+    """
 
     def __init__(self, patience: int) -> None:
         self.patience, self.idle_starts = patience, 0
@@ -102,7 +109,7 @@ class Attempts:
         self.killers: dict[str, set[str]] = {}
 
     def start(self) -> bool:
-        """An actor starts; False: too many did without anything being finished."""
+        """An actor starts; False: too many did without getting anywhere."""
         self.idle_starts += 1
         return self.idle_starts <= self.patience
 
@@ -112,12 +119,14 @@ class Attempts:
         self.begun[batch] = before + 1
         if batch in self.at:
             self.killers.setdefault(batch, set()).add(self.at.pop(batch))
+            self.idle_starts = 0
         return before, self.killers.get(batch, set())
 
     def item(self, batch: str, item: str | None) -> None:
         """It is at this item; None: at none."""
         if item is None:
             self.at.pop(batch, None)
+            self.idle_starts = 0
         else:
             self.at[batch] = item
 
@@ -129,23 +138,35 @@ class Attempts:
 
 
 class Worker:
-    """An actor's work: parts of the data set."""
+    """An actor's work: parts of the data set. It finds files and modules where the process that started the run does."""
 
-    def __init__(self, explain: Explain, tasks: list[Task], schema: Any, attempts: Any, folder: str) -> None:
+    def __init__(
+        self, explain: Explain, tasks: list[Task], schema: Any, attempts: Any, folder: str, path: Sequence[str]
+    ) -> None:
         self.explain, self.tasks, self.schema, self.attempts = explain, tasks, schema, attempts
         with contextlib.suppress(OSError):
-            os.chdir(folder)  # items are named as they were given
-        if not ray.get(attempts.start.remote()):
-            raise RuntimeError("actors die again and again before anything is finished; is there memory for the model?")
+            os.chdir(folder)
+        sys.path += [entry for entry in path if entry not in sys.path]
+        self.may_start = ray.get(attempts.start.remote())
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A part as the bytes of its file."""
+        """A part as the bytes of its file; or, in words of fastrel's and not of Ray's, why none can be made."""
         number = int(batch["task"][0])
+        parquet, failed, hopeless = b"", 0, ""
+        try:
+            rows = self._rows(number)
+            parquet = tables.encode(tables.table(rows, self.schema))
+            failed = len({row.item for row in rows if row.error is not None})
+        except Exception as error:
+            hopeless = reason(error)
+        return {"task": [number], "parquet": [parquet], "failed": [failed], "hopeless": [hopeless]}
+
+    def _rows(self, number: int) -> list[Row]:
+        if not self.may_start:
+            raise FastrelError("they die again and again before anything is finished; is there memory for the model?")
         items = self.tasks[number].items
         size = self.explain.settings.batch_size
-        rows = [row for at in range(0, len(items), size) for row in self._batch(f"{number}:{at}", items[at : at + size])]
-        failed = len({row.item for row in rows if row.error is not None})
-        return {"task": [number], "parquet": [tables.encode(tables.table(rows, self.schema))], "failed": [failed]}
+        return [row for at in range(0, len(items), size) for row in self._batch(f"{number}:{at}", items[at : at + size])]
 
     def _batch(self, key: str, items: Sequence[Any]) -> list[Row]:
         """The rows of a batch; one at whose first try an actor died is tried once more, item by item."""
@@ -166,6 +187,7 @@ class Worker:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of what Ray says, which is that of the actor's own error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """What Ray's error began with."""
+    while inner := getattr(error, "cause", None) or error.__cause__:
+        error = inner
+    return reason(error)
