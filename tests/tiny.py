@@ -1,5 +1,6 @@
 """Tiny models as their libraries write them to folders, and functions that `MODULE:FUNCTION` names."""
 
+import faulthandler
 import os
 import signal
 import time
@@ -63,6 +64,7 @@ class Crashing(Deadly):
     """The same by a segmentation fault, as decoders do it."""
 
     def die(self) -> None:
+        faulthandler.disable()  # pytest's would print the stack
         os.kill(os.getpid(), signal.SIGSEGV)
 
 

@@ -86,17 +86,20 @@ def evaluate(
     shared = explainer or Explainer(subject.loaded.model)
     explainers = {configuration.name: configuration.explainer(shared) for configuration in chosen}
     failures: Failures = {}
-    todo = []
+    left = []
     for item in items:
         if all(store.done(item.name, c, m) for c in explainers for m in functions):
             progress(item.name)
         else:
-            todo.append(item)
-    for batch in _read(subject, todo, batch_size, workers, failures):
+            left.append(item)
+    for batch in _read(subject, left, batch_size, workers, failures):
         for name, own in explainers.items():
-            left = [(i, s) for i, s in batch if any(not store.done(i.name, name, m) for m in functions)]
-            for item, maps in _explained(subject, own, left, scorers.needs_predicted(metrics), name, failures):
-                _score(subject, item, maps, functions, name, store, failures)
+            missing = [(i, s) for i, s in batch if any(not store.done(i.name, name, m) for m in functions)]
+            explained = list(_explained(subject, own, missing, scorers.needs_predicted(metrics), name, failures))
+            for metric, function in functions.items():
+                todo = [pair for pair in explained if not store.done(pair[0].name, name, metric)]
+                for item, values in _scored(subject, function, todo, name, failures):
+                    store.add([Score(item.name, item.group, name, metric, key, value) for key, value in values.items()])
         for item, _ in batch:
             progress(item.name)
     if len(failures) == len(items) and not store.scores:
@@ -136,21 +139,20 @@ def _explained(
             yield from _explained(subject, explainer, [one], predicted, name, failures)
 
 
-def _score(
-    subject: Any, item: Any, maps: Any, functions: dict[str, Any], name: str, store: Store, failures: Failures
-) -> None:
-    """Every score of an item that is not there yet, kept at once."""
-
-    def explain(target: str = "label") -> Any:
-        return maps[target]
-
-    for metric, function in functions.items():
-        if store.done(item.name, name, metric):
-            continue
-        try:
-            values = function(subject, item, explain)
-        except _UNREADABLE as error:
-            failures[item.name] = f"{name}: {reason(error)}"
-            continue
-        if values:
-            store.add([Score(item.name, item.group, name, metric, key, value) for key, value in values.items()])
+def _scored(
+    subject: Any, function: Any, batch: Sequence[tuple[Any, Any]], name: str, failures: Failures
+) -> Iterator[tuple[Any, scorers.Values]]:
+    """The values of a batch by one scorer; if that fails, of each item alone, and those that fail alone are failures."""
+    if not batch:
+        return
+    items, maps = zip(*batch, strict=True)
+    try:
+        found = function(subject, items, maps)
+    except (*_UNREADABLE, RuntimeError) as error:
+        if len(batch) == 1:
+            failures[items[0].name] = f"{name}: {reason(error)}"
+            return
+        for one in batch:
+            yield from _scored(subject, function, [one], name, failures)
+        return
+    yield from ((item, values) for item, values in zip(items, found, strict=True) if values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -85,10 +85,10 @@ class ImageSubject:
         return ReadPicture(self.loaded.reader)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The model's logits [B, classes] for x [B, C, H, W], which may be on another device; on the CPU."""
+        """The model's logits [B, classes] for x [B, C, H, W], which may be on another device; float32, on the model's."""
         with torch.no_grad():
             output = self.loaded.model(x.to(self.loaded.device, self.loaded.dtype))
-        return (output if isinstance(output, Tensor) else output.logits).float().cpu()
+        return (output if isinstance(output, Tensor) else output.logits).float()
 
     def explain(
         self, explainer: Explainer, items: Sequence[ImageItem], samples: Sequence[Sample], predicted: bool
@@ -172,13 +172,9 @@ class TextSubject:
             found.append({"label": TextMap(words, item.label)})
         return found
 
-    def probability(self, item: TextItem) -> Callable[[np.ndarray], float]:
-        """A function kept [T] of bool -> the model's probability of the item's label with only those words."""
-
-        def probability(kept: np.ndarray) -> float:
-            sample, _ = self.read.encode([word for word, keep in zip(item.words, kept, strict=True) if keep])
-            with torch.no_grad():
-                output: Any = self.loaded.model(**self.loaded.inputs([sample]))
-            return float(output.logits[0].softmax(0)[item.label])
-
-        return probability
+    def probabilities(self, item: TextItem, kept: Sequence[np.ndarray]) -> list[float]:
+        """The model's probability of the item's label with only some of its words, [T] of bool each: one batch of them."""
+        samples = [self.read.encode([word for word, keep in zip(item.words, own, strict=True) if keep])[0] for own in kept]
+        with torch.no_grad():
+            output: Any = self.loaded.model(**self.loaded.inputs(samples))
+        return output.logits.float().softmax(1)[:, item.label].tolist()
