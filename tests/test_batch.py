@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -442,3 +443,19 @@ def test_the_embedded_model_explains_its_samples(tmp_path: Path) -> None:
 
 def test_options_that_belong_to_ray_need_it() -> None:
     assert main(["batch", "x", "--actors", "3", "--out", "o"]) == 2
+
+
+def test_explain_says_how_far_official_maps_depend_on_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.pictures(tmp_path / "p", 3)
+    command = ["explain", str(folder), *VIT, "--target", "top2"]
+    assert main([*command, "--rules", "official", "--out", str(tmp_path / "official")]) == 0
+    printed = re.findall(r"noise floor: ([\d.e-]+) %, ([\d.e-]+) %", capsys.readouterr().out)
+    explain = Explain("tests.tiny:vit", rules="official")
+    args, kwargs = explain.loaded.arguments(
+        explain.loaded.inputs([explain.loaded.reader(Image.open(path))[0] for path in sorted(folder.iterdir())])
+    )
+    prediction = explain.settings.explainer(explain.loaded).predict(*args, **kwargs)
+    floors = prediction.noise_floor(prediction.logits.topk(2).indices)
+    assert [[float(x) for x in own] for own in printed] == [pytest.approx((100 * own).tolist(), rel=0.06) for own in floors]
+    assert main([*command, "--out", str(tmp_path / "positive")]) == 0
+    assert "noise floor" not in capsys.readouterr().out

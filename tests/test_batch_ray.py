@@ -18,8 +18,9 @@ import torch
 
 from fastrel.batch import local, read, table
 from fastrel.batch.explain import Explain
-from fastrel.batch.store import Store, parts
+from fastrel.batch.store import Store, Task, parts
 from fastrel.cli import main
+from fastrel.data import inputs
 from fastrel.errors import FastrelError, InputError
 from tests import tiny
 from tests.test_batch import found, rows
@@ -142,14 +143,32 @@ def test_several_pictures_that_kill_in_one_batch_are_not_taken_for_a_model_that_
             attempts.item("0:0", left[0])
     assert known == {*killers}
     assert starts == len(killers) + 2
-    assert [Attempts(patience=3).start(), *(attempts.start() for _ in range(4))] == [True, True, True, False, False]
+    assert [Attempts(patience=3).start(), *(attempts.start() for _ in range(4))] == [True, True, True, True, False]
+
+
+class Counting:
+    """The handle of an actor that counts starts, in this process."""
+
+    def __init__(self, may_start: bool) -> None:
+        self.start = self
+        self.may_start = may_start
+
+    def remote(self) -> Any:
+        return ray.put(self.may_start)
 
 
 @pytest.mark.usefixtures("connected")
-def test_what_an_actor_cannot_do_is_said_in_its_own_words(tmp_path: Path) -> None:
-    folder = tiny.pictures(tmp_path / "p", 2)
-    with pytest.raises(FastrelError, match=r"the actors cannot work: cannot load 'tests\.nowhere:f': ModuleNotFoundError"):
-        run("ray", Explain("tests.nowhere:f", target=("1",)), folder, tmp_path / "out", actors=1)
+def test_what_an_actor_cannot_do_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastrel.batch.on_ray import Worker
+
+    item = inputs.Item("x", inputs.Value(b""))
+    tasks, schema = [Task("shard-0-of-1-000000.parquet", (item,))], table.schema((4, 4), {})
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for may_start, model, reason in ((True, "tests.nowhere:f", "cannot load 'tests.nowhere:f': ModuleNotFoundError"),
+                                     (False, "tests.tiny:vit", "they die again and again")):  # fmt: skip
+        worker = Worker(Explain(model), tasks, schema, Counting(may_start), os.getcwd(), ["/some/where"])
+        assert worker({"task": [0]})["hopeless"][0].startswith(reason)
+    assert sys.path[-1] == "/some/where"
 
 
 @pytest.mark.usefixtures("connected")

@@ -215,10 +215,6 @@ class Explain:
                 settings = self.settings
                 highest = count_of_highest(settings.target)
                 loaded = settings.load()
-                if loaded.kind == "multimodal":
-                    raise InputError(
-                        f"{settings.model!r} takes pictures with texts; batches of these take a loop of your own"
-                    )
                 classes = None if highest else [loaded.class_index(word) for word in settings.target or ()]
                 self._ready = loaded, settings.explainer(loaded), classes, highest or 0
         return self._ready

@@ -141,7 +141,7 @@ def _noise(rows: Sequence[Row]) -> str:
     """How far the maps depend on rounding, where that was measured."""
     if rows[0].noise is None:
         return ""
-    floors = ", ".join(f"{row.noise:.1%}" for row in rows)
+    floors = ", ".join(f"{100 * (row.noise or 0):.2g} %" for row in rows)
     return (
         f"\n  noise floor: {floors} (how far rounding alone moves these maps; under --rules positive it is next to nothing)"
     )
