@@ -44,7 +44,7 @@ def device(parser: Any) -> None:
 
 
 def explaining(parser: argparse.ArgumentParser, several: bool = True) -> None:
-    """How explanations are computed; of several items: how many at a time."""
+    """How explanations are computed, the same for every command that computes any; of several items: how many at a time."""
     group = parser.add_argument_group("computing")
     group.add_argument("--precision", default="float32", choices=["float32", "mixed", "low"], help="default: %(default)s")
     group.add_argument(
@@ -59,7 +59,7 @@ def explaining(parser: argparse.ArgumentParser, several: bool = True) -> None:
         type=natural,
         default=1,
         metavar="N",
-        help="processes that read and decode ahead (default: %(default)s)",
+        help="processes that read and decode ahead (default: %(default)s; 0: one, and nothing ahead)",
     )
 
 
