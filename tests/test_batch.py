@@ -423,7 +423,7 @@ def test_ten_thousand_items_in_flat_memory_and_few_files(tmp_path: Path) -> None
         local.run(explain, tasks, store, schema, 0, watch)
     assert rows(tmp_path).num_rows == 10_000
     assert len(parts(tmp_path)) == 20
-    assert peak[-1] - peak[len(peak) // 4] < 20_000  # kB over the last 7,500 items
+    assert peak[-1] - peak[len(peak) // 4] < 10_000  # kB over the last 7,500 items; their rows alone would be 15,000
 
 
 def one_block() -> torch.nn.Module:

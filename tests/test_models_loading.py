@@ -245,6 +245,9 @@ def test_siglip_judges_each_class_on_its_own(tmp_path: Path) -> None:
     text = {**part, "vocab_size": len(tiny.WORDS), "max_position_embeddings": 16, "projection_size": 48}
     torch.manual_seed(0)
     model = SiglipModel(SiglipConfig(text_config=text, vision_config={**part, "image_size": 32, "patch_size": 8})).eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(1.5)
+        model.logit_bias.fill_(-2)
     made = zero_shot.classifier("siglip", model, tokenizer, 16, ["a film", "clever"])
     tokens = tokenizer(["a film", "clever"], return_tensors="pt", padding="max_length", max_length=16)
     x = torch.randn(3, 3, 32, 32)
