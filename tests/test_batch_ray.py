@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fastrel.batch import local, read, table
+from fastrel.batch.attempts import Attempts
 from fastrel.batch.explain import Explain
 from fastrel.batch.store import Store, Task, parts
 from fastrel.cli import main
@@ -129,8 +130,6 @@ def test_a_picture_that_kills_its_actor_is_reported(tmp_path: Path) -> None:
 
 
 def test_several_pictures_that_kill_in_one_batch_are_not_taken_for_a_model_that_does() -> None:
-    from fastrel.batch.on_ray import Attempts
-
     attempts, killers, starts = Attempts(patience=3), list("abcdefgh"), 0
     while True:
         assert attempts.start()

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from fastrel.batch import attempts
 from fastrel.batch import table as tables
 from fastrel.batch.decoding import Decoded, decode
 from fastrel.batch.explain import Explain
@@ -27,6 +28,9 @@ try:
     import ray.data
 except ImportError as missing:
     raise InputError('--ray needs Ray Data: pip install "fastrel[ray]"') from missing
+
+# By value, so that the actor that counts need not import fastrel, and torch with it.
+ray.cloudpickle.register_pickle_by_value(attempts)
 
 KILLS = "it kills the process that explains it (tried twice)"
 
@@ -63,12 +67,12 @@ def run(
         logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         _require(actors, cpus, gpus)
-        attempts: Any = ray.remote(num_cpus=0)(Attempts).remote(_PATIENCE * actors)
+        counter: Any = ray.remote(num_cpus=0)(attempts.Attempts).remote(_PATIENCE * actors)
         blocks = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks))
         results = blocks.map_batches(
             Worker,
             batch_size=1,
-            fn_constructor_args=(explain, list(tasks), schema, attempts, os.getcwd(), list(sys.path)),
+            fn_constructor_args=(explain, list(tasks), schema, counter, os.getcwd(), list(sys.path)),
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=cpus,
             num_gpus=gpus,
@@ -96,58 +100,17 @@ def _require(actors: int, cpus: float, gpus: float) -> None:
             )
 
 
-class Attempts:
-    """Remembers which batches were begun and not ended: where actors died.
-
-    Getting somewhere is to finish a batch or an item, or to find an item that kills.
-    """
-
-    def __init__(self, patience: int) -> None:
-        self.patience, self.idle_starts = patience, 0
-        self.begun: dict[str, int] = {}
-        self.at: dict[str, str] = {}
-        self.killers: dict[str, set[str]] = {}
-
-    def start(self) -> bool:
-        """An actor starts; False: too many did without getting anywhere."""
-        self.idle_starts += 1
-        return self.idle_starts <= self.patience
-
-    def begin(self, batch: str) -> tuple[int, set[str]]:
-        """A batch begins: how often it did before, and the items at which it ended badly."""
-        before = self.begun.get(batch, 0)
-        self.begun[batch] = before + 1
-        if batch in self.at:
-            self.killers.setdefault(batch, set()).add(self.at.pop(batch))
-            self.idle_starts = 0
-        return before, self.killers.get(batch, set())
-
-    def item(self, batch: str, item: str | None) -> None:
-        """It is at this item; None: at none."""
-        if item is None:
-            self.at.pop(batch, None)
-            self.idle_starts = 0
-        else:
-            self.at[batch] = item
-
-    def end(self, batch: str) -> None:
-        """A batch is finished."""
-        self.idle_starts = 0
-        self.begun.pop(batch, None)
-        self.killers.pop(batch, None)
-
-
 class Worker:
     """An actor's work: parts of the data set. It finds files and modules where the process that started the run does."""
 
     def __init__(
-        self, explain: Explain, tasks: list[Task], schema: Any, attempts: Any, folder: str, path: Sequence[str]
+        self, explain: Explain, tasks: list[Task], schema: Any, counter: Any, folder: str, path: Sequence[str]
     ) -> None:
-        self.explain, self.tasks, self.schema, self.attempts = explain, tasks, schema, attempts
+        self.explain, self.tasks, self.schema, self.counter = explain, tasks, schema, counter
         with contextlib.suppress(OSError):
             os.chdir(folder)
         sys.path += [entry for entry in path if entry not in sys.path]
-        self.may_start = ray.get(attempts.start.remote())
+        self.may_start = ray.get(counter.start.remote())
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A part as the bytes of its file; or, in words of fastrel's and not of Ray's, why none can be made."""
@@ -171,7 +134,7 @@ class Worker:
     def _batch(self, key: str, items: Sequence[Any]) -> list[Row]:
         """The rows of a batch; one at whose first try an actor died is tried once more, item by item."""
         reader, kind = self.explain.loaded.reader, self.explain.loaded.kind
-        before, killers = ray.get(self.attempts.begin.remote(key))
+        before, killers = ray.get(self.counter.begin.remote(key))
         rows: list[Row] = []
         if before == 0:
             rows = self.explain.rows([decode(item, reader, kind) for item in items])
@@ -179,10 +142,10 @@ class Worker:
             if item.name in killers:
                 rows += self.explain.rows([Decoded(item.name, error=KILLS)])
                 continue
-            ray.get(self.attempts.item.remote(key, item.name))
+            ray.get(self.counter.item.remote(key, item.name))
             rows += self.explain.rows([decode(item, reader, kind)])
-            ray.get(self.attempts.item.remote(key, None))
-        ray.get(self.attempts.end.remote(key))
+            ray.get(self.counter.item.remote(key, None))
+        ray.get(self.counter.end.remote(key))
         return rows
 
 
