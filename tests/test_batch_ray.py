@@ -79,6 +79,13 @@ def run(engine: str, explain: Explain, folder: Path, out: Path, **options: Any) 
             on_ray.run(explain, tasks, store, schema, lambda done, failed: None, **options)
 
 
+def test_an_address_where_no_cluster_is_is_an_error_not_a_wait(explain: Explain, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"no cluster answers at '127\.0\.0\.1:1'"):
+        run("ray", explain, tiny.pictures(tmp_path / "p", 1), tmp_path / "out", actors=1, address="127.0.0.1:1")
+    assert time.monotonic() - started < 20
+
+
 def test_both_engines_write_the_same_and_a_killed_driver_loses_nothing(
     cluster: str, explain: Explain, tmp_path: Path
 ) -> None:

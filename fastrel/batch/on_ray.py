@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,9 @@ ray.cloudpickle.register_pickle_by_value(attempts)
 
 KILLS = "it kills the process that explains it (tried twice)"
 
+#: Seconds for a cluster to answer.
+_REACHED_S = 20
+
 #: How often actors may start without getting anywhere in between, per actor.
 _PATIENCE = 3
 
@@ -55,12 +59,13 @@ def run(
     address: of a running cluster ("auto": the one of this machine); None starts one here, for the time of the run.
 
     Raises:
-        InputError: the cluster has fewer processors or GPUs than the actors need.
+        InputError: nothing answers at the address, or the cluster has fewer processors or GPUs than the actors need.
         FastrelError: an actor cannot work at all (a model that is not there, say), or actors die again and again before any
             item is finished.
     """
     started = not ray.is_initialized()
     if started:
+        _reach(address)
         own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -88,6 +93,16 @@ def run(
     finally:
         if started:
             ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Ray tries for minutes to reach a cluster that is not there."""
+    host, _, port = (address or "").rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), _REACHED_S).close()
+        except OSError as error:
+            raise InputError(f"no cluster answers at {address!r}: {error}; `ray status` there tells its address") from error
 
 
 def _require(actors: int, cpus: float, gpus: float) -> None:
