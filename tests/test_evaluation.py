@@ -489,7 +489,7 @@ def test_faithfulness_in_one_batch_is_that_of_one_text_at_a_time(tmp_path: Path)
     for own, found in zip(kept, together, strict=True):
         text = [word for word, keep in zip(words, own, strict=True) if keep]
         encoded = model.reader.tokenizer(text, is_split_into_words=True, return_tensors="pt")
-        assert float(model.model(**encoded).logits.softmax(1)[0, 1]) == pytest.approx(found, abs=1e-6)
+        assert model.model(**encoded).logits.softmax(1)[0, 1].item() == pytest.approx(found, abs=1e-6)
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
