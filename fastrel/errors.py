@@ -23,3 +23,9 @@ class CaptureError(FastrelError, RuntimeError):
 
 class UnsupportedModelError(FastrelError, RuntimeError):
     """The captured graph holds something that has no relevance rule here."""
+
+
+def reason(error: BaseException) -> str:
+    """An error on one line; the kind of those that are not fastrel's own."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FastrelError) else f"{type(error).__name__}: {text}"

@@ -20,13 +20,14 @@ from scipy.stats import ttest_1samp
 
 from fastrel import data
 from fastrel.cli import main
+from fastrel.data import ahead
 from fastrel.errors import InputError
-from fastrel.evaluation import ImageSubject, Store, configurations, evaluate, summarise
+from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, summarise
 from fastrel.evaluation.store import Score
 from fastrel.evaluation.summary import paired
 from fastrel.explainer import Explainer
 from fastrel.models import load
-from tests import models
+from tests import models, tiny
 
 EVALUATE = ["evaluate", "--data", "mosaics", "--metric", "pointing", "--seed", "3"]
 
@@ -460,3 +461,45 @@ def test_texts_are_scored_by_word(tmp_path: Path) -> None:
     assert main([*command, "--metric", "rationale", "faithfulness", "--out", str(out)]) == 0
     found = {s["metric"] for s in scores(out)}
     assert {"average precision", "IoU F1", "token F1 at 30", "comprehensiveness", "sufficiency"} <= found
+
+
+def test_perturbed_inputs_go_through_the_model_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    logits = ImageSubject.logits
+
+    def counted(subject: ImageSubject, x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return logits(subject, x)
+
+    monkeypatch.setattr(ImageSubject, "logits", counted)
+    command = ["evaluate", "--data", "mosaics", "--metric", "perturbation", "--limit", "8", "--batch-size", "8"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert sizes[:20] == [8] * 20  # two orders of ten fractions
+    assert len(sizes) <= 40  # and once more for the items whose label is not predicted
+
+
+def test_faithfulness_in_one_batch_is_that_of_one_text_at_a_time(tmp_path: Path) -> None:
+    model = load(str(tiny.bert_folder(tmp_path)))
+    subject = TextSubject(model)
+    words = ("a", "grip", "clever", "film", ",", "a", "film")
+    item = data.TextItem("x", "x", words, 1, np.array([False, True, True, False, False, False, False]))
+    kept = [np.random.default_rng(i).random(len(words)) < 0.6 for i in range(5)]
+    together = subject.probabilities(item, kept)
+    assert together == pytest.approx([subject.probabilities(item, [own])[0] for own in kept], abs=1e-6)
+    for own, found in zip(kept, together, strict=True):
+        text = [word for word, keep in zip(words, own, strict=True) if keep]
+        encoded = model.reader.tokenizer(text, is_split_into_words=True, return_tensors="pt")
+        assert model.model(**encoded).logits.softmax(1)[0, 1].item() == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_picture_that_kills_its_reader_is_named_and_the_others_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    folder = tiny.pictures(tmp_path / "p", 5, red=2)
+    for path in folder.iterdir():
+        path.rename(folder / f"1_{path.name}")
+    command = ["evaluate", "--data", f"images:{folder}", "--model", "tests.tiny:crashing", "--metric", "perturbation"]
+    assert main([*command, "--workers", workers, "--out", str(tmp_path / "out")]) == 1
+    assert f"1_00002.png: {ahead.KILLS}" in capsys.readouterr().err
+    assert {s["item"] for s in scores(tmp_path / "out")} == {f"1_0000{i}.png" for i in (0, 1, 3, 4)}

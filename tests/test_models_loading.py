@@ -11,9 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fastrel
+from fastrel import demo
+from fastrel.cli import main
 from fastrel.data.preprocessing import Preprocessing
 from fastrel.errors import InputError
-from fastrel.models import Loaded, load, state
+from fastrel.explainer import Explainer
+from fastrel.models import Loaded, load, state, zero_shot
 from tests import hostile, tiny
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8))
@@ -26,8 +29,6 @@ def explained(loaded: Loaded, *items: object) -> fastrel.Explanation:
 
 
 def test_the_embedded_model_needs_no_name() -> None:
-    from fastrel import demo
-
     loaded = load()
     assert (loaded.kind, loaded.class_names, loaded.probabilities) == ("image", demo.CLASSES, "sigmoid")
     scene = Image.open(demo.sample_paths()[0]).convert("RGB")
@@ -216,3 +217,59 @@ def test_a_reader_can_be_sent_to_another_process(tmp_path: Path) -> None:
         for name, value in loaded.reader(item)[0].items():
             assert np.array_equal(again(item)[0][name], value)
         json.dumps(loaded.reader.describe())
+
+
+def test_clip_with_classes_in_words_is_a_classifier_of_pictures(tmp_path: Path) -> None:
+    folder = str(tiny.clip_folder(tmp_path))
+    loaded, plain = load(folder, classes=["a film", "clever"]), load(folder)
+    assert (loaded.kind, loaded.class_names) == ("image", ("a film", "clever"))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
+    (positional,), _ = loaded.arguments(loaded.inputs(loaded.reader(picture)))
+    tokens = plain.reader.processor.tokenizer(["a film", "clever"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        pair = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        expected = plain.model(pixel_values=positional, **pair).logits_per_image
+    explainer = Explainer(loaded.model)
+    assert torch.allclose(explainer(positional).logits, expected, atol=1e-5)
+    assert explainer(positional).patches.shape == (1, 4, 4)
+    assert explainer.verify(positional.repeat(2, 1, 1, 1)).ok
+    with pytest.raises(InputError, match=r"class 'a film a film.*has 26 tokens; the model reads 1 to 16"):
+        load(folder, classes=["a film " * 12])
+
+
+def test_siglip_judges_each_class_on_its_own(tmp_path: Path) -> None:
+    from transformers import SiglipConfig, SiglipModel
+
+    tokenizer = load(str(tiny.clip_folder(tmp_path))).reader.processor.tokenizer
+    part = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    text = {**part, "vocab_size": len(tiny.WORDS), "max_position_embeddings": 16, "projection_size": 48}
+    torch.manual_seed(0)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config={**part, "image_size": 32, "patch_size": 8})).eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(1.5)
+        model.logit_bias.fill_(-2)
+    made = zero_shot.classifier("siglip", model, tokenizer, 16, ["a film", "clever"])
+    tokens = tokenizer(["a film", "clever"], return_tensors="pt", padding="max_length", max_length=16)
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        pair = {k: tokens[k] for k in tokenizer.model_input_names if k in tokens and k != "token_type_ids"}
+        expected = model(pixel_values=x, **pair).logits_per_image
+        assert torch.allclose(made(x), expected, atol=1e-5)
+    assert zero_shot.probabilities(made) == "sigmoid"
+
+
+@pytest.mark.parametrize("command", ["explain", "batch", "compare", "verify", "evaluate"])
+def test_every_command_says_what_a_model_of_pictures_with_text_needs(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = str(demo.sample_paths()[0])
+    rest = {"verify": [], "evaluate": ["--data", "mosaics", "--metric", "pointing"]}.get(command, [picture])
+    out = [] if command == "verify" else ["--out", str(tmp_path / "out.png")]
+    model = ["--model", str(tiny.clip_folder(tmp_path))]
+    assert main([command, *rest, *model, *out]) == 2
+    assert "give its classes in words (--classes" in capsys.readouterr().err
+
+
+def test_classes_in_words_are_for_models_without_classes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has classes of its own"):
+        load("tests.tiny:vit", classes=["cat"])

@@ -1,6 +1,8 @@
 """Tiny models as their libraries write them to folders, and functions that `MODULE:FUNCTION` names."""
 
+import faulthandler
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -46,13 +48,29 @@ class Deadly:
         if x[0].mean() > 0.9 and x[1].mean() < 0.1 and not (self.once and Path(self.once).exists()):
             if self.once:
                 Path(self.once).touch()
-            os._exit(1)
+            self.die()
         return x
+
+    def die(self) -> None:
+        os._exit(1)
 
 
 def deadly() -> tuple[nn.Module, Deadly]:
     """`tests.tiny:deadly`: `vit` with a preprocessing that kills; FASTREL_TEST_ONCE names the file that ends it."""
     return vit(), Deadly(os.environ.get("FASTREL_TEST_ONCE"))
+
+
+class Crashing(Deadly):
+    """The same by a segmentation fault, as decoders do it."""
+
+    def die(self) -> None:
+        faulthandler.disable()  # pytest's would print the stack
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def crashing() -> tuple[nn.Module, Crashing]:
+    """`tests.tiny:crashing`: `vit` with such a preprocessing."""
+    return vit(), Crashing()
 
 
 def once() -> tuple[nn.Module, Deadly]:

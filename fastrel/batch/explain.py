@@ -5,20 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastrel.batch.decoding import Decoded, decode, reason
+from fastrel.batch.decoding import Decoded, decode
 from fastrel.batch.row import Row
 from fastrel.batch.settings import Settings, count_of_highest
 from fastrel.data.inputs import File, Item, Value
-from fastrel.errors import CaptureError, InputError, UnsupportedModelError
+from fastrel.errors import CaptureError, InputError, UnsupportedModelError, reason
 from fastrel.explainer import Explainer
 from fastrel.models import Loaded, Sample
+
+#: A batch of samples by name.
+Batch: TypeAlias = dict[str, Tensor]
+
+#: Perturbations by which a noise floor is measured.
+_DRAWS = 2
 
 
 class Explain:
@@ -79,10 +85,22 @@ class Explain:
             return _columns([Row(name, error=reason(error)) for name in names], None)
         return _columns(rows, shape)
 
-    def rows(self, items: Sequence[Decoded]) -> list[Row]:
+    def moved(self, items: Sequence[Decoded]) -> Batch | None:
+        """The samples of a batch on the model's device; None if they make no batch. For `rows`, beforehand."""
+        samples = [sample for item in items for sample in item.samples]
+        try:
+            return self.loaded.inputs(samples) if samples else None
+        except Exception:  # whose fault it is will be seen when they are explained one by one
+            return None
+
+    def rows(self, items: Sequence[Decoded], moved: Batch | None = None, noise: bool = False) -> list[Row]:
         """The rows of a batch.
 
         A batch that fails is tried one by one, so that nothing but what is wrong fails.
+
+        Args:
+            moved: what `moved` gave for these items.
+            noise: measure the noise floor of every map, which takes three times as long.
 
         Raises:
             CaptureError, UnsupportedModelError, InputError: the model cannot be loaded or explained at all.
@@ -90,11 +108,11 @@ class Explain:
         self._prepared()
         places = [(item, window) for item in items for window in range(len(item.samples))]
         try:
-            made = self._explained(places)
+            made = self._explained(places, moved, noise)
         except (CaptureError, UnsupportedModelError):
             raise
         except Exception:
-            made = [rows for place in places for rows in self._one(place)]
+            made = [rows for place in places for rows in self._one(place, noise)]
         explained = {(item.item, window): rows for (item, window), rows in zip(places, made, strict=True)}
         rows = []
         for item in items:
@@ -116,20 +134,22 @@ class Explain:
         self._shape = None if row.map is None else row.map.shape
         return self._shape
 
-    def _one(self, place: tuple[Decoded, int]) -> list[list[Row]]:
+    def _one(self, place: tuple[Decoded, int], noise: bool) -> list[list[Row]]:
         item, window = place
         try:
-            return self._explained([place])
+            return self._explained([place], None, noise)
         except Exception as error:
             return [[Row(item.item, item.sha256, window, notes=item.notes, error=reason(error))]]
 
-    def _explained(self, places: Sequence[tuple[Decoded, int]]) -> list[list[Row]]:
+    def _explained(
+        self, places: Sequence[tuple[Decoded, int]], moved: Batch | None = None, noise: bool = False
+    ) -> list[list[Row]]:
         """The rows of every sample."""
         if not places:
             return []
         loaded, explainer, classes, highest = self._prepared()
         samples = [item.samples[window] for item, window in places]
-        args, kwargs = loaded.arguments(loaded.inputs(samples))
+        args, kwargs = loaded.arguments(loaded.inputs(samples) if moved is None else moved)
         prediction = explainer.predict(*args, **kwargs)
         logits = prediction.logits
         if logits.dim() != 2:
@@ -141,7 +161,12 @@ class Explain:
         explanation = prediction.explain(targets)
         grid = None if explanation.grid is None else explanation.grid.float().cpu().numpy()
         relevance = explanation.relevance.float().cpu().numpy()
-        return self._rows(places, samples, logits.float().cpu(), targets.cpu(), relevance, grid)
+        made = self._rows(places, samples, logits.float().cpu(), targets.cpu(), relevance, grid)
+        if noise:
+            for own, floors in zip(made, prediction.noise_of(explanation.maps, targets, _DRAWS).tolist(), strict=True):
+                for row, floor in zip(own, floors, strict=True):
+                    row.noise = floor
+        return made
 
     def _rows(
         self,
@@ -190,10 +215,6 @@ class Explain:
                 settings = self.settings
                 highest = count_of_highest(settings.target)
                 loaded = settings.load()
-                if loaded.kind == "multimodal":
-                    raise InputError(
-                        f"{settings.model!r} takes pictures with texts; batches of these take a loop of your own"
-                    )
                 classes = None if highest else [loaded.class_index(word) for word in settings.target or ()]
                 self._ready = loaded, settings.explainer(loaded), classes, highest or 0
         return self._ready

@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+from fastrel.batch import attempts
 from fastrel.batch import table as tables
 from fastrel.batch.decoding import Decoded, decode
 from fastrel.batch.explain import Explain
 from fastrel.batch.local import Progress
 from fastrel.batch.row import Row
 from fastrel.batch.store import Store, Task
-from fastrel.errors import FastrelError, InputError
+from fastrel.errors import FastrelError, InputError, reason
 
 try:
     import ray
@@ -27,10 +30,16 @@ try:
 except ImportError as missing:
     raise InputError('--ray needs Ray Data: pip install "fastrel[ray]"') from missing
 
+# By value, so that the actor that counts need not import fastrel, and torch with it.
+ray.cloudpickle.register_pickle_by_value(attempts)
+
 KILLS = "it kills the process that explains it (tried twice)"
 
-#: How often actors may start without any batch being finished in between, per actor.
-_PATIENCE = 5
+#: Seconds for a cluster to answer.
+_REACHED_S = 20
+
+#: How often actors may start without getting anywhere in between, per actor.
+_PATIENCE = 3
 
 
 def run(
@@ -50,28 +59,32 @@ def run(
     address: of a running cluster ("auto": the one of this machine); None starts one here, for the time of the run.
 
     Raises:
-        InputError: the cluster has fewer processors or GPUs than the actors need.
-        FastrelError: actors die again and again before any batch is finished.
+        InputError: nothing answers at the address, or the cluster has fewer processors or GPUs than the actors need.
+        FastrelError: an actor cannot work at all (a model that is not there, say), or actors die again and again before any
+            item is finished.
     """
     started = not ray.is_initialized()
     if started:
+        _reach(address)
         own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         _require(actors, cpus, gpus)
-        attempts: Any = ray.remote(num_cpus=0)(Attempts).remote(_PATIENCE * actors)
+        counter: Any = ray.remote(num_cpus=0)(attempts.Attempts).remote(_PATIENCE * actors)
         blocks = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks))
         results = blocks.map_batches(
             Worker,
             batch_size=1,
-            fn_constructor_args=(explain, list(tasks), schema, attempts, os.getcwd()),
+            fn_constructor_args=(explain, list(tasks), schema, counter, os.getcwd(), list(sys.path)),
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_cpus=cpus,
             num_gpus=gpus,
         )
         for row in results.iter_rows():
+            if row["hopeless"]:
+                raise FastrelError(f"the actors cannot work: {row['hopeless']}")
             task = tasks[row["task"]]
             store.put(task, tables.decode(row["parquet"]))
             progress(len(task.items), int(row["failed"]))
@@ -80,6 +93,16 @@ def run(
     finally:
         if started:
             ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Ray tries for minutes to reach a cluster that is not there."""
+    host, _, port = (address or "").rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), _REACHED_S).close()
+        except OSError as error:
+            raise InputError(f"no cluster answers at {address!r}: {error}; `ray status` there tells its address") from error
 
 
 def _require(actors: int, cpus: float, gpus: float) -> None:
@@ -92,65 +115,41 @@ def _require(actors: int, cpus: float, gpus: float) -> None:
             )
 
 
-class Attempts:
-    """Remembers which batches were begun and not ended: where actors died."""
-
-    def __init__(self, patience: int) -> None:
-        self.patience, self.idle_starts = patience, 0
-        self.begun: dict[str, int] = {}
-        self.at: dict[str, str] = {}
-        self.killers: dict[str, set[str]] = {}
-
-    def start(self) -> bool:
-        """An actor starts; False: too many did without anything being finished."""
-        self.idle_starts += 1
-        return self.idle_starts <= self.patience
-
-    def begin(self, batch: str) -> tuple[int, set[str]]:
-        """A batch begins: how often it did before, and the items at which it ended badly."""
-        before = self.begun.get(batch, 0)
-        self.begun[batch] = before + 1
-        if batch in self.at:
-            self.killers.setdefault(batch, set()).add(self.at.pop(batch))
-        return before, self.killers.get(batch, set())
-
-    def item(self, batch: str, item: str | None) -> None:
-        """It is at this item; None: at none."""
-        if item is None:
-            self.at.pop(batch, None)
-        else:
-            self.at[batch] = item
-
-    def end(self, batch: str) -> None:
-        """A batch is finished."""
-        self.idle_starts = 0
-        self.begun.pop(batch, None)
-        self.killers.pop(batch, None)
-
-
 class Worker:
-    """An actor's work: parts of the data set."""
+    """An actor's work: parts of the data set. It finds files and modules where the process that started the run does."""
 
-    def __init__(self, explain: Explain, tasks: list[Task], schema: Any, attempts: Any, folder: str) -> None:
-        self.explain, self.tasks, self.schema, self.attempts = explain, tasks, schema, attempts
+    def __init__(
+        self, explain: Explain, tasks: list[Task], schema: Any, counter: Any, folder: str, path: Sequence[str]
+    ) -> None:
+        self.explain, self.tasks, self.schema, self.counter = explain, tasks, schema, counter
         with contextlib.suppress(OSError):
-            os.chdir(folder)  # items are named as they were given
-        if not ray.get(attempts.start.remote()):
-            raise RuntimeError("actors die again and again before anything is finished; is there memory for the model?")
+            os.chdir(folder)
+        sys.path += [entry for entry in path if entry not in sys.path]
+        self.may_start = ray.get(counter.start.remote())
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A part as the bytes of its file."""
+        """A part as the bytes of its file; or, in words of fastrel's and not of Ray's, why none can be made."""
         number = int(batch["task"][0])
+        parquet, failed, hopeless = b"", 0, ""
+        try:
+            rows = self._rows(number)
+            parquet = tables.encode(tables.table(rows, self.schema))
+            failed = len({row.item for row in rows if row.error is not None})
+        except Exception as error:
+            hopeless = reason(error)
+        return {"task": [number], "parquet": [parquet], "failed": [failed], "hopeless": [hopeless]}
+
+    def _rows(self, number: int) -> list[Row]:
+        if not self.may_start:
+            raise FastrelError("they die again and again before anything is finished; is there memory for the model?")
         items = self.tasks[number].items
         size = self.explain.settings.batch_size
-        rows = [row for at in range(0, len(items), size) for row in self._batch(f"{number}:{at}", items[at : at + size])]
-        failed = len({row.item for row in rows if row.error is not None})
-        return {"task": [number], "parquet": [tables.encode(tables.table(rows, self.schema))], "failed": [failed]}
+        return [row for at in range(0, len(items), size) for row in self._batch(f"{number}:{at}", items[at : at + size])]
 
     def _batch(self, key: str, items: Sequence[Any]) -> list[Row]:
         """The rows of a batch; one at whose first try an actor died is tried once more, item by item."""
         reader, kind = self.explain.loaded.reader, self.explain.loaded.kind
-        before, killers = ray.get(self.attempts.begin.remote(key))
+        before, killers = ray.get(self.counter.begin.remote(key))
         rows: list[Row] = []
         if before == 0:
             rows = self.explain.rows([decode(item, reader, kind) for item in items])
@@ -158,14 +157,15 @@ class Worker:
             if item.name in killers:
                 rows += self.explain.rows([Decoded(item.name, error=KILLS)])
                 continue
-            ray.get(self.attempts.item.remote(key, item.name))
+            ray.get(self.counter.item.remote(key, item.name))
             rows += self.explain.rows([decode(item, reader, kind)])
-            ray.get(self.attempts.item.remote(key, None))
-        ray.get(self.attempts.end.remote(key))
+            ray.get(self.counter.item.remote(key, None))
+        ray.get(self.counter.end.remote(key))
         return rows
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of what Ray says, which is that of the actor's own error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """What Ray's error began with."""
+    while inner := getattr(error, "cause", None) or error.__cause__:
+        error = inner
+    return reason(error)

@@ -13,7 +13,7 @@ class Row:
 
     map: [gh, gw] where the tokens lie on a picture; relevance: [T], of all tokens; tokens: T strings of texts; logits: [C].
     window: which piece of a text that is read in pieces. logit, probability: of the target; predicted: the class of the
-    highest logit.
+    highest logit. noise: the map's noise floor, where it was asked for.
     """
 
     item: str
@@ -28,5 +28,6 @@ class Row:
     relevance: np.ndarray | None = None
     tokens: list[str] | None = None
     logits: np.ndarray | None = None
+    noise: float | None = None
     notes: tuple[str, ...] = ()
     error: str | None = None

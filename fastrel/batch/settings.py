@@ -30,6 +30,7 @@ class Settings:
     model: str | None = None
     weights: str | None = None
     random: bool = False
+    classes: tuple[str, ...] = ()
     dtype: str = "float32"
     device: str = "cpu"
     long: Literal["refuse", "window"] = "refuse"
@@ -44,15 +45,26 @@ class Settings:
     batch_size: int = 8
 
     def load(self) -> Loaded:
-        """The model with what feeds it."""
-        return load(
+        """The model with what feeds it.
+
+        Raises:
+            InputError: as `fastrel.models.load`, and for a model of pictures with texts whose classes are not given.
+        """
+        loaded = load(
             self.model,
             weights=self.weights,
             random=self.random,
             dtype=self.dtype,
             device=self.device,
             long=self.long,
+            classes=self.classes,
         )
+        if loaded.kind == "multimodal":
+            raise InputError(
+                f"{self.model!r} compares pictures with texts: give its classes in words (--classes 'a photo of a cat' 'a photo of "
+                "a dog'), and it classifies pictures; anything else takes a loop of your own with fastrel.Explainer"
+            )
+        return loaded
 
     def explainer(self, loaded: Loaded) -> Explainer:
         """Its explainer."""

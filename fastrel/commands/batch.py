@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from typing import Any
@@ -98,6 +99,8 @@ def _work(options: argparse.Namespace, explain: Explain, tasks: list[Any], store
             bar.update(done)
 
         if options.ray:
+            if not (options.address or os.environ.get("RAY_ADDRESS")):
+                os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on this machine alone: listen on loopback
             from fastrel.batch import on_ray
 
             where = {"actors": options.actors, "cpus": options.cpus, "gpus": options.gpus, "address": options.address}

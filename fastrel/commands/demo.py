@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     settings = shared.settings(options)
     loaded = settings.load()
     if options.score:
-        print(score_table(loaded.model))
+        print(score_table(loaded.model, **{name: getattr(settings, name) for name in ("precision", "backend", "memory")}))
         return 0
     out = files.folder(options.out)
     explainer = settings.explainer(loaded)

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     subject = _subject(loaded)
     names = [configuration.name for configuration in chosen_methods]
     out = Path(options.out)
-    keys = ("model", "weights", "data", "start_layer", "normalize", "dtype", "precision")
+    keys = ("model", "weights", "classes", "data", "start_layer", "normalize", "dtype", "precision")
     with (
         Store(out, {key: getattr(options, key) for key in keys}) as store,
         tqdm(total=len(items), unit="item", smoothing=0.05) as progress,

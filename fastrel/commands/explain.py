@@ -15,7 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastrel.batch import Explain
-from fastrel.batch.decoding import Decoded, decoded
+from fastrel.batch.decoding import Decoded
+from fastrel.batch.local import explained
 from fastrel.batch.row import Row
 from fastrel.commands import options as shared
 from fastrel.commands.drawing import draw, endings, text_page
@@ -71,8 +72,6 @@ def run(options: argparse.Namespace) -> int:
     todo = [item for item in found.items if not outputs.done(item)]
     if len(todo) < len(found.items):
         print(f"{len(found.items) - len(todo)} of {len(found.items)} were explained before")
-    if options.rules == "official":
-        print("maps under the official rules depend on rounding; explanation.noise_floor() in Python says by how much")
     failures = explain_all(options, explain, todo, outputs)
     for name, reason in failures.items():
         print(f"fastrel: not explained: {name}: {reason}", file=sys.stderr)
@@ -83,7 +82,7 @@ def explain_all(options: argparse.Namespace, explain: Explain, todo: Sequence[It
     """Explain items while others are decoded and drawn; the failures, with the reason."""
     size = options.batch_size
     batches = [todo[at : at + size] for at in range(0, len(todo), size)]
-    stream = decoded(batches, explain.loaded.reader, explain.loaded.kind, options.workers if len(todo) > size else 0)
+    stream = explained(explain, batches, options.workers, noise=explain.settings.rules == "official")
     failures: dict[str, str] = {}
     with (
         tqdm(total=len(todo), unit="item", disable=len(todo) < 2) as bar,
@@ -102,9 +101,8 @@ def explain_all(options: argparse.Namespace, explain: Explain, todo: Sequence[It
                 outputs.finish(item)
                 bar.write(_report(item, rows, explain.loaded.class_names, paths))
 
-        for batch in batches:
-            ready = next(stream)
-            for item, found, rows in zip(batch, ready, _grouped(explain.rows(ready)), strict=True):
+        for batch, (ready, made) in zip(batches, stream, strict=True):
+            for item, found, rows in zip(batch, ready, _grouped(made), strict=True):
                 if wrong := next((row.error for row in rows if row.error is not None), None):
                     failures[item.name] = wrong
                     continue
@@ -136,7 +134,17 @@ def _report(item: Item, rows: Sequence[Row], names: Sequence[str], paths: Sequen
     logits = np.asarray(rows[0].logits)
     top = ", ".join(f"{c} {names[c] if c < len(names) else ''} {logits[c]:.2f}" for c in logits.argsort()[::-1][:5])
     notes = f"\n  note: {'; '.join(rows[0].notes)}" if rows[0].notes else ""
-    return f"{item.name}\n  top classes (logits): {top}{notes}\n  -> {', '.join(map(str, paths))}"
+    return f"{item.name}\n  top classes (logits): {top}{notes}{_noise(rows)}\n  -> {', '.join(map(str, paths))}"
+
+
+def _noise(rows: Sequence[Row]) -> str:
+    """How far the maps depend on rounding, where that was measured."""
+    if rows[0].noise is None:
+        return ""
+    floors = ", ".join(f"{100 * (row.noise or 0):.2g} %" for row in rows)
+    return (
+        f"\n  noise floor: {floors} (how far rounding alone moves these maps; under --rules positive it is next to nothing)"
+    )
 
 
 def _text(options: argparse.Namespace) -> int:
@@ -151,8 +159,7 @@ def _text(options: argparse.Namespace) -> int:
     if not options.text.strip():
         raise InputError("--text is empty")
     explain = Explain(**vars(shared.settings(options)))
-    (item,) = decoded([[Item("text", Value(options.text))]], explain.loaded.reader, explain.loaded.kind, 0)
-    rows = explain.rows(item)
+    ((_, rows),) = explained(explain, [[Item("text", Value(options.text))]], 0, noise=options.rules == "official")
     if rows[0].error is not None:
         raise InputError(rows[0].error)
     if rows[-1].window:
@@ -162,7 +169,7 @@ def _text(options: argparse.Namespace) -> int:
     print("classes: " + ", ".join(_chances(explain, rows[0])))
     for row in rows:
         best = sorted(words(row.tokens or [], np.asarray(row.relevance)), key=lambda found: -found[1])[:5]
-        print(f"{row.target_name}: " + ", ".join(word for word, _ in best))
+        print(f"{row.target_name}: " + ", ".join(word for word, _ in best) + _noise([row]))
     print(f"-> {out}")
     return 0
 

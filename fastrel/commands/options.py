@@ -24,6 +24,13 @@ def model(parser: argparse.ArgumentParser, default: str = "the embedded model") 
         "--weights", metavar="PATH", help="weights instead of the model's own: .safetensors, .pth, or a folder of shards"
     )
     group.add_argument(
+        "--classes",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="for models of pictures with text (CLIP, SigLIP): the classes in words, 'a photo of a cat' for instance",
+    )
+    group.add_argument(
         "--dtype", default="float32", choices=DTYPES, help="default: %(default)s; stored: as the weights are"
     )
     device(group)
@@ -37,7 +44,7 @@ def device(parser: Any) -> None:
 
 
 def explaining(parser: argparse.ArgumentParser, several: bool = True) -> None:
-    """How explanations are computed; of several items: how many at a time."""
+    """How explanations are computed, the same for every command that computes any; of several items: how many at a time."""
     group = parser.add_argument_group("computing")
     group.add_argument("--precision", default="float32", choices=["float32", "mixed", "low"], help="default: %(default)s")
     group.add_argument(
@@ -52,7 +59,7 @@ def explaining(parser: argparse.ArgumentParser, several: bool = True) -> None:
         type=natural,
         default=1,
         metavar="N",
-        help="processes that read and decode ahead (default: %(default)s)",
+        help="processes that read and decode ahead (default: %(default)s; 0: one, and nothing ahead)",
     )
 
 
@@ -106,7 +113,11 @@ def settings(options: argparse.Namespace, **changes: Any) -> Settings:
     }  # fmt: skip
     target = getattr(options, "target", None)
     normalize = getattr(options, "normalize", None)
-    made: dict[str, Any] = {"target": None if target is None else tuple(target), "normalize_rollout": normalize}
+    made: dict[str, Any] = {
+        "classes": tuple(getattr(options, "classes", ())),
+        "target": None if target is None else tuple(target),
+        "normalize_rollout": normalize,
+    }
     return Settings(**{**given, **made, **changes})
 
 

@@ -24,11 +24,12 @@ def score(model: nn.Module, method: str, **options: Any) -> Score:
     """Score one method; `options` go to the Explainer."""
     scenes, cells = held_out()
     explainer = Explainer(model, method, **options)
-    prediction = explainer.predict(to_input(scenes))
+    device = next(model.parameters()).device
+    prediction = explainer.predict(to_input(scenes).to(device))
     shares, hits = [], []
     for position in range(4):
         classes = torch.from_numpy(cells[:, position])
-        maps = prediction.explain(classes.clamp(min=0)).patches
+        maps = prediction.explain(classes.clamp(min=0).to(device)).patches.cpu()
         half = maps.shape[1] // 2
         row, column = divmod(position, 2)
         inside = maps[:, row * half : (row + 1) * half, column * half : (column + 1) * half].flatten(1)
@@ -41,12 +42,12 @@ def score(model: nn.Module, method: str, **options: Any) -> Score:
     return Score(float(share.nanmean()), error, float(hit.nanmean()), int((~share.isnan()).sum()))
 
 
-def score_table(model: nn.Module) -> str:
-    """The table of README.md, as Markdown."""
+def score_table(model: nn.Module, **options: Any) -> str:
+    """The table of README.md, as Markdown; `options` go to the Explainer."""
     lines = ["| method | energy in the object's cell | pointing game |", "|---|---|---|"]
     objects = 0
     for method in METHODS:
-        energy, error, pointing, objects = score(model, method)
+        energy, error, pointing, objects = score(model, method, **options)
         lines.append(f"| {method} | {energy:.3f} ± {error:.3f} | {pointing:.3f} |")
     scenes = len(held_out()[0])
     return "\n".join([*lines, "", f"{objects} objects in {scenes} held-out scenes of four cells; chance is 0.25."])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from fastrel import methods
 from fastrel.data import ImageItem, TextItem
-from fastrel.errors import CaptureError, FastrelError, InputError, UnsupportedModelError
+from fastrel.data.ahead import Failed, ahead
+from fastrel.errors import CaptureError, FastrelError, InputError, UnsupportedModelError, reason
 from fastrel.evaluation import scorers
 from fastrel.evaluation.store import Score, Store
 from fastrel.evaluation.subjects import ImageSubject, TextSubject
@@ -18,7 +17,7 @@ from fastrel.explainer import Explainer
 
 Failures = dict[str, str]
 
-#: What reading an item may raise: files that are not there, or not what they should be.
+#: What reading an item's mask may raise: files that are not there, or not what they should be.
 _UNREADABLE = (InputError, OSError, ValueError, SyntaxError)
 
 
@@ -75,7 +74,7 @@ def evaluate(
     Args:
         explainer: of the subject's model, with the options that all configurations share; default: a plain one.
         batch_size: how many items are explained at a time.
-        workers: threads that read and decode ahead.
+        workers: processes that read and decode ahead; 0: one, which does not.
 
     Raises:
         InputError: items of a kind that the subject does not take, or an unknown metric.
@@ -87,22 +86,25 @@ def evaluate(
     shared = explainer or Explainer(subject.loaded.model)
     explainers = {configuration.name: configuration.explainer(shared) for configuration in chosen}
     failures: Failures = {}
-    todo = []
+    left = []
     for item in items:
         if all(store.done(item.name, c, m) for c in explainers for m in functions):
             progress(item.name)
         else:
-            todo.append(item)
-    for batch in _read(subject, todo, batch_size, workers, failures):
+            left.append(item)
+    for batch in _read(subject, left, batch_size, workers, failures):
         for name, own in explainers.items():
-            left = [(i, s) for i, s in batch if any(not store.done(i.name, name, m) for m in functions)]
-            for item, maps in _explained(subject, own, left, scorers.needs_predicted(metrics), name, failures):
-                _score(subject, item, maps, functions, name, store, failures)
+            missing = [(i, s) for i, s in batch if any(not store.done(i.name, name, m) for m in functions)]
+            explained = list(_explained(subject, own, missing, scorers.needs_predicted(metrics), name, failures))
+            for metric, function in functions.items():
+                todo = [pair for pair in explained if not store.done(pair[0].name, name, metric)]
+                for item, values in _scored(subject, function, todo, name, failures):
+                    store.add([Score(item.name, item.group, name, metric, key, value) for key, value in values.items()])
         for item, _ in batch:
             progress(item.name)
     if len(failures) == len(items) and not store.scores:
-        first, reason = next(iter(failures.items()))
-        raise InputError(f"none of {len(items)} items could be scored; {first}: {reason}")
+        first, why = next(iter(failures.items()))
+        raise InputError(f"none of {len(items)} items could be scored; {first}: {why}")
     return failures
 
 
@@ -110,23 +112,12 @@ def _read(
     subject: Any, items: Sequence[Any], size: int, workers: int, failures: Failures
 ) -> Iterator[list[tuple[Any, Any]]]:
     """Batches of (item, sample), read ahead; unreadable items go to the failures."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        flight: deque[tuple[Any, Future[Any]]] = deque()
-        ready = []
-        rest = iter(items)
-        while True:
-            while len(flight) < size * (1 + workers) and (item := next(rest, None)) is not None:
-                flight.append((item, pool.submit(subject.read, item)))
-            if not flight:
-                break
-            item, reading = flight.popleft()
-            try:
-                ready.append((item, reading.result()))
-            except _UNREADABLE as error:
-                failures[item.name] = _line(error)
-            if len(ready) == size or (ready and not flight):
-                yield ready
-                ready = []
+    batches = [items[at : at + size] for at in range(0, len(items), size)]
+    for batch, samples in zip(batches, ahead(batches, subject.read, workers), strict=True):
+        failures |= {
+            item.name: sample.reason for item, sample in zip(batch, samples, strict=True) if isinstance(sample, Failed)
+        }
+        yield [pair for pair in zip(batch, samples, strict=True) if not isinstance(pair[1], Failed)]
 
 
 def _explained(
@@ -142,31 +133,26 @@ def _explained(
         raise type(error)(f"{name}: {error}") from error
     except (FastrelError, ValueError, RuntimeError) as error:
         if len(batch) == 1:
-            failures[items[0].name] = f"{name}: {_line(error)}"
+            failures[items[0].name] = f"{name}: {reason(error)}"
             return
         for one in batch:
             yield from _explained(subject, explainer, [one], predicted, name, failures)
 
 
-def _score(
-    subject: Any, item: Any, maps: Any, functions: dict[str, Any], name: str, store: Store, failures: Failures
-) -> None:
-    """Every score of an item that is not there yet, kept at once."""
-
-    def explain(target: str = "label") -> Any:
-        return maps[target]
-
-    for metric, function in functions.items():
-        if store.done(item.name, name, metric):
-            continue
-        try:
-            values = function(subject, item, explain)
-        except _UNREADABLE as error:
-            failures[item.name] = f"{name}: {_line(error)}"
-            continue
-        if values:
-            store.add([Score(item.name, item.group, name, metric, key, value) for key, value in values.items()])
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _scored(
+    subject: Any, function: Any, batch: Sequence[tuple[Any, Any]], name: str, failures: Failures
+) -> Iterator[tuple[Any, scorers.Values]]:
+    """The values of a batch by one scorer; if that fails, of each item alone, and those that fail alone are failures."""
+    if not batch:
+        return
+    items, maps = zip(*batch, strict=True)
+    try:
+        found = function(subject, items, maps)
+    except (*_UNREADABLE, RuntimeError) as error:
+        if len(batch) == 1:
+            failures[items[0].name] = f"{name}: {reason(error)}"
+            return
+        for one in batch:
+            yield from _scored(subject, function, [one], name, failures)
+        return
+    yield from ((item, values) for item, values in zip(items, found, strict=True) if values)

@@ -1,8 +1,12 @@
-"""From an item and its map to numbers: one function per `--metric`, each giving several metrics by name."""
+"""From items and their maps to numbers: one function per `--metric`, each giving several metrics by name.
+
+A scorer takes the items of a batch, of one grid and size, and their maps as the subject's `explain` gives them: for each item
+"label" and, for pictures, "predicted". It may raise for one of them: then they are scored one by one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +21,8 @@ from fastrel.metrics.perturbation import FRACTIONS
 
 Values = dict[str, float]
 
-#: The item's map, computed once for all scorers; "predicted" as argument for the predicted class instead of the label.
-Explain = Callable[..., Any]
+#: The maps of an item by the name of the class that they explain.
+Maps = dict[str, Any]
 
 #: Words chosen for token F1, as in Chefer et al., figure 6.
 TOP_WORDS = tuple(range(10, 90, 10))
@@ -35,60 +39,69 @@ def _mask(subject: ImageSubject, item: ImageItem) -> Tensor:
     return mask
 
 
-def pointing(subject: ImageSubject, item: ImageItem, explain: Explain) -> Values:
+def pointing(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> list[Values]:
     """Pointing game, and the share of positive relevance inside the mask."""
-    mask = _mask(subject, item)[None]
-    heat = explain().heat[None]
-    return {
-        "pointing": float(metrics.pointing_game(heat, mask)[0]),
-        "energy inside": float(metrics.energy_inside(heat, mask)[0]),
-    }
+    masks, heats = torch.stack([_mask(subject, item) for item in items]), _heats(maps)
+    hits, energy = metrics.pointing_game(heats, masks), metrics.energy_inside(heats, masks)
+    return [{"pointing": float(hit), "energy inside": float(inside)} for hit, inside in zip(hits, energy, strict=True)]
 
 
-def segmentation(subject: ImageSubject, item: ImageItem, explain: Explain) -> Values:
+def segmentation(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> list[Values]:
     """Pixel accuracy, mean average precision and mean IoU of the map cut at its mean."""
-    mask = _mask(subject, item)[None]
-    scores = metrics.segmentation(explain().heat[None], mask)
-    return {
-        "pixel accuracy": float(scores.pixel_accuracy[0]),
-        "mAP": float(scores.mean_ap[0]),
-        "mIoU": float(scores.mean_iou[0]),
-    }
+    scores = metrics.segmentation(_heats(maps), torch.stack([_mask(subject, item) for item in items]))
+    return [
+        {"pixel accuracy": float(accuracy), "mAP": float(precision), "mIoU": float(iou)}
+        for accuracy, precision, iou in zip(scores.pixel_accuracy, scores.mean_ap, scores.mean_iou, strict=True)
+    ]
 
 
-def perturbation(subject: ImageSubject, item: ImageItem, explain: Explain, baseline: str = "black") -> Values:
+def _heats(maps: Sequence[Maps]) -> Tensor:
+    return torch.stack([found["label"].heat for found in maps])
+
+
+def perturbation(
+    subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps], baseline: str = "black"
+) -> list[Values]:
     """AUC of positive and negative perturbation, of the predicted class and of the label, and the curves' points."""
     filled = -subject.mean / subject.std if baseline == "black" else torch.zeros_like(subject.mean)
-    found = explain("predicted")
-    values = _curves(subject, found, "predicted", baseline, filled)
-    if item.classes:
-        labelled = explain() if found.predicted not in item.classes else None
-        if labelled is None:
-            values |= {name.replace(" predicted", " label", 1): value for name, value in values.items()}
-        else:
-            values |= _curves(subject, labelled, "label", baseline, filled)
+    values = _curves(subject, [found["predicted"] for found in maps], "predicted", baseline, filled)
+    wrong = [i for i, item in enumerate(items) if item.classes and maps[i]["predicted"].predicted not in item.classes]
+    labelled = dict(zip(wrong, _curves(subject, [maps[i]["label"] for i in wrong], "label", baseline, filled), strict=True))
+    for i, item in enumerate(items):
+        if item.classes:
+            as_label = {name.replace(" predicted", " label", 1): value for name, value in values[i].items()}
+            values[i] |= labelled.get(i, as_label)
     return values
 
 
-def _curves(subject: ImageSubject, found: ImageMap, name: str, baseline: str, filled: Tensor) -> Values:
-    values = {}
-    target = torch.tensor([found.explained])
+def _curves(subject: ImageSubject, found: Sequence[ImageMap], name: str, baseline: str, filled: Tensor) -> list[Values]:
+    values: list[Values] = [{} for _ in found]
+    if not found:
+        return values
+    device = subject.loaded.device
+    x, heat = (torch.stack(tensors).to(device) for tensors in zip(*((one.x, one.heat) for one in found), strict=True))
+    target = torch.tensor([one.explained for one in found], device=device)
     for order in ("positive", "negative"):
-        curve = metrics.perturb(subject.logits, found.x[None], found.heat[None], target, order=order, baseline=filled)
-        values[f"{order} {name} ({baseline})"] = curve.auc
-        for fraction, correct in zip(FRACTIONS, curve.accuracy, strict=True):
-            values[f"{order} {name} ({baseline}) at {fraction:.1f}"] = float(correct)
+        curve = metrics.perturb(subject.logits, x, heat, target, order=order, baseline=filled.to(device))
+        for i, own in enumerate(values):
+            one = metrics.Curve(curve.fractions, curve.correct[:, i : i + 1])
+            own[f"{order} {name} ({baseline})"] = one.auc
+            for fraction, correct in zip(FRACTIONS, one.accuracy, strict=True):
+                own[f"{order} {name} ({baseline}) at {fraction:.1f}"] = float(correct)
     return values
 
 
-def perturbation_mean(subject: ImageSubject, item: ImageItem, explain: Explain) -> Values:
+def perturbation_mean(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> list[Values]:
     """The same with the mean colour instead of black."""
-    return perturbation(subject, item, explain, "mean")
+    return perturbation(subject, items, maps, "mean")
 
 
-def rationale(subject: TextSubject, item: TextItem, explain: Explain) -> Values:
+def rationale(subject: TextSubject, items: Sequence[TextItem], maps: Sequence[Maps]) -> list[Values]:
     """Agreement with the words that people marked."""
-    words = explain().words
+    return [_rationale(item, found["label"].words) for item, found in zip(items, maps, strict=True)]
+
+
+def _rationale(item: TextItem, words: np.ndarray) -> Values:
     chosen = metrics.top_tokens(words, int(item.rationale.sum()))
     values = {
         "average precision": metrics.average_precision(words, item.rationale),
@@ -100,24 +113,30 @@ def rationale(subject: TextSubject, item: TextItem, explain: Explain) -> Values:
     return values
 
 
-def faithfulness(subject: TextSubject, item: TextItem, explain: Explain) -> Values:
+def faithfulness(subject: TextSubject, items: Sequence[TextItem], maps: Sequence[Maps]) -> list[Values]:
     """Comprehensiveness and sufficiency, ERASER's AOPC over its bins."""
-    words = explain().words
+    return [_faithfulness(subject, item, found["label"].words) for item, found in zip(items, maps, strict=True)]
+
+
+def _faithfulness(subject: TextSubject, item: TextItem, words: np.ndarray) -> Values:
     ks = sorted({max(1, int(np.ceil(share * len(words)))) for share in SHARES})
-    probability = subject.probability(item)
+    chosen = [metrics.top_tokens(words, k) for k in ks]
+    kept = [np.ones(len(words), bool), *chosen, *(~own for own in chosen)]
+    known = {own.tobytes(): p for own, p in zip(kept, subject.probabilities(item, kept), strict=True)}
+    probability = lambda own: known[own.tobytes()]  # noqa: E731
     return {
         "comprehensiveness": metrics.comprehensiveness(probability, words, ks),
         "sufficiency": metrics.sufficiency(probability, words, ks),
     }
 
 
-IMAGE_SCORERS: dict[str, Callable[..., Values]] = {
+IMAGE_SCORERS: dict[str, Callable[..., list[Values]]] = {
     "pointing": pointing,
     "segmentation": segmentation,
     "perturbation": perturbation,
     "perturbation-mean": perturbation_mean,
 }
-TEXT_SCORERS: dict[str, Callable[..., Values]] = {"rationale": rationale, "faithfulness": faithfulness}
+TEXT_SCORERS: dict[str, Callable[..., list[Values]]] = {"rationale": rationale, "faithfulness": faithfulness}
 
 
 def needs_predicted(names: Iterable[str]) -> bool:
@@ -130,7 +149,7 @@ def lower_is_better(metric: str) -> bool:
     return metric.startswith(("positive ", "sufficiency"))
 
 
-def get(kind: Any, name: str) -> Callable[..., Values]:
+def get(kind: Any, name: str) -> Callable[..., list[Values]]:
     """The scorer called `name` for items of a kind.
 
     Raises:

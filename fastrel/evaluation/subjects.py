@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -34,6 +34,35 @@ class TextMap(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ReadPicture:
+    """From an item to its picture as the model reads it; light, to be sent to other processes."""
+
+    reader: Any
+
+    def __call__(self, item: ImageItem) -> Sample:
+        """One sample."""
+        return self.reader(item.picture())[0]
+
+
+@dataclass(frozen=True)
+class ReadWords:
+    """From an item to its words as the model reads them, and the word that each token belongs to; light."""
+
+    reader: Any
+
+    def __call__(self, item: TextItem) -> tuple[Sample, list[int | None]]:
+        """A sample and its words."""
+        return self.encode(item.words)
+
+    def encode(self, words: Sequence[str]) -> tuple[Sample, list[int | None]]:
+        """A sample, cut where the model reads no further, and the word that each token belongs to (None: special)."""
+        tokenizer = self.reader.tokenizer
+        encoded = tokenizer(list(words), is_split_into_words=True, truncation=True, max_length=self.reader.limit)
+        names = [name for name in tokenizer.model_input_names if name in encoded]
+        return {name: np.array(encoded[name], np.int64) for name in names}, encoded.word_ids()
+
+
+@dataclass(frozen=True)
 class ImageSubject:
     """A model of pictures."""
 
@@ -50,15 +79,16 @@ class ImageSubject:
         """How it normalises, [C, 1, 1]."""
         return torch.tensor(self.loaded.reader.prepare.std).reshape(-1, 1, 1)
 
-    def read(self, item: ImageItem) -> Sample:
-        """The picture as the model reads it."""
-        return self.loaded.reader(item.picture())[0]
+    @property
+    def read(self) -> ReadPicture:
+        """From an item to its picture as the model reads it."""
+        return ReadPicture(self.loaded.reader)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The model's logits [B, classes] for x [B, C, H, W], which may be on another device; on the CPU."""
+        """The model's logits [B, classes] for x [B, C, H, W], which may be on another device; float32, on the model's."""
         with torch.no_grad():
             output = self.loaded.model(x.to(self.loaded.device, self.loaded.dtype))
-        return (output if isinstance(output, Tensor) else output.logits).float().cpu()
+        return (output if isinstance(output, Tensor) else output.logits).float()
 
     def explain(
         self, explainer: Explainer, items: Sequence[ImageItem], samples: Sequence[Sample], predicted: bool
@@ -111,19 +141,10 @@ class TextSubject:
     cut: set[str] = field(default_factory=set)
     kind = TextItem
 
-    def read(self, item: TextItem) -> tuple[Sample, list[int | None]]:
-        """The text as the model reads it, and the word that each token belongs to."""
-        sample, word_of = self.encode(item.words)
-        if len(item.words) - 1 not in word_of:
-            self.cut.add(item.name)
-        return sample, word_of
-
-    def encode(self, words: Sequence[str]) -> tuple[Sample, list[int | None]]:
-        """A sample, and the word that each token belongs to (None: special)."""
-        reader = self.loaded.reader
-        encoded = reader.tokenizer(list(words), is_split_into_words=True, truncation=True, max_length=reader.limit)
-        names = [name for name in reader.tokenizer.model_input_names if name in encoded]
-        return {name: np.array(encoded[name], np.int64) for name in names}, encoded.word_ids()
+    @property
+    def read(self) -> ReadWords:
+        """From an item to its words as the model reads them."""
+        return ReadWords(self.loaded.reader)
 
     def explain(
         self,
@@ -142,6 +163,8 @@ class TextSubject:
         relevance = prediction.explain([item.label for item in items]).relevance.double().cpu().numpy()
         found = []
         for item, (_, word_of), row in zip(items, samples, relevance, strict=True):
+            if len(item.words) - 1 not in word_of:
+                self.cut.add(item.name)
             words = np.full(len(item.words), row[: len(word_of)].min())
             for token, word in enumerate(word_of):
                 if word is not None:
@@ -149,13 +172,9 @@ class TextSubject:
             found.append({"label": TextMap(words, item.label)})
         return found
 
-    def probability(self, item: TextItem) -> Callable[[np.ndarray], float]:
-        """A function kept [T] of bool -> the model's probability of the item's label with only those words."""
-
-        def probability(kept: np.ndarray) -> float:
-            sample, _ = self.encode([word for word, keep in zip(item.words, kept, strict=True) if keep])
-            with torch.no_grad():
-                output: Any = self.loaded.model(**self.loaded.inputs([sample]))
-            return float(output.logits[0].softmax(0)[item.label])
-
-        return probability
+    def probabilities(self, item: TextItem, kept: Sequence[np.ndarray]) -> list[float]:
+        """The model's probability of the item's label with only some of its words, [T] of bool each: one batch of them."""
+        samples = [self.read.encode([word for word, keep in zip(item.words, own, strict=True) if keep])[0] for own in kept]
+        with torch.no_grad():
+            output: Any = self.loaded.model(**self.loaded.inputs(samples))
+        return output.logits.float().softmax(1)[:, item.label].tolist()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastrel.data.preprocessing import Prepare, Preprocessing, Wrapped
 from fastrel.errors import InputError
-from fastrel.models import state
+from fastrel.models import state, zero_shot
 from fastrel.models.loaded import Kind, Loaded
 from fastrel.models.readers import Pictures, PicturesWithText, Texts
 from fastrel.models.request import Request
@@ -65,6 +65,13 @@ def load(request: Request) -> Loaded:
         return Loaded(model, "image", Pictures(preprocessing(processor), "pixel_values"), names, _chances(config), source)
     if kind == "multimodal":
         processor = _from(transformers.AutoProcessor, request.name)
+        if request.classes:
+            tokenizer = processor.tokenizer
+            classifier = zero_shot.classifier(request.name, model, tokenizer, limit(model, tokenizer), request.classes)
+            chances = zero_shot.probabilities(classifier)
+            return Loaded(
+                classifier, "image", Pictures(preprocessing(processor.image_processor)), request.classes, chances, source
+            )
         return Loaded(model, "multimodal", PicturesWithText(processor), (), "softmax", source)
     tokenizer = _from(transformers.AutoTokenizer, request.name)
     return causal(model, tokenizer, source) if kind == "causal" else text(model, tokenizer, source)

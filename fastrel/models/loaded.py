@@ -51,8 +51,10 @@ class Loaded:
         return self.moved(self.reader.collate(samples))
 
     def moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on the model's device and in its dtype."""
+        """A batch on the model's device and in its dtype; to a GPU from pinned memory, so that nobody waits for it."""
         device, dtype = self.device, self.dtype
+        if device.type == "cuda":
+            batch = {name: x.pin_memory() for name, x in batch.items()}
         return {
             name: x.to(device, dtype if x.is_floating_point() else x.dtype, non_blocking=True) for name, x in batch.items()
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +13,7 @@ from fastrel.models import embedded, from_function, from_timm, from_torchvision,
 from fastrel.models.loaded import Loaded
 from fastrel.models.readers import Texts
 from fastrel.models.request import Request
+from fastrel.models.zero_shot import ZeroShot
 
 #: Asked in this order whether a name is theirs; the last takes every name of a model on the Hugging Face hub.
 FAMILIES = (embedded, from_function, from_timm, from_torchvision, from_transformers)
@@ -25,6 +27,7 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
     long: Literal["refuse", "window"] = "refuse",
+    classes: Sequence[str] = (),
 ) -> Loaded:
     """The model called `name`, in eval mode, with its preprocessing or tokenizer and its classes.
 
@@ -38,6 +41,7 @@ def load(
         dtype: "float32", "bfloat16", "float16", "float64", or "stored": as the weights are kept.
         device: where it shall run: "cpu", "cuda", "cuda:1", …, "auto": a GPU if there is one.
         long: what becomes of texts that are longer than the model reads, "refuse" or "window".
+        classes: in words, which makes a classifier of pictures of a model of pictures with text (CLIP, SigLIP).
 
     Raises:
         InputError: there is no such model or device, its weights cannot be had or do not fit, or what it needs is not
@@ -48,10 +52,14 @@ def load(
     if weights and random:
         raise InputError("weights are either loaded or random, not both")
     where = torch_device(device)
-    request = Request(name or "", weights, random, dtype)
+    request = Request(name or "", weights, random, dtype, tuple(classes))
     wanted = request.torch_dtype
     family = next(family for family in FAMILIES if family.claims(request.name))
     loaded = family.load(request)
+    if request.classes and not isinstance(loaded.model, ZeroShot):
+        raise InputError(
+            f"{name!r} has classes of its own; only models of pictures with text (CLIP, SigLIP) take them in words"
+        )
     loaded.model.to(where, wanted).eval()
     return replace(loaded, reader=replace(loaded.reader, long=long)) if isinstance(loaded.reader, Texts) else loaded
 

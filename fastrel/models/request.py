@@ -13,12 +13,16 @@ DTYPES = ("float32", "bfloat16", "float16", "float64", "stored")
 
 @dataclass(frozen=True)
 class Request:
-    """A model by name, with weights from elsewhere (a path), random ones, or its own; dtype "stored": as they are kept."""
+    """A model by name, with weights from elsewhere (a path), random ones, or its own; dtype "stored": as they are kept.
+
+    classes: in words, for models of pictures with text.
+    """
 
     name: str
     weights: str | None = None
     random: bool = False
     dtype: str = "float32"
+    classes: tuple[str, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
