@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastrel import backends
 from fastrel import precision as precision_
 from fastrel.comparison import difference, run_model
-from fastrel.errors import CaptureError, InputError
+from fastrel.errors import CaptureError
 from fastrel.graph.ambient import outside_inference
 from fastrel.graph.capture import LOCK, Captured, Signature, capture, in_order
 from fastrel.graph.clone import unwrapped
@@ -217,7 +217,9 @@ class Engine:
         try:
             run_model(self.model, args, kwargs)
         except Exception as error:
-            raise rejected(self.model, error, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]) from error
+            raise rejected(
+                self.model, error, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            ) from error
 
 
 def _program(captured: Captured, options: Options, outputs: tuple[int, ...], trace: bool) -> Program:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrel import language
 from fastrel.engine import Call, Engine
 from fastrel.errors import InputError
 from fastrel.explanation import Explanation
@@ -52,6 +53,10 @@ class Explainer:
             "torch", plain PyTorch. One that is named computes everything that it has kernels for, or says why it cannot.
         live: whether to ask, at every call, that the model still is what was captured, in about a millisecond for a large one.
             False trusts: after a change other than of weights, call `reset`.
+        output: which output classes are picked from, by its name (a key or field, `decoder.logits`) or place, where the model
+            returns several. Default: the one called `logits`, or the only one of shape [B, C]; of several, it asks.
+        grid: (rows, columns) of the patches, or (frames, rows, columns), where they cannot be read off the model. The patches
+            are the last tokens of every sequence that has as many.
 
     Raises:
         InputError: an option that does not exist; `backend` that cannot run, with the reason.
@@ -69,13 +74,17 @@ class Explainer:
         backend: Backend = "auto",
         memory: Memory = "normal",
         live: bool = True,
+        output: str | int | None = None,
+        grid: tuple[int, ...] | None = None,
     ) -> None:
         if isinstance(model, torch.jit.ScriptModule):
             raise InputError(f"model is a {type(model).__name__}, compiled by torch.jit; pass the module it was made of")
         if not isinstance(model, nn.Module):
             raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self._model = model
-        self._options = Options(method_of(method), rules, start_layer, normalize_rollout, precision, backend, memory)
+        self._options = Options(
+            method_of(method), rules, start_layer, normalize_rollout, precision, backend, memory, output, grid
+        )
         self._engine = Engine(model, live)
 
     @property
@@ -139,6 +148,76 @@ class Explainer:
         """
         return self._predicted(self._engine.enter(args, kwargs), self._options)
 
+    def next_token(
+        self,
+        input_ids: Tensor,
+        *,
+        token: Any = None,
+        against: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Explanation:
+        """Why a causal language model continues each text as it does.
+
+        Args:
+            input_ids: token ids [B, T], padded on either side if there is a mask.
+            token: what to explain: a token id, [B], or [B, K] for K at once; default the most likely one.
+            against: explain why rather `token` than this one: an id, [B] or [B, K].
+            attention_mask: 1 for tokens, 0 for padding, [B, T].
+            kwargs: further inputs of the model.
+
+        Returns:
+            The explanation, its `target` the tokens explained, [B] or [B, K].
+
+        Raises:
+            InputError: ids of other shapes or beyond the vocabulary; the model returns no logits [B, T, V].
+        """
+        places = language.last_places(input_ids, attention_mask)
+        masked = {} if attention_mask is None else {"attention_mask": attention_mask}
+        prediction = self.predict(input_ids=input_ids, **masked, **kwargs)
+        logits = language.logits_of(prediction.output)
+        batch, vocabulary = len(logits), logits.shape[2]
+        if token is None:
+            token = logits[torch.arange(batch, device=logits.device), places].argmax(1)
+        tokens = language.tokens_of(token, batch, vocabulary, "token", logits)
+        others = None if against is None else language.tokens_of(against, batch, vocabulary, "against", logits)
+        if others is not None:
+            tokens, others = torch.broadcast_tensors(tokens, others)
+        several = tokens.shape[1] > 1 or (torch.as_tensor(token).dim() == 2)
+        target = language.token_scores(places[:, None].expand_as(tokens), tokens, others)
+        explanation = prediction.explain(target)
+        if several:
+            return replace(explanation, target=tokens)
+        maps = {name: one.map(lambda x: x[:, 0]) for name, one in explanation.maps.items()}
+        return replace(explanation, target=tokens[:, 0], maps=maps)
+
+    def continuation(
+        self, input_ids: Tensor, continuation: Any, *, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Explanation:
+        """Why a causal language model gives each token of a continuation, all of them by one forward pass.
+
+        Args:
+            input_ids: the prompts [B, T], padded on the left if there is a mask.
+            continuation: the N tokens that come after, [B, N].
+            attention_mask: of the prompts, [B, T].
+            kwargs: further inputs of the model.
+
+        Returns:
+            The explanation of N targets, over the T + N tokens of prompt and continuation (what comes after a token has none of
+            its relevance); its `target` is the continuation.
+
+        Raises:
+            InputError: as `next_token`.
+        """
+        ids, after, mask = language.joined(input_ids, continuation, attention_mask)
+        masked = {} if mask is None else {"attention_mask": mask}
+        prediction = self.predict(input_ids=ids, **masked, **kwargs)
+        logits = language.logits_of(prediction.output)
+        tokens = language.tokens_of(after, len(logits), logits.shape[2], "continuation", logits)
+        count = tokens.shape[1]
+        places = torch.arange(ids.shape[1] - 1 - count, ids.shape[1] - 1, device=logits.device).expand_as(tokens)
+        return replace(prediction.explain(language.token_scores(places, tokens, None)), target=tokens)
+
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Capture for inputs like these ahead of the first call, which then takes no longer than others.
 
@@ -170,7 +249,9 @@ class Explainer:
     def trace(self, *args: Any, target: Target = None, **kwargs: Any) -> list[BlockTrace]:
         """The attention, gradient and relevance of every block from `start_layer` on; slower, for study and tests."""
         call = self._engine.enter(args, kwargs)
-        program = self._engine.program(call.entry, self._options, (logits_index(call.captured),), trace=True)
+        program = self._engine.program(
+            call.entry, self._options, (logits_index(call.captured, self._options.output),), trace=True
+        )
         return Prediction(self._engine, self._options, call, program).trace(target)
 
     def verify(self, *args: Any, target: Target = None, **kwargs: Any) -> Verification:
@@ -186,8 +267,8 @@ class Explainer:
         one's captured graphs, which take seconds to make.
 
         Args:
-            changes: any of rules, start_layer, normalize_rollout, precision, backend, memory. What is not named is kept, also
-                a start_layer that was chosen; None goes back to the method's own.
+            changes: any of rules, start_layer, normalize_rollout, precision, backend, memory, output, grid. What is not named is
+                kept, also a start_layer that was chosen; None goes back to the method's own.
 
         Raises:
             InputError: an option that does not exist, or options that do not go together.
@@ -212,7 +293,7 @@ class Explainer:
         self._engine = Engine(self._model, state["live"])
 
     def _predicted(self, call: Call, options: Options, grad: bool = False) -> Prediction:
-        program = self._engine.program(call.entry, options, (logits_index(call.captured),))
+        program = self._engine.program(call.entry, options, (logits_index(call.captured, options.output),))
         return Prediction(self._engine, options, call, program, grad)
 
     def _differentiable(self, args: Any, kwargs: Any, target: Target) -> Explanation:

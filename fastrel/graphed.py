@@ -70,7 +70,7 @@ class Graphed:
         self._model = engine.model
         call = engine.enter(args, kwargs)
         captured, values, self._inputs = call.captured, call.values, call.tensors
-        logits = logits_index(captured)
+        logits = logits_index(captured, options.output)
         device = captured.outputs[logits].meta["val"].device
         if device.type != "cuda":
             raise InputError(f"a CUDA graph needs a model on a CUDA device, and this one is on {device}")

@@ -34,6 +34,8 @@ class Options:
     precision: Precision = "float32"
     backend: Backend = "auto"
     memory: Memory = "normal"
+    output: str | int | None = None
+    grid: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.rules not in RULES:
@@ -45,6 +47,10 @@ class Options:
             raise InputError(f"normalize_rollout must be True, False or None, not {self.normalize_rollout!r}")
         if self.memory not in MEMORIES:
             raise InputError(f"unknown memory {self.memory!r}; choose {' or '.join(MEMORIES)}")
+        if self.output is not None and (isinstance(self.output, bool) or not isinstance(self.output, (str, int))):
+            raise InputError(f"output must be the name or the place of one of the model's outputs, not {self.output!r}")
+        if self.grid is not None:
+            object.__setattr__(self, "grid", _checked_grid(self.grid))
         precision_.check(self.precision, self.rules)
         backends.require(self.backend)
 
@@ -61,6 +67,13 @@ class Options:
     def of(cls, method: str | Method, **others: Any) -> Options:
         """Options with a method given by name or as such."""
         return cls(method_of(method), **others)
+
+
+def _checked_grid(grid: Any) -> tuple[int, ...]:
+    sizes = tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if len(sizes) not in (2, 3) or not all(type(size) is int and size > 0 for size in sizes):
+        raise InputError(f"grid must be (rows, columns) of patches, or (frames, rows, columns), not {grid!r}")
+    return sizes
 
 
 def method_of(method: str | Method) -> Method:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,8 @@ from fastrel.maps import TokenMap
 from fastrel.methods.integrated_gradients import integrated_gradients
 from fastrel.noise import Maps, floor, perturbed
 from fastrel.options import Options
-from fastrel.targets import Seeds, Target, class_seeds, function_seeds
+from fastrel.outputs import unclear
+from fastrel.targets import Seeds, Target, class_seeds, even_seeds, function_seeds
 from fastrel.trace import BlockTrace
 from fastrel.transform.method import PathIntegral
 from fastrel.transform.program import Program
@@ -145,13 +147,20 @@ class Prediction:
         for where, row, grid in zip(program.maps, rows, grids, strict=True):
             relevance = row.reshape(*row.shape[:2], -1).transpose(0, 1)
             check_finite("the explanation", relevance)
-            patches = None if grid is None else grid.transpose(0, 1)
+            patches = self._on_grid(relevance) if grid is None else grid.transpose(0, 1)
             if not several:
                 relevance, patches = relevance[:, 0], None if patches is None else patches[:, 0]
             value = self._call.values[len(self._call.captured.owners) + where.input]
             name = self._call.names[where.input] + where.branch
             found[name] = TokenMap(relevance, patches, image_size(value) if isinstance(value, Tensor) else None)
         return found
+
+    def _on_grid(self, relevance: Tensor) -> Tensor | None:
+        """The patches [B, K, …] of a map [B, K, T] on the grid that was given."""
+        grid = self._options.grid
+        if grid is None or math.prod(grid) > relevance.shape[2]:
+            return None
+        return relevance[..., -math.prod(grid) :].reshape(*relevance.shape[:2], *grid)
 
     def _run_forward(self, program: Program) -> Any:
         """Outputs and saved values; the graph's own failures are those of the model on these inputs."""
@@ -178,6 +187,11 @@ class Prediction:
             InputError: the target does not fit the output.
         """
         if not callable(target):
+            why = unclear(self._call.captured, self._options.output)
+            if target is None and self._options.method.is_class_blind and (why or self.logits.dim() > 2):
+                return even_seeds(self.logits, self._program.leaves[0])
+            if why:
+                raise InputError(why)
             return class_seeds(self.logits, self._program.leaves[0], target)
         with torch.inference_mode(False):
             return function_seeds(self._outputs, self._rebuild, target, self._call.batch)

@@ -35,21 +35,29 @@ class Seeds:
 
 
 def class_seeds(logits: Tensor, index: int, target: Target) -> Seeds:
-    """Seeds for classes of logits [B, C], which are output `index`: a one-hot vector (value 1, not the logit).
+    """Seeds for classes of logits [B, C], which are output `index`: a one-hot vector (value 1, not the logit). Of an output [B], a
+    regression's say, the value itself.
 
     Raises:
         InputError: the target's type, shape or range does not fit the logits, or these hold NaN.
     """
     check_finite("the model's output", logits, allowed=-torch.inf)
     classes = classes_of(logits, target)
-    columns = classes.reshape(len(logits), -1)
-    check_finite("the model's output for the target", logits.gather(1, columns))
-    one_hot = F.one_hot(columns.T, logits.shape[1]).to(lane_dtype(logits.dtype))  # [K, B, C]
+    columns, scores = classes.reshape(len(logits), -1), logits.reshape(len(logits), -1)
+    check_finite("the model's output for the target", scores.gather(1, columns))
+    one_hot = F.one_hot(columns.T, scores.shape[1]).to(lane_dtype(logits.dtype))  # [K, B, C]
+    one_hot = one_hot.reshape(len(one_hot), *logits.shape)
     return Seeds((index,), [one_hot], [one_hot], classes, classes.dim() == 2)
 
 
 def classes_of(logits: Tensor, target: Any) -> Tensor:
     """The classes that a target other than a function names, [B] or [B, K]; InputError where it does not fit logits [B, C]."""
+    if logits.dim() == 1:
+        if target is not None:
+            raise InputError(
+                f"the model's output is one number per sample, which has no class {target!r}; leave target out"
+            )
+        return torch.zeros_like(logits, dtype=torch.long)
     if logits.dim() != 2:
         raise InputError(
             f"the model's output has shape {tuple(logits.shape)}, not [B, C], so a class cannot be picked from it; pass "
@@ -78,6 +86,12 @@ def classes_of(logits: Tensor, target: Any) -> Tensor:
     if len(wrong):
         raise InputError(f"target {int(wrong[0])} is out of range: the model has {count} classes, 0 to {count - 1}")
     return classes.long()
+
+
+def even_seeds(output: Tensor, index: int) -> Seeds:
+    """Seeds of equal size over all of an output [B, …], for methods that ask for no class."""
+    even = torch.full_like(output, 1 / max(output[0].numel(), 1), dtype=lane_dtype(output.dtype))[None]
+    return Seeds((index,), [even], [even], None, False)
 
 
 def function_seeds(outputs: list[Any], rebuild: Callable[[list[Any]], Any], function: Any, batch: int) -> Seeds:

@@ -145,7 +145,7 @@ def verify(engine: Engine, options: Options, args: Sequence[Any], kwargs: dict[s
     """
     subject = _Subject.of(engine, options, args, kwargs, target)
     explanation = subject.explanation
-    program = engine.program(subject.call.entry, options, (logits_index(subject.call.captured),))
+    program = engine.program(subject.call.entry, options, (logits_index(subject.call.captured, subject.options.output),))
     checks = [check for make in _CHECKS for check in make(subject)]
     shapes = {
         name: f"{tuple(one.relevance.shape[1:])} tokens"
@@ -156,7 +156,7 @@ def verify(engine: Engine, options: Options, args: Sequence[Any], kwargs: dict[s
 
 
 def _predict(engine: Engine, options: Options, call: Call, trace: bool = False) -> Prediction:
-    program = engine.program(call.entry, options, (logits_index(call.captured),), trace)
+    program = engine.program(call.entry, options, (logits_index(call.captured, options.output),), trace)
     return Prediction(engine, options, call, program)
 
 
@@ -313,7 +313,7 @@ def _scores(subject: _Subject, outputs: list[Any], output: Any) -> Tensor:
     if callable(subject.target):
         value = subject.target(output)
         return value.reshape(len(value), -1)
-    logits = outputs[logits_index(subject.call.captured)]
+    logits = outputs[logits_index(subject.call.captured, subject.options.output)]
     return logits.gather(1, classes_of(logits, subject.target).reshape(len(logits), -1))
 
 
@@ -328,7 +328,9 @@ def _rows(subject: _Subject) -> Iterator[Check]:
     except FastrelError as error:
         yield Check("rows", float("nan"), None, f"not checked: {_first_line(error)}")
         return
-    program = subject.engine.program(subject.call.entry, subject.options, (logits_index(subject.call.captured),))
+    program = subject.engine.program(
+        subject.call.entry, subject.options, (logits_index(subject.call.captured, subject.options.output),)
+    )
     total, last = (sum(_total(one) for one in found.values()) for found in (maps, raw.maps))
     expected = 2.0**program.blocks
     excess = max(float((total / expected).max()), float(last.max())) - 1  # type: ignore[union-attr]

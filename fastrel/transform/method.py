@@ -116,6 +116,11 @@ class Method:
         return self.reading.needs_relevance
 
     @property
+    def is_class_blind(self) -> bool:
+        """Whether the map is the same whatever is explained."""
+        return isinstance(self.reading, (Chain, AllMaps)) and not (self.needs_gradient or self.needs_relevance)
+
+    @property
     def to_the_end(self) -> bool:
         """Whether lanes are carried down to where the map is read, not only to the last attention map."""
         return isinstance(self.reading, LaneSum)

@@ -1,0 +1,183 @@
+"""Which output, which token, on which grid: what a user may ask of a model, and what is asked back."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import fastrel
+from fastrel import InputError
+
+
+class Classifier(nn.Module):
+    """Token ids [B, T] -> whatever `answer` makes of the features [B, D] and two heads."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(30, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.cls, self.attr, self.value = nn.Linear(16, 3), nn.Linear(16, 4), nn.Linear(16, 1)
+        self.answer = answer
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.answer(self, self.layer(self.embed(ids)).mean(1))
+
+
+def classifier(answer: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return Classifier(answer).double().eval()
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(0, 30, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+PLAIN = classifier(lambda m, x: m.cls(x))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda m, x: (m.cls(x).logsumexp(1).mean(), m.cls(x)),
+        lambda m, x: {"loss": x.mean(), "n": 3, "name": "x", "none": None, "scores": m.cls(x)},
+        lambda m, x: (x[:, 0], m.cls(x)),
+        lambda m, x: {"features": x, "scores": m.cls(x)},
+    ],
+    ids=["loss first", "numbers, strings, None", "a number per sample first", "features"],
+)
+def test_logits_are_found_where_there_is_one_candidate(answer: Any, ids: Tensor) -> None:
+    expected = fastrel.Explainer(PLAIN)(ids, target=1).relevance
+    torch.testing.assert_close(fastrel.Explainer(classifier(answer))(ids, target=1).relevance, expected)
+
+
+def test_of_several_candidates_it_asks(ids: Tensor) -> None:
+    model = classifier(lambda m, x: {"cls": m.cls(x), "attr": m.attr(x)})
+    explainer = fastrel.Explainer(model)
+    for target in (None, 1):
+        with pytest.raises(
+            InputError, match=r"cls \[B, 3\], attr \[B, 4\]; say which with Explainer\(model, output=NAME\)"
+        ):
+            explainer(ids, target=target)
+    by_name = explainer.using(output="attr")
+    assert by_name(ids).logits.shape == (2, 4)
+    by_function = explainer(ids, target=lambda out: out["attr"][:, 3]).relevance
+    torch.testing.assert_close(by_name(ids, target=3).relevance, by_function)
+    assert by_name.verify(ids, target=3).ok
+    with pytest.raises(InputError, match="no output 'clss' to explain; it returns cls"):
+        explainer.using(output="clss")(ids)
+    pair = fastrel.Explainer(classifier(lambda m, x: (m.cls(x), m.attr(x))), output=1)
+    torch.testing.assert_close(pair(ids, target=3).relevance, by_function)
+
+
+def test_one_number_per_sample_is_explained_as_such(ids: Tensor) -> None:
+    column = fastrel.Explainer(classifier(lambda m, x: m.value(x)))(ids, target=0).relevance
+    explainer = fastrel.Explainer(classifier(lambda m, x: m.value(x)[:, 0]))
+    torch.testing.assert_close(explainer(ids).relevance, column)
+    torch.testing.assert_close(explainer(ids, target=lambda out: out).relevance, column)
+    assert explainer.verify(ids).ok
+    with pytest.raises(InputError, match="one number per sample, which has no class 2"):
+        explainer(ids, target=2)
+
+
+def test_features_are_no_logits_but_methods_without_a_class_take_them() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0, global_pool="").eval()
+    image = torch.randn(2, 3, 32, 32)
+    with pytest.raises(InputError, match="pass target as a function"):
+        fastrel.Explainer(model)(image)
+    blind = fastrel.Explainer(model, "rollout")(image).relevance
+    expected = fastrel.Explainer(model, "rollout")(image, target=lambda out: out.sum((1, 2))).relevance
+    torch.testing.assert_close(blind, expected)
+
+
+def test_a_grid_that_cannot_be_read_off_the_model_is_given() -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.layer = nn.Linear(5, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.cls, self.head = nn.Parameter(torch.randn(1, 1, 16)), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = torch.cat([self.cls.expand(len(x), -1, -1), self.embed(x)], 1)
+            return self.head(self.layer(tokens)[:, 0])
+
+    torch.manual_seed(0)
+    model, x = Patches().eval(), torch.randn(2, 12, 5)
+    explainer = fastrel.Explainer(model)
+    assert explainer(x).grid is None
+    found = explainer.using(grid=(3, 4))(x, target=[[0, 1], [1, 2]])
+    torch.testing.assert_close(found.patches.flatten(2), found.relevance[..., 1:])
+    assert found.heatmap((6, 8)).shape == (2, 2, 6, 8)
+    assert explainer.using(grid=(2, 2, 3))(x).heatmap((4, 6)).shape == (2, 2, 4, 6)
+    for wrong in ((3,), (3, 0), "3x4", (3.0, 4)):
+        with pytest.raises(InputError, match="grid must be"):
+            fastrel.Explainer(model, grid=wrong)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=32, bos_token_id=1, eos_token_id=2
+    )
+    return transformers.GPT2LMHeadModel(config).double().eval()
+
+
+def test_the_next_token_is_explained(gpt2: nn.Module) -> None:
+    explainer, prompt = fastrel.Explainer(gpt2), torch.randint(3, 50, (2, 6))
+    likely = gpt2(prompt).logits[:, -1].argmax(1)
+    found = explainer.next_token(prompt)
+    assert found.target is not None
+    assert found.target.tolist() == likely.tolist()
+    by_function = explainer(input_ids=prompt, target=lambda out: out.logits[:, -1].gather(1, likely[:, None])[:, 0])
+    torch.testing.assert_close(found.relevance, by_function.relevance)
+    two = explainer.next_token(prompt, token=[[4, 5], [6, 7]])
+    torch.testing.assert_close(two.relevance[1, 1], explainer.next_token(prompt, token=7).relevance[1])
+    rather = explainer.next_token(prompt, token=4, against=5).relevance
+    contrast = explainer(input_ids=prompt, target=lambda out: out.logits[:, -1, 4] - out.logits[:, -1, 5]).relevance
+    torch.testing.assert_close(rather, contrast)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_no_map(gpt2: nn.Module, side: str) -> None:
+    explainer, prompt = fastrel.Explainer(gpt2), torch.randint(3, 50, (2, 6))
+    pad = (2, 0) if side == "left" else (0, 2)
+    ids, mask = F.pad(prompt, pad), F.pad(torch.ones_like(prompt), pad)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = explainer.next_token(ids, token=7, attention_mask=mask, position_ids=positions)
+    kept = found.maps["input_ids"].relevance[:, mask[0].bool()]
+    torch.testing.assert_close(kept, explainer.next_token(prompt, token=7).maps["input_ids"].relevance)
+
+
+def test_a_continuation_takes_one_forward_pass_for_all_its_tokens(gpt2: nn.Module) -> None:
+    explainer, prompt, after = fastrel.Explainer(gpt2), torch.randint(3, 50, (2, 5)), torch.tensor([[8, 9], [10, 11]])
+    found = explainer.continuation(prompt, after)
+    assert found.relevance.shape == (2, 2, 7)
+    assert found.target is not None
+    assert found.target.tolist() == after.tolist()
+    first, second = (
+        explainer.next_token(torch.cat([prompt, after[:, :n]], 1), token=after[:, n]).relevance for n in range(2)
+    )
+    torch.testing.assert_close(found.relevance[:, 0, :5], first)
+    torch.testing.assert_close(found.relevance[:, 1, :6], second)
+    assert not found.relevance[:, 0, 5:].any()
+    with pytest.raises(InputError, match="pad them on the left"):
+        explainer.continuation(prompt, after, attention_mask=torch.tensor([[1, 1, 1, 1, 0]] * 2))
+
+
+def test_what_is_no_token_is_refused(gpt2: nn.Module) -> None:
+    explainer, prompt = fastrel.Explainer(gpt2), torch.randint(3, 50, (2, 6))
+    for given, message in (
+        ({"token": 50}, "token holds 50, and the model has 50 tokens"),
+        ({"token": "the"}, "token must be token ids, not 'the'"),
+        ({"token": 0.5}, "token must be a token id"),
+        ({"token": [1, 2, 3]}, r"\[2\] or \[2, K\] ids"),
+        ({"attention_mask": torch.ones(2, 5)}, "does not fit input_ids"),
+        ({"attention_mask": torch.zeros(2, 6)}, "leaves no token of text 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            explainer.next_token(prompt, **given)
