@@ -181,16 +181,16 @@ def reference_map(
 
 def test_what_a_graph_fails_on_is_said_of_the_inputs() -> None:
     model, given = models.build("hf_bert"), models.inputs("hf_bert")
-    explainer, beyond = Explainer(model), {**given, "input_ids": given["input_ids"].clone()}
+    explainer, beyond = fastrel.Explainer(model), {**given, "input_ids": given["input_ids"].clone()}
     beyond["input_ids"][0, 0] = 10**6
     for _ in range(2):  # as the first call, and once there is a graph
-        with pytest.raises(InputError, match=r"rejects these inputs: index out of range.* to 1000000"):
+        with pytest.raises(fastrel.InputError, match=r"rejects these inputs: index out of range.* to 1000000"):
             explainer(**beyond, target=0)
         explainer(**given, target=0)
 
 
 def test_a_prediction_explained_once_says_so() -> None:
-    prediction = Explainer(models.build("hf_bert")).predict(**models.inputs("hf_bert"))
+    prediction = fastrel.Explainer(models.build("hf_bert")).predict(**models.inputs("hf_bert"))
     prediction.explain_once(0)
-    with pytest.raises(InputError, match="explained by explain_once"):
+    with pytest.raises(fastrel.InputError, match="explained by explain_once"):
         prediction.explain(0)
