@@ -51,13 +51,11 @@ def class_seeds(logits: Tensor, index: int, target: Target) -> Seeds:
 
 
 def classes_of(logits: Tensor, target: Any) -> Tensor:
-    """The classes that a target other than a function names, [B] or [B, K]; InputError where it does not fit logits [B, C]."""
-    if logits.dim() == 1:
-        if target is not None:
-            raise InputError(
-                f"the model's output is one number per sample, which has no class {target!r}; leave target out"
-            )
-        return torch.zeros_like(logits, dtype=torch.long)
+    """The classes that a target other than a function names, [B] or [B, K]; InputError where it does not fit logits [B, C].
+
+    An output [B] has one class.
+    """
+    logits = logits.unsqueeze(1) if logits.dim() == 1 else logits
     if logits.dim() != 2:
         raise InputError(
             f"the model's output has shape {tuple(logits.shape)}, not [B, C], so a class cannot be picked from it; pass "

@@ -314,7 +314,7 @@ def _scores(subject: _Subject, outputs: list[Any], output: Any) -> Tensor:
         value = subject.target(output)
         return value.reshape(len(value), -1)
     logits = outputs[logits_index(subject.call.captured, subject.options.output)]
-    return logits.gather(1, classes_of(logits, subject.target).reshape(len(logits), -1))
+    return logits.reshape(len(logits), -1).gather(1, classes_of(logits, subject.target).reshape(len(logits), -1))
 
 
 def _rows(subject: _Subject) -> Iterator[Check]:

@@ -79,7 +79,7 @@ def test_one_number_per_sample_is_explained_as_such(ids: Tensor) -> None:
     torch.testing.assert_close(explainer(ids).relevance, column)
     torch.testing.assert_close(explainer(ids, target=lambda out: out).relevance, column)
     assert explainer.verify(ids).ok
-    with pytest.raises(InputError, match="one number per sample, which has no class 2"):
+    with pytest.raises(InputError, match="target 2 is out of range: the model has 1 classes"):
         explainer(ids, target=2)
 
 
