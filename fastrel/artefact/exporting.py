@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export._trace import _export as traced_below_autograd
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from fastrel import __version__
 from fastrel.artefact import compiled
@@ -71,11 +76,11 @@ def export(
     if logits.dim() != 2 or not 1 <= targets <= logits.shape[1]:
         raise InputError(f"targets={targets} of logits {tuple(logits.shape)}: export needs [B, C] and targets from 1 to C")
     given = [x if len(x) > 1 else torch.cat([x, x]) for x in call.tensors]
-    exported = _exported(call, program, given)
+    exported, fixed = _exported(call, program, given, targets)
     test = _self_test(exported, given, targets)
     maps = _compare(plain, call, test, inputs, named)
     about = describe(loaded)
-    facts = _metadata(plain, call, program, int(logits.shape[1]), maps, loaded, about)
+    facts = replace(_metadata(plain, call, program, int(logits.shape[1]), maps, loaded, about), targets=fixed)
     extra = {SELF_TEST: base64.b64encode(safetensors.torch.save(test)).decode(), **about.files}
     files.folder(path.parent)
     with files.replaced(path) as temporary:
@@ -87,30 +92,56 @@ def export(
     return path
 
 
-def _exported(call: Call, program: Program, given: Sequence[Tensor]) -> torch.export.ExportedProgram:
+def _exported(call: Call, program: Program, given: Sequence[Tensor], targets: int) -> tuple[ExportedProgram, int | None]:
+    """The explanation as a program, and how many targets it explains at a time; None: any number."""
     nodes = [node for node in call.captured.inputs if isinstance(node.meta.get("val"), Tensor)]
+    if len(nodes) != len(call.captured.inputs):
+        raise InputError("export takes models whose inputs are all tensors; give constants by functools.partial or a wrapper")
     auto = torch.export.Dim.AUTO
     dynamic = tuple(
         {dim: auto for dim, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)} for node in nodes
     )
-    if len(nodes) != len(call.captured.inputs):
-        raise InputError("export takes models whose inputs are all tensors; give constants by functools.partial or a wrapper")
-    if any(0 not in dims for dims in dynamic):
-        name = next(name for name, dims in zip(call.names, dynamic, strict=True) if 0 not in dims)
-        raise UnsupportedModelError(f"the batch size of {name!r} is a part of the model's graph, so that it fits one size only")
-    classes = torch.full((len(given[0]), 2), RANK, device=given[0].device)
     module = Explaining(call, program).eval()
+    classes = torch.full((len(given[0]), max(targets, 2)), RANK, device=given[0].device)
+    exported = _traced(module, (classes, *given), ({0: auto, 1: auto}, dynamic))
+    batch, columns = _sizes(exported)
+    fixed = None
+    if is_concrete_int(columns):  # a rule goes through the targets one by one
+        fixed = targets
+        if columns != targets:
+            exported = _traced(module, (classes[:, :targets], *given), ({0: auto}, dynamic))
+            batch, _ = _sizes(exported)
+    if is_concrete_int(batch):
+        raise UnsupportedModelError(f"the batch size is a part of this model's graph, which fits batches of {batch} only")
+    return exported, fixed
+
+
+def _traced(module: Explaining, given: tuple[Tensor, ...], dynamic: Any) -> ExportedProgram:
+    """A module as a program. torch.export does not follow automatic differentiation, by which some rules are written: such modules
+    are traced below it.
+
+    Raises:
+        CaptureError: torch cannot.
+    """
+    ways = (torch.export.export, functools.partial(traced_below_autograd, pre_dispatch=False))
+    failed: Exception | None = None
     with LOCK, quiet() as said, torch.no_grad():
-        try:
-            exported = torch.export.export(
-                module, (classes, *given), dynamic_shapes=({0: auto, 1: auto}, dynamic), strict=False
-            )
-        except Exception as error:
-            raise CaptureError(
-                f"torch.export could not export the explanation: {str(error).strip().splitlines()[0]}",
-                details="\n".join([*said, str(error)]),
-            ) from error
-    return exported
+        for trace in ways:
+            try:
+                return trace(module, given, dynamic_shapes=dynamic, strict=False)
+            except Exception as error:
+                failed = failed or error
+                said.append(str(error))
+    first = (str(failed).strip().splitlines() or [type(failed).__name__])[0]
+    raise CaptureError(f"torch.export could not export the explanation: {first}", details="\n".join(said)) from failed
+
+
+def _sizes(exported: ExportedProgram) -> tuple[Any, Any]:
+    """Batch and number of targets as the program has them: numbers where they are fixed."""
+    name = exported.graph_signature.user_inputs[0]
+    node = next(node for node in exported.graph.nodes if node.name == name)
+    batch, columns = node.meta["val"].shape
+    return batch, columns
 
 
 def _self_test(exported: Any, given: Sequence[Tensor], targets: int) -> dict[str, Tensor]:

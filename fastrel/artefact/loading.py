@@ -62,8 +62,7 @@ class Artefact:
 
     def explain(self, inputs: Sequence[Tensor], classes: Tensor, several: bool = True) -> Explanation:
         """Explain inputs in the artefact's own order for classes [B, K]; without `several`, the K of one is left out."""
-        with torch.no_grad():
-            logits, chosen, ok, *maps = self._runs(classes.to(inputs[0].device), *inputs)
+        logits, chosen, ok, *maps = self._results(inputs, classes.to(inputs[0].device))
         left = iter(maps if several else [x[:, 0] for x in maps])
         found = {}
         for one in self.metadata.maps:
@@ -82,7 +81,7 @@ class Artefact:
         inputs = self._bound(args, kwargs)
         if self._forward is None:
             self._forward = _forward_only(self.path)
-        classes = torch.full((len(inputs[0]), 1), RANK, device=inputs[0].device)
+        classes = torch.full((len(inputs[0]), self.metadata.targets or 1), RANK, device=inputs[0].device)
         with torch.no_grad():
             return self._forward(classes, *inputs)[0]
 
@@ -106,6 +105,16 @@ class Artefact:
     def __repr__(self) -> str:
         form = "compiled" if self.compiled else "not compiled"
         return f"Artefact({str(self.path)!r}, {self.metadata.options['method']}, {form})"
+
+    def _results(self, inputs: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
+        """What the program returns, in turns where it explains a fixed number of targets."""
+        at_once, count = self.metadata.targets, classes.shape[1]
+        with torch.no_grad():
+            if at_once in (None, count):
+                return list(self._runs(classes, *inputs))
+            padded = torch.cat([classes, classes[:, -1:].expand(-1, -count % at_once)], 1)
+            turns = [self._runs(part, *inputs) for part in padded.split(at_once, 1)]
+        return [turns[0][0], *(torch.cat(parts, 1)[:, :count] for parts in list(zip(*turns, strict=True))[1:])]
 
     def _bound(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         wanted = self.metadata.inputs

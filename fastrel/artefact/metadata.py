@@ -54,6 +54,7 @@ class Metadata:
         report: operators without a rule of their own.
         weights: sha256 of all parameters and buffers.
         versions: of fastrel and torch.
+        targets: how many the program explains at a time; None: any number.
         device: on which the program runs.
         compiled: of a compiled artefact what it needs: torch, machine, the processor's features; else empty.
     """
@@ -70,6 +71,7 @@ class Metadata:
     report: tuple[str, ...]
     weights: str
     versions: Mapping[str, str]
+    targets: int | None = None
     device: str = "cpu"
     compiled: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
