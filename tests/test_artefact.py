@@ -35,10 +35,8 @@ def images() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def path(vit: nn.Module, images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    loaded = load_model("tests.tiny:vit")
-    folder = tmp_path_factory.mktemp("artefact")
-    return fastrel.export(fastrel.Explainer(vit), images, path=folder / "vit.pt2", targets=2, loaded=loaded)
+def path(vit_artefact: Path) -> Path:
+    return vit_artefact
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +89,9 @@ def test_a_bad_sample_or_class_is_marked_and_changes_no_mate(artefact: fastrel.A
     assert artefact(images, target=-1).ok.tolist() == [False] * 3
 
 
-def test_predict_gives_the_logits_without_a_reverse_pass(artefact: fastrel.Artefact, images: Tensor, vit: nn.Module) -> None:
+def test_predict_gives_the_logits_without_a_reverse_pass(
+    artefact: fastrel.Artefact, images: Tensor, vit: nn.Module
+) -> None:
     with torch.no_grad():
         torch.testing.assert_close(artefact.predict(images), vit(images))
     assert torch.equal(artefact.predict(images), artefact(images).logits)
@@ -132,7 +132,9 @@ def test_it_says_what_it_is(path: Path, vit: nn.Module) -> None:
         metadata.Metadata.from_json(about.to_json().replace('"format": 1', '"format": 2'))
 
 
-def test_a_fresh_process_needs_neither_timm_nor_transformers_nor_the_model(path: Path, images: Tensor, vit: nn.Module) -> None:
+def test_a_fresh_process_needs_neither_timm_nor_transformers_nor_the_model(
+    path: Path, images: Tensor, vit: nn.Module
+) -> None:
     torch.save(images, path.parent / "images.pt")
     code = """
         import sys
@@ -176,9 +178,7 @@ def test_what_is_no_artefact_or_damaged_is_refused(path: Path, tmp_path: Path) -
         fastrel.load(path, compiled=True)
 
 
-def test_the_self_test_refuses_a_program_that_computes_something_else(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_self_test_refuses_a_program_that_computes_something_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.export.load
 
     def other(given: Any) -> Any:
@@ -199,7 +199,9 @@ def test_code_compiled_for_another_machine_is_told() -> None:
 
 
 @pytest.mark.parametrize("method", ["attention_flow", "integrated_gradients"])
-def test_methods_that_are_no_graphs_are_refused_by_name(vit: nn.Module, images: Tensor, tmp_path: Path, method: str) -> None:
+def test_methods_that_are_no_graphs_are_refused_by_name(
+    vit: nn.Module, images: Tensor, tmp_path: Path, method: str
+) -> None:
     with pytest.raises(UnsupportedModelError, match=method):
         fastrel.export(fastrel.Explainer(vit, method), images, path=tmp_path / "a.pt2")
     with pytest.raises(InputError, match=r"must end in .pt2"):
@@ -282,7 +284,9 @@ def test_the_compiled_form_gives_the_same(compiled_path: Path, monkeypatch: pyte
     for batch in (1, 4):
         x = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         classes = torch.arange(batch * 3).reshape(batch, 3) % 4
-        torch.testing.assert_close(fast(x, target=classes).relevance, plain(x, target=classes).relevance, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            fast(x, target=classes).relevance, plain(x, target=classes).relevance, rtol=1e-5, atol=1e-7
+        )
     x[1], classes[2, 0], classes[3, 1] = torch.nan, 4, -1
     ok = [[True] * 3, [False] * 3, [False, True, True], [True, False, True]]
     assert fast(x, target=classes).ok.tolist() == plain(x, target=classes).ok.tolist() == ok
@@ -299,7 +303,14 @@ def test_libtorch_alone_runs_the_compiled_form(compiled_path: Path, tmp_path: Pa
     folder = Path(torch.__file__).parent
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = ["-std=c++20", "-O0", abi, *(f"-I{folder / 'include' / part}" for part in ("", "torch/csrc/api/include"))]
-    libraries = [f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    libraries = [
+        f"-L{folder / 'lib'}",
+        f"-Wl,-rpath,{folder / 'lib'}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     source, program = ROOT / "examples" / "cpp" / "explain.cpp", tmp_path / "explain"
     subprocess.run(["g++", *flags, str(source), "-o", str(program), *libraries], check=True)
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -311,8 +322,6 @@ def test_libtorch_alone_runs_the_compiled_form(compiled_path: Path, tmp_path: Pa
     expected = fastrel.load(compiled_path, compiled=False)(x, target=3)
     np.testing.assert_allclose(found, expected.relevance.numpy(), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose([float(row[2]) for row in rows[::2]], expected.logits[:, 3].numpy(), rtol=1e-4, atol=1e-6)
-
-
 
 
 def test_onnx_gives_the_same_and_checks_the_same(path: Path, artefact: fastrel.Artefact, tmp_path: Path) -> None:

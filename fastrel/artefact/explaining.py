@@ -15,6 +15,7 @@ from fastrel.transform.program import Program
 
 aten = torch.ops.aten
 
+
 class Explaining(nn.Module):
     """(classes, *inputs) -> (logits, classes, ok, and for each map relevance, patches where it has any).
 

@@ -20,9 +20,9 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from fastrel import __version__
 from fastrel.artefact import compiled
+from fastrel.artefact.describing import Description, describe
 from fastrel.artefact.explaining import Explaining, counts
 from fastrel.artefact.metadata import METADATA, RANK, SELF_TEST, Input, MapOf, Metadata
-from fastrel.artefact.describing import Description, describe
 from fastrel.data import files
 from fastrel.engine import Call
 from fastrel.errors import CaptureError, InputError, UnsupportedModelError
@@ -96,7 +96,9 @@ def _exported(call: Call, program: Program, given: Sequence[Tensor], targets: in
     """The explanation as a program, and how many targets it explains at a time; None: any number."""
     nodes = [node for node in call.captured.inputs if isinstance(node.meta.get("val"), Tensor)]
     if len(nodes) != len(call.captured.inputs):
-        raise InputError("export takes models whose inputs are all tensors; give constants by functools.partial or a wrapper")
+        raise InputError(
+            "export takes models whose inputs are all tensors; give constants by functools.partial or a wrapper"
+        )
     auto = torch.export.Dim.AUTO
     dynamic = tuple(
         {dim: auto for dim, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)} for node in nodes
@@ -234,4 +236,3 @@ def _hash(values: Sequence[Tensor]) -> str:
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-

@@ -127,7 +127,9 @@ class Artefact:
             if not isinstance(value, Tensor):
                 raise InputError(f"{x.name} must be a tensor, not {type(value).__name__}")
             kind = (str(value.dtype).removeprefix("torch."), value.device.type)
-            fits = len(value.shape) == len(x.shape) and all(b in (None, a) for a, b in zip(value.shape, x.shape, strict=True))
+            fits = len(value.shape) == len(x.shape) and all(
+                b in (None, a) for a, b in zip(value.shape, x.shape, strict=True)
+            )
             if not fits or kind != (x.dtype, self.metadata.device) or not value.numel():
                 shape = [size or "any" for size in x.shape]
                 raise InputError(
@@ -222,5 +224,7 @@ def _classes(target: Any, batch: int) -> tuple[Tensor, bool]:
     if classes.dim() == 0:
         classes = classes.expand(batch)
     if classes.dim() not in (1, 2) or len(classes) != batch or classes.numel() == 0:
-        raise InputError(f"target of shape {tuple(classes.shape)} does not fit a batch of {batch}: [{batch}] or [{batch}, K]")
+        raise InputError(
+            f"target of shape {tuple(classes.shape)} does not fit a batch of {batch}: [{batch}] or [{batch}, K]"
+        )
     return classes.reshape(batch, -1).long(), classes.dim() == 2

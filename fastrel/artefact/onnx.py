@@ -69,6 +69,8 @@ def _compare(session: object, stored: dict[str, torch.Tensor]) -> None:
     feeds = {x.name: value.numpy() for x, value in zip(session.get_inputs(), given, strict=True)}  # type: ignore[attr-defined]
     for i, found in enumerate(session.run(None, feeds)):  # type: ignore[attr-defined]
         expected = stored[f"result{i}"].double()
-        difference = float((torch.from_numpy(found).double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+        difference = float(
+            (torch.from_numpy(found).double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+        )
         if not difference <= 1e-4:
             raise FastrelError(f"ONNX Runtime computes something else: result {i} is {difference:.2g} away")

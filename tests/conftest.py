@@ -1,0 +1,18 @@
+"""What several test files share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastrel
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def vit_artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tests.tiny:vit` as an artefact with its preprocessing, which takes long to export."""
+    loaded = fastrel.models.load("tests.tiny:vit")
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    path = tmp_path_factory.mktemp("artefact") / "vit.pt2"
+    return fastrel.export(fastrel.Explainer(tiny.vit()), images, path=path, targets=2, loaded=loaded)
