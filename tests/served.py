@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ class Server:
     def __init__(self, artefact: Path, *options: str, ready: bool = True) -> None:
         self.port = free_port()
         words = [sys.executable, "-m", "fastrel", "serve", str(artefact), "--port", str(self.port), *options]
-        self.process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(words, cwd=ROOT, stderr=self._said)
         if ready:
             self.wait_ready()
 
@@ -51,12 +53,17 @@ class Server:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:
-                raise AssertionError(f"ended with {self.process.returncode}: {self.process.stderr.read()}")  # type: ignore
+                raise AssertionError(f"ended with {self.process.returncode}: {self.said()}")
             with contextlib.suppress(OSError):
                 if self.get("/health")[0] == 200:
                     return
             time.sleep(0.1)
         raise AssertionError("not ready in time")
+
+    def said(self) -> str:
+        """What it and its workers wrote to stderr."""
+        self._said.seek(0)
+        return self._said.read().decode(errors="replace")
 
     def request(
         self,

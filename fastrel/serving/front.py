@@ -136,9 +136,9 @@ class Front:
                 response = self._refused(refusal)
             except InputError as error:
                 response = self._refused(Refusal(422, "input", str(error)))
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, ConnectionResetError) as error:
                 self.metrics.rejected.labels("hung up").inc()
-                raise
+                raise asyncio.CancelledError from error
             self.metrics.requests.labels(want, response.status).inc()
             self.metrics.seconds.labels("whole").observe(time.monotonic() - began)
             return response
