@@ -6,6 +6,8 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
+from fastrel.version import __version__
+
 # In a checkout the Triton kernels lie beside the package; installed, they are a part of it.
 if not (_Path(__file__).parent / "triton_kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from fastrel.prediction import Prediction
     from fastrel.trace import BlockTrace
     from fastrel.transform.method import Method
-
-__version__ = "0.1.0"
 
 #: Where each public name is defined. Read when it is asked for: processes that only decode pictures need no torch.
 _HOMES = {
@@ -57,6 +57,7 @@ __all__ = [
     "Prediction",
     "TokenMap",
     "UnsupportedModelError",
+    "__version__",
     "export",
     "load",
     "propagation",

@@ -10,6 +10,7 @@ from typing import Protocol
 from fastrel import __version__
 from fastrel.commands import (
     batch,
+    bench,
     build,
     compare,
     demo,
@@ -37,6 +38,7 @@ examples:
   fastrel export --model vit_base_patch16_224 --out explain.pt2
   fastrel serve explain.pt2 --ui
   fastrel verify --model swin_tiny_patch4_window7_224 --random
+  fastrel bench --model vit_base_patch16_224 --random
   fastrel methods
   fastrel doctor
 """
@@ -68,6 +70,7 @@ COMMANDS: dict[str, Command] = {
     "serve": serve,
     "methods": list_methods,
     "verify": verify,
+    "bench": bench,
 }
 
 

@@ -38,8 +38,8 @@ class Explaining(nn.Module):
     def forward(self, classes: Tensor, *inputs: Tensor) -> list[Tensor]:
         """Explain."""
         (program,) = self._program
-        fine, inputs = _checked(inputs, self._counts)
-        outputs, saved = program.forward(*(getattr(self, f"parameter{i}") for i in range(self._owned)), *inputs)
+        fine, usable = _checked(inputs, self._counts)
+        outputs, saved = program.forward(*(getattr(self, f"parameter{i}") for i in range(self._owned)), *usable)
         logits = outputs[program.leaves[0]]
         chosen, exists = _chosen(logits, classes)
         numbers = torch.arange(logits.shape[1], device=logits.device)

@@ -18,7 +18,6 @@ from torch.export import ExportedProgram
 from torch.export._trace import _export as traced_below_autograd
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from fastrel import __version__
 from fastrel.artefact import compiled
 from fastrel.artefact.describing import Description, describe
 from fastrel.artefact.explaining import Explaining, counts
@@ -32,6 +31,7 @@ from fastrel.maps import TokenMap
 from fastrel.models import Loaded
 from fastrel.transform.method import AllMaps, PathIntegral
 from fastrel.transform.program import Program
+from fastrel.version import __version__
 
 
 def export(

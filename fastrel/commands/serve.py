@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 
 from fastrel.commands import export as exporting
 from fastrel.commands import options as shared
+from fastrel.commands.doctor import available_cores
 from fastrel.errors import InputError
 
 HELP = "serve explanations over HTTP"
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     names = ("host", "port", "ui", "workers", "decoders", "batch", "wait_ms", "queue", "timeout_ms", "upload_ms",
              "max_body", "max_pixels", "max_targets")  # fmt: skip
     given = {name: getattr(options, name) for name in names}
-    given["threads"] = options.threads or max(1, (os.cpu_count() or 1) // options.workers)
+    given["threads"] = options.threads or max(1, available_cores() // options.workers)
     if options.artefact is not None:
         return serve(Service(options.artefact, **given))
     with tempfile.TemporaryDirectory(prefix="fastrel-") as folder:

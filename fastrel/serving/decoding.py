@@ -44,7 +44,8 @@ class Decoding:
         if header["want"] == "canary":
             return Work("canary", (), header["deadline"])
         text = isinstance(self._read, ReadsTexts)
-        notes, picture, tokens = (), None, None
+        notes: tuple[str, ...] = ()
+        picture, tokens = None, None
         if text:
             (sample,) = [self._read(arrays["body"].decode())]
             tokens = self._read.tokens(sample[0])

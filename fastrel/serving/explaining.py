@@ -35,7 +35,7 @@ class Explaining:
         sample = [stored[f"input{i}"][:1].numpy() for i in range(len(self._artefact.metadata.inputs))]
         for size in range(1, batch + 1):
             for want in ("explain", "predict"):
-                work = Work(want, (RANK,), float("inf"), tuple(x[0] for x in sample))  # type: ignore[arg-type]
+                work = Work(want, (RANK,), float("inf"), tuple(x[0] for x in sample))
                 self([work] * size)
 
     def __call__(self, works: Sequence[Work]) -> list[Answer]:
