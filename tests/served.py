@@ -47,7 +47,11 @@ class Server:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(words, cwd=ROOT, stderr=self._said)
         if ready:
-            self.wait_ready()
+            try:
+                self.wait_ready()
+            except AssertionError:
+                self.process.kill()  # its stages end when it is gone
+                raise
 
     def wait_ready(self, seconds: float = 240) -> None:
         end = time.monotonic() + seconds

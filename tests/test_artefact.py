@@ -17,6 +17,7 @@ from fastrel.artefact.metadata import RANK
 from fastrel.cli import main
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.models import load as load_model
+from fastrel.rules.pointwise import SLOPES
 from tests import tiny
 from tests.small import ids, made
 from tests.tiny import bert_folder
@@ -59,6 +60,17 @@ def same(found: fastrel.Explanation, expected: fastrel.Explanation) -> None:
         assert torch.equal(found.maps[name].relevance, one.relevance)
         assert (found.maps[name].grid is None) == (one.grid is None)
         assert one.grid is None or torch.equal(found.maps[name].grid, one.grid)
+
+
+@pytest.mark.parametrize("op", SLOPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_slopes_of_activations_are_those_of_autograd_to_the_bit(op: Any, dtype: torch.dtype) -> None:
+    x = torch.cat(
+        [torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 3, torch.tensor([0.0, -0.0, 3.0, -3.0, 60.0])]
+    )
+    x = x.to(dtype).requires_grad_()
+    (expected,) = torch.autograd.grad(op(x).sum(), x)
+    assert torch.equal(SLOPES[op](x.detach()), expected)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

@@ -97,7 +97,13 @@ def test_what_is_past_its_deadline_does_not_reach_the_model(artefact: fastrel.Ar
         def explain(self, *args: Any, **kwargs: Any) -> Any:
             raise AssertionError("explained")
 
-    never = Never(artefact.path, artefact.metadata, lambda *given: None, False, "")
+    class Broken(Never):
+        def self_test(self) -> float:
+            raise RuntimeError
+
+    broken = Broken(artefact.path, artefact.metadata, lambda *given: None)
+    assert Explaining(broken, lambda: 0.0)([Work("canary", (), 1.0)])[0].status == 500
+    never = Never(artefact.path, artefact.metadata, lambda *given: None)
     sample = (np.zeros((3, 32, 32), np.float32),)
     assert [a.status for a in Explaining(never, lambda: 10.0)([Work("explain", (1,), 9.0, sample)])] == [408]
     # What the model raises fails that request alone, and nothing is raised.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -37,10 +38,9 @@ class Artefact:
         compiled: whether the form compiled for this machine runs; `reason`: if not, why not.
     """
 
-    def __init__(self, path: Path, about: Metadata, runs: Callable[..., Any], compiled: bool, reason: str) -> None:
-        self.path, self.metadata, self.compiled, self.reason = path, about, compiled, reason
-        self._runs = runs
-        self._forward: Callable[..., Any] | None = None
+    def __init__(self, path: Path, about: Metadata, compiled: Callable[..., Any] | None = None, reason: str = "") -> None:
+        self.path, self.metadata, self.compiled, self.reason = path, about, compiled is not None, reason
+        self._runs: Callable[..., Any] = compiled or self._program.module()
 
     def __call__(self, *args: Tensor, target: Any = None, **kwargs: Tensor) -> Explanation:
         """Explain inputs [B, …], given as to the model, by place or by name.
@@ -79,15 +79,31 @@ class Artefact:
             As a call.
         """
         inputs = self._bound(args, kwargs)
-        if self._forward is None:
-            self._forward = _forward_only(self.path)
         classes = torch.full((len(inputs[0]), self.metadata.targets or 1), RANK, device=inputs[0].device)
         with torch.no_grad():
             return self._forward(classes, *inputs)[0]
 
+    @functools.cached_property
+    def _program(self) -> torch.export.ExportedProgram:
+        try:
+            return torch.export.load(self.path)
+        except Exception as error:  # whatever torch finds wrong with it
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"torch {torch.__version__} cannot read the program in {str(self.path)!r}: {first}") from error
+
+    @functools.cached_property
+    def _forward(self) -> Callable[..., Any]:
+        """The program without its reverse pass: of all results the logits, in the place of the others too."""
+        module: Any = self._program.module()
+        output = module.graph.output_node()
+        output.args = ([output.args[0][0]] * len(output.args[0]),)
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        return module
+
     def self_test(self) -> float:
         """How far the results on the samples in the file lie from what they were at the export, relative to the largest value."""
-        test = self.stored()
+        test = self.stored
         inputs = [test[f"input{i}"].to(self.metadata.device) for i in range(len(self.metadata.inputs))]
         with torch.no_grad():
             results = self._runs(test["classes"].to(self.metadata.device), *inputs)
@@ -98,6 +114,7 @@ class Artefact:
             worst = max(worst, float(difference / expected.abs().max().clamp(min=1e-30)))
         return worst
 
+    @functools.cached_property
     def stored(self) -> dict[str, Tensor]:
         """The self-test: `classes`, `input<i>` as the program reads them, `result<i>` as it returned them at the export."""
         return _stored(self.path)
@@ -160,8 +177,7 @@ def load(path: str | os.PathLike[str], compiled: bool | None = None) -> Artefact
         found, reason = _compiled(path, about)
         if found is None and compiled:
             raise InputError(f"no compiled form of {str(path)!r} can run here: {reason}")
-    runs = _program(path) if found is None else found
-    artefact = Artefact(path, about, runs, found is not None, reason)
+    artefact = Artefact(path, about, found, reason)
     error = artefact.self_test()
     if not error <= TOLERANCE:
         raise InputError(
@@ -184,24 +200,6 @@ def _compiled(path: Path, about: Metadata) -> tuple[Callable[..., Any] | None, s
         log.warning("%s is not used: %s; the program runs uncompiled", beside, reason)
         return None, reason
     return torch._inductor.aoti_load_package(str(beside)), ""
-
-
-def _program(path: Path) -> Any:
-    try:
-        return torch.export.load(path).module()
-    except Exception as error:  # whatever torch finds wrong with it
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"torch {torch.__version__} cannot read the program in {str(path)!r}: {first}") from error
-
-
-def _forward_only(path: Path) -> Callable[..., Any]:
-    """The program without its reverse pass: of all results the logits, in the place of the others too."""
-    module: Any = _program(path)
-    output = module.graph.output_node()
-    output.args = ([output.args[0][0]] * len(output.args[0]),)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
 
 
 def _stored(path: Path) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def write(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Pat
             raise FastrelError(f"torch could not write the explanation as ONNX: {first}") from error
         onnx.helper.set_model_props(model, {"fastrel": about.to_json()})
         onnx.save(model, temporary)
-        _compare(onnxruntime.InferenceSession(str(temporary)), load(source, compiled=False).stored())
+        _compare(onnxruntime.InferenceSession(str(temporary)), load(source, compiled=False).stored)
     return target
 
 
