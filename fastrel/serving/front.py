@@ -139,6 +139,8 @@ class Front:
             except (asyncio.CancelledError, ConnectionResetError) as error:
                 self.metrics.rejected.labels("hung up").inc()
                 raise asyncio.CancelledError from error
+            if self._draining:
+                response.force_close()  # a client that keeps its connection turns to another replica
             self.metrics.requests.labels(want, response.status).inc()
             self.metrics.seconds.labels("whole").observe(time.monotonic() - began)
             return response
@@ -177,8 +179,8 @@ class Front:
         )
 
     def _check_room(self) -> None:
-        if self._draining or not self._ready:
-            raise Refusal(503, "not ready", "the service stops" if self._draining else "the service is not ready yet")
+        if not self._ready:
+            raise Refusal(503, "not ready", "the service is not ready yet")
         if self._admitted >= self.service.queue:
             raise Refusal(429, "full", f"{self._admitted} requests are being worked on; try again later")
 
