@@ -1,24 +1,51 @@
 """fastrel explains the predictions of transformers, fast."""
 
+from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+from typing import Any as _Any
+
+from fastrel.version import __version__
 
 # In a checkout the Triton kernels lie beside the package; installed, they are a part of it.
 if not (_Path(__file__).parent / "triton_kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from fastrel.eager import propagation
-from fastrel.errors import CaptureError, FastrelError, InputError, UnsupportedModelError
-from fastrel.explainer import Explainer
-from fastrel.explanation import Explanation
-from fastrel.maps import TokenMap
-from fastrel.options import Options
-from fastrel.prediction import Prediction
-from fastrel.trace import BlockTrace
-from fastrel.transform.method import Method
+if TYPE_CHECKING:
+    from fastrel.artefact.exporting import export
+    from fastrel.artefact.loading import Artefact, load
+    from fastrel.eager import propagation
+    from fastrel.errors import CaptureError, FastrelError, InputError, UnsupportedModelError
+    from fastrel.explainer import Explainer
+    from fastrel.explanation import Explanation
+    from fastrel.maps import TokenMap
+    from fastrel.options import Options
+    from fastrel.prediction import Prediction
+    from fastrel.trace import BlockTrace
+    from fastrel.transform.method import Method
 
-__version__ = "0.1.0"
+#: Where each public name is defined. Read when it is asked for: processes that only decode pictures need no torch.
+_HOMES = {
+    "Artefact": "artefact.loading",
+    "BlockTrace": "trace",
+    "CaptureError": "errors",
+    "Explainer": "explainer",
+    "Explanation": "explanation",
+    "FastrelError": "errors",
+    "InputError": "errors",
+    "Method": "transform.method",
+    "Options": "options",
+    "Prediction": "prediction",
+    "TokenMap": "maps",
+    "UnsupportedModelError": "errors",
+    "export": "artefact.exporting",
+    "load": "artefact.loading",
+    "propagation": "eager",
+}
 
 __all__ = [
+    "Artefact",
     "BlockTrace",
     "CaptureError",
     "Explainer",
@@ -30,5 +57,21 @@ __all__ = [
     "Prediction",
     "TokenMap",
     "UnsupportedModelError",
+    "__version__",
+    "export",
+    "load",
     "propagation",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _HOMES:
+        globals()[name] = found = getattr(_import_module(f"fastrel.{_HOMES[name]}"), name)
+        return found
+    if name.startswith("_") or _find_spec(f"fastrel.{name}") is None:
+        raise AttributeError(f"module 'fastrel' has no attribute {name!r}")
+    return _import_module(f"fastrel.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,21 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fastrel import __version__
-from fastrel.commands import batch, build, compare, demo, doctor, evaluate, explain, list_methods, show, verify
+from fastrel.commands import (
+    batch,
+    bench,
+    build,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    export,
+    list_methods,
+    serve,
+    show,
+    verify,
+)
 from fastrel.errors import FastrelError
 
 EPILOG = """\
@@ -21,7 +35,10 @@ examples:
   fastrel batch photos/ --model vit_base_patch16_224 --target top3 --out maps
   fastrel compare cat-and-dog.jpg --model vit_base_patch16_224 --target 281 207 --out compare.png
   fastrel evaluate --data mosaics --metric pointing segmentation --out results
+  fastrel export --model vit_base_patch16_224 --out explain.pt2
+  fastrel serve explain.pt2 --ui
   fastrel verify --model swin_tiny_patch4_window7_224 --random
+  fastrel bench --model vit_base_patch16_224 --random
   fastrel methods
   fastrel doctor
 """
@@ -49,8 +66,11 @@ COMMANDS: dict[str, Command] = {
     "show": show,
     "compare": compare,
     "evaluate": evaluate,
+    "export": export,
+    "serve": serve,
     "methods": list_methods,
     "verify": verify,
+    "bench": bench,
 }
 
 

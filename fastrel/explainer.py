@@ -22,6 +22,7 @@ from fastrel.reference.rules import Rules
 from fastrel.targets import Target
 from fastrel.trace import BlockTrace
 from fastrel.transform.method import Method, PathIntegral
+from fastrel.transform.program import Program
 from fastrel.verification import Verification, verify
 
 
@@ -245,6 +246,15 @@ class Explainer:
             InputError: the model is not on a CUDA device, or this method cannot be captured.
         """
         return Graphed(self._engine, self._options, args, kwargs, targets)
+
+    def programmed(self, *args: Any, **kwargs: Any) -> tuple[Call, Program]:
+        """What runs for inputs like these: the call of the captured graph, and the program that explains its logits.
+
+        Raises:
+            As `predict`.
+        """
+        call = self._engine.enter(args, kwargs)
+        return call, self._engine.program(call.entry, self._options, (logits_index(call.captured, self._options.output),))
 
     def trace(self, *args: Any, target: Target = None, **kwargs: Any) -> list[BlockTrace]:
         """The attention, gradient and relevance of every block from `start_layer` on; slower, for study and tests."""

@@ -28,6 +28,8 @@ class Explanation:
         output: what the model returned.
         report: operators of the model that have no relevance rule of their own and took the generic one, whose sums have
             signs; empty for most transformers.
+        ok: [B] or [B, K], of an artefact (`fastrel.load`): where it is false, the map could not be made and is NaN. None: all
+            maps could.
     """
 
     logits: Tensor
@@ -35,6 +37,7 @@ class Explanation:
     maps: dict[str, TokenMap]
     output: Any
     report: tuple[str, ...] = ()
+    ok: Tensor | None = None
     _prediction: weakref.ref[Any] | None = field(default=None, repr=False)
     _asked: Any = field(default=None, repr=False)
 
@@ -63,6 +66,7 @@ class Explanation:
             target=cut(self.target),
             maps={name: one.map(cut) for name, one in self.maps.items()},
             output=pytree.tree_map(cut, self.output),
+            ok=cut(self.ok),
             _prediction=None,
         )
 
@@ -84,6 +88,7 @@ class Explanation:
             target=None if self.target is None else self.target.to(moved(self.logits).device),
             maps={name: one.map(moved) for name, one in self.maps.items()},
             output=pytree.tree_map(moved, self.output),
+            ok=None if self.ok is None else self.ok.to(moved(self.logits).device),
             _prediction=None,
         )
 

@@ -45,10 +45,16 @@ def run(
     chosen = logits.argmax(1, keepdim=True) if classes is None else classes
     seed = torch.zeros(chosen.shape[1], *logits.shape, dtype=lane_dtype(logits.dtype), device=logits.device)
     seed = seed.scatter(2, chosen.T.unsqueeze(-1), 1.0)
+    return list(outputs), chosen, *reverse(program, seed, saved)
+
+
+def reverse(program: Program, seed: Tensor, saved: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The explanation of classes by their one-hot vectors, seed [K, B, C]: for each map of the program relevance [B, K, T] and
+    the patches [B, K, gh, gw] or None."""
     row = seed.sum([dim + 1 for dim in program.leaf_features[0]], keepdim=True)
     rows, grids, _ = program.reverse([seed, seed, row, *saved])
     relevance = [one.reshape(*one.shape[:2], -1).transpose(0, 1) for one in rows]
-    return list(outputs), chosen, relevance, [None if grid is None else grid.transpose(0, 1) for grid in grids]
+    return relevance, [None if grid is None else grid.transpose(0, 1) for grid in grids]
 
 
 def check_same_kind(given: Sequence[Tensor], captured: Sequence[Tensor]) -> None:

@@ -140,7 +140,7 @@ class Prediction:
             maps = self._maps(program, rows, grids, seeds.several)
         source = None if once else weakref.ref(self)
         asked = None if once else target if callable(target) else seeds.classes
-        return Explanation(self.logits, seeds.classes, maps, self.output, program.generic, source, asked)
+        return Explanation(self.logits, seeds.classes, maps, self.output, program.generic, _prediction=source, _asked=asked)
 
     def _maps(self, program: Program, rows: list[Any], grids: list[Any], several: bool) -> dict[str, TokenMap]:
         found: dict[str, TokenMap] = {}

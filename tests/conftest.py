@@ -1,9 +1,14 @@
-"""For all tests."""
+"""What several test files share."""
 
 import logging
 import os
+from pathlib import Path
 
+import pytest
 import torch
+
+import fastrel
+from tests import tiny
 
 # pytest listens to loggers that do not propagate, and torch formats its traces of every capture as soon as anybody listens.
 logging.getLogger("torch.__trace").propagate = True
@@ -11,3 +16,12 @@ logging.getLogger("torch.__trace").propagate = True
 # One thread per worker: two workers with two threads each wait for each other on two cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def vit_artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tests.tiny:vit` as an artefact with its preprocessing, which takes long to export."""
+    loaded = fastrel.models.load("tests.tiny:vit")
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    path = tmp_path_factory.mktemp("artefact") / "vit.pt2"
+    return fastrel.export(fastrel.Explainer(tiny.vit()), images, path=path, targets=2, loaded=loaded)

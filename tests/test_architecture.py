@@ -98,7 +98,7 @@ TORCH = {"_schema", "_version", "_base", "_modules", "_parameters", "_buffers"}
 
 def _private(tree: ast.Module) -> Iterator[str]:
     """Private attributes of other objects than self, cls and what the module itself defines."""
-    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
     assigned = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
     fields = {
         node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
@@ -120,7 +120,7 @@ def test_no_module_uses_anothers_private_names() -> None:
             found
             for node in ast.walk(tree)
             for found in (
-                [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                [node.name] if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
                 else [node.attr] if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
                 else [node.target.id] if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
                 else []

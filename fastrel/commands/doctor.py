@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -35,7 +36,45 @@ def run(options: argparse.Namespace) -> int:
     for name in precision.PRECISIONS[1:]:
         print(f"  {name:<14}{_products(name)}")
     print(f"  {'because':<14}{_reasons()}")
+    print("\nserving, on this machine")
+    for name, value in recommendations().items():
+        print(f"  {name:<14}{value}")
     return 0
+
+
+#: What glibc's allocator is told: keep large blocks for the next explanation instead of asking the system for them again.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "536870912"}
+
+
+def recommendations() -> dict[str, str]:
+    """Threads and memory for a process that does nothing but explain."""
+    cores = available_cores()
+    set_to = os.environ.get("OMP_NUM_THREADS")
+    now = torch.get_num_threads()
+    threads = (
+        f"{cores} {'core' if cores == 1 else 'cores'}: for latency OMP_NUM_THREADS={cores} and one worker, for throughput "
+    )
+    threads += f"OMP_NUM_THREADS=1 and {cores} workers; now {now} threads{f', OMP_NUM_THREADS={set_to}' if set_to else ''}"
+    if now > cores:
+        threads += ", more than there are cores: they will wait for each other"
+    found = {"threads": threads}
+    if platform.libc_ver()[0] == "glibc":
+        missing = " ".join(f"{name}={value}" for name, value in ALLOCATOR.items() if name not in os.environ)
+        found["allocator"] = (
+            f"set {missing}; `fastrel bench` with and without tells what it saves" if missing else "as recommended"
+        )
+    return found
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its container."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
 
 
 def _about(name: str, backend: backends.Backend) -> str:

@@ -1,6 +1,6 @@
 """Pointwise nodes: activation functions, residual adds, scalings and gates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,21 @@ def identity(t: Context, node: fx.Node, out: Lanes) -> None:
     t.give(x, *out)
 
 
+#: op'(x) of common activation functions, to the bit what autograd computes, without it: `torch.export` follows these.
+SLOPES: dict[Any, Callable[[Tensor], Tensor]] = {
+    aten.relu.default: lambda x: aten.threshold_backward(torch.ones_like(x), x, 0),
+    aten.tanh.default: lambda x: aten.tanh_backward(torch.ones_like(x), x.tanh()),
+    aten.sigmoid.default: lambda x: aten.sigmoid_backward(torch.ones_like(x), x.sigmoid()),
+    aten.silu.default: lambda x: aten.silu_backward(torch.ones_like(x), x),
+    aten.hardswish.default: lambda x: aten.hardswish_backward(torch.ones_like(x), x),
+}
+
+
 def activation_grad(op: Any, lane: Tensor, x: Tensor, *args: Any) -> Tensor:
     """lane ⊙ op'(x), for lanes [K, *] of a pointwise op of x [*]."""
     keep = torch.is_grad_enabled() and x.requires_grad
+    if op in SLOPES and not keep and not args:
+        return lane * SLOPES[op](x)
     with torch.enable_grad():
         leaf = x if keep else x.detach().requires_grad_()
         (slope,) = torch.autograd.grad(op(leaf, *args).sum(), leaf, create_graph=keep)

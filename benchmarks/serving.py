@@ -1,0 +1,169 @@
+"""`fastrel serve` under load on this machine: the figures of docs/serving.md, by one command. Loopback only; it ends by itself.
+
+python -m benchmarks.serving --write                                  the embedded model, some minutes
+python -m benchmarks.serving --artefact explain.pt2 --requests 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import platform
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import fastrel
+from fastrel.artefact.reading import collate, reader
+from fastrel.cli import main as command
+from fastrel.timing import measure
+from tests.served import ROOT, Server, load, percentile, picture, served
+
+PAGE = ROOT / "docs" / "serving.md"
+BEGIN, END = "<!-- figures: python -m benchmarks.serving --write -->\n", "<!-- end of figures -->"
+BATCH, WAIT = 8, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--artefact", help="default: the embedded model")
+    parser.add_argument("--requests", type=int, default=10_000, help="of the soak (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30, help="of overload (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="put the figures into docs/serving.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(options.artefact or Path(folder) / "demo.pt2")
+        if not options.artefact:
+            command(["export", "--out", str(path), "--no-compile"])
+        lines = figures(path, options)
+    print("\n".join(lines))
+    if options.write:
+        text = PAGE.read_text()
+        before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+        PAGE.write_text(before + "\n" + "\n".join(lines) + "\n\n" + after)
+
+
+def figures(path: Path, options: argparse.Namespace) -> list[str]:
+    bodies = [picture(i, (64, 64)) for i in range(16)]
+    bare = alone(path)
+    words = (
+        "--workers",
+        str(options.workers),
+        "--threads",
+        "1",
+        "--batch",
+        str(BATCH),
+        "--wait-ms",
+        str(WAIT),
+        "--queue",
+        "32",
+    )
+    rows = [
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before; torch {torch.__version__}; "
+        f"{options.workers} workers, batches of {BATCH}, a window of {WAIT} ms.",
+        "",
+        "| what | found |",
+        "|---|---|",
+    ]
+
+    def row(what: str, found: str) -> None:
+        rows.append(f"| {what} | {found} |")
+
+    with served(path, *words) as server:
+        one = [s for code, s in load(server.port, 1, 10, bodies) if code == 200]
+        added = [percentile(one, share) - bare[1][i] for i, share in enumerate((0.5, 0.99))]
+        row("one client: added to the bare call, p50, p99", f"{added[0]:.1f} ms, {added[1]:.1f} ms")
+        began, eight = time.monotonic(), load(server.port, 8, 10, bodies)
+        rate = sum(code == 200 for code, _ in eight) / (time.monotonic() - began)
+        row(
+            "8 clients: samples per second; of what the bare call does in batches of 8", f"{rate:.0f}; {rate / bare[0]:.0%}"
+        )
+        overload(server, bodies, options.seconds, row)
+        killed(server, bodies, row)
+        soak(server, bodies, options.requests, row)
+    with served(path, *words) as server:
+        answered = restart(server, bodies)
+        row("SIGTERM with 8 clients: statuses; exit code", f"{dict(answered)}; {server.process.returncode}")
+    return rows
+
+
+def alone(path: Path) -> tuple[float, tuple[float, float]]:
+    """Samples per second of the bare call in batches of 8, and milliseconds of one decoded and explained alone, p50 and p99."""
+    torch.set_num_threads(1)
+    artefact = fastrel.load(path)
+    read = reader(path, artefact.metadata)
+    image = Image.open(io.BytesIO(picture(0, (64, 64))))
+
+    def call(batch: int) -> None:
+        arrays = collate([read(image) for _ in range(batch)], artefact.metadata)
+        artefact(*(torch.from_numpy(x) for x in arrays))
+
+    found = measure({"1": (1, lambda: call(1)), "8": (BATCH, lambda: call(BATCH))}, seconds=5)
+    return found["8"].throughput, (found["1"].percentile(0.5), found["1"].percentile(0.99))
+
+
+def overload(server: Server, bodies: list[bytes], seconds: float, row) -> None:
+    before = server.memory()
+    found = load(server.port, 160, seconds, bodies)
+    codes = Counter(code for code, _ in found)
+    accepted, refused = ([s for code, s in found if code == wanted] for wanted in (200, 429))
+    row(f"160 clients on 32 places for {seconds:.0f} s: statuses", f"{dict(codes)}")
+    row(
+        "… of the accepted p50, p99; of those refused p50, p99",
+        ", ".join(f"{percentile(x, share):.0f} ms" for x in (accepted, refused) for share in (0.5, 0.99)),
+    )
+    began = time.monotonic()
+    server.explain(bodies[0])
+    row(
+        "… the first request afterwards; memory grown",
+        f"{1000 * (time.monotonic() - began):.0f} ms; {(server.memory() - before) / 1e6:.0f} MB",
+    )
+
+
+def killed(server: Server, bodies: list[bytes], row) -> None:
+    while len(server.explainers()) < 2:
+        server.explain(bodies[0])
+    found: list[tuple[int, float]] = []
+    clients = threading.Thread(target=lambda: found.extend(load(server.port, 8, 20, bodies)))
+    clients.start()
+    time.sleep(2)
+    os.kill(server.explainers()[0], signal.SIGKILL)
+    clients.join()
+    codes = Counter(code for code, _ in found)
+    row("`kill -9` of one of two workers under 8 clients: statuses", f"{dict(codes)}")
+
+
+def soak(server: Server, bodies: list[bytes], requests: int, row) -> None:
+    load(server.port, 8, 20, bodies, "?top=3", limit=max(100, requests // 20))
+    held, codes = [], Counter()
+    for part in range(10):
+        found = load(server.port, 8, 600, bodies, f"?top={1 + part % 4}", limit=requests // 10)
+        codes += Counter(code for code, _ in found)
+        held.append(server.memory() / 1e6)
+    slope = np.polyfit(np.arange(10) * requests / 10, held, 1)[0] * 1000
+    row(f"{sum(codes.values())} requests, 1 to 4 targets: statuses", f"{dict(codes)}")
+    row("… memory after a tenth, in the end; per 1000 requests", f"{held[0]:.0f} MB, {held[-1]:.0f} MB; {slope:+.2f} MB")
+    row("… self-test after it", f"{server.metric('fastrel_canary_error'):.1g} away")
+
+
+def restart(server: Server, bodies: list[bytes]) -> Counter:
+    found: list[tuple[int, float]] = []
+    clients = threading.Thread(target=lambda: found.extend(load(server.port, 8, 4, bodies)))
+    clients.start()
+    time.sleep(2)
+    server.stop()
+    clients.join()
+    return Counter({200: 0} | {code: sum(c == code for c, _ in found) for code, _ in found if code})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""`fastrel export`: a model's explanation as a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastrel.artefact import compiled, onnx
+from fastrel.artefact.exporting import export
+from fastrel.commands import options as shared
+from fastrel.data import pictures
+from fastrel.errors import InputError
+from fastrel.models import Loaded, Sample
+
+HELP = "write a model's explanation as one file that needs neither the model's code nor its libraries"
+EPILOG = """\
+OUT.pt2 holds forward and reverse pass in plain PyTorch operators with the weights, preprocessing or tokenizer, class names and a
+self-test; OUT.compiled.pt2 beside it the same compiled for this machine. fastrel.load("OUT.pt2") is called like the explainer.
+
+examples:
+  fastrel export --model vit_base_patch16_224 --out explain.pt2
+  fastrel export --model ./my-bert --start-layer -1 --normalize --out explain.pt2 --no-compile
+  fastrel export --model vit_base_patch16_224 --out explain.onnx --format onnx
+"""
+_TEXT = "the quick brown fox jumps over the lazy dog"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("--out", required=True, metavar="FILE", help="explain.pt2, or explain.onnx")
+    parser.add_argument("--format", default="pt2", choices=["pt2", "onnx"], help="default: %(default)s")
+    parser.add_argument("--no-compile", action="store_true", help="only the program, not compiled for this machine")
+    parser.add_argument(
+        "--targets", type=shared.positive, default=1, metavar="K", help="classes in the self-test (default: %(default)s)"
+    )
+    parser.add_argument("--random", action="store_true", help="random weights: nothing is loaded but the architecture")
+    parser.add_argument("--image", metavar="FILE", help="a picture for the self-test (default: noise)")
+    parser.add_argument("--text", default=_TEXT, help="a text for the self-test of a model of texts (default: %(default)r)")
+    shared.model(parser)
+    shared.method(parser)
+    group = parser.add_argument_group("computing")
+    group.add_argument("--precision", default="float32", choices=["float32", "mixed", "low"], help="default: %(default)s")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the file."""
+    settings = shared.settings(options, random=options.random)
+    if options.format == "onnx":
+        onnx.require()
+    loaded = settings.load()
+    explainer = settings.explainer(loaded)
+    args, kwargs = loaded.arguments(loaded.inputs(_samples(options, loaded)))
+    out = Path(options.out)
+    path = out.with_suffix(".pt2") if options.format == "onnx" else out
+    compile_it = options.format == "pt2" and not options.no_compile
+    export(explainer, *args, path=path, targets=options.targets, loaded=loaded, compile=compile_it, **kwargs)
+    written = [path]
+    if compile_it:
+        written.append(compiled.beside(path))
+    if options.format == "onnx":
+        onnx.write(path, out)
+        written.append(out)
+    for one in written:
+        print(f"-> {one}: {one.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _samples(options: argparse.Namespace, loaded: Loaded) -> list[Sample]:
+    """Two that go into the file as its self-test."""
+    if loaded.kind == "image":
+        noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+        image = Image.fromarray(noise) if options.image is None else pictures.read(options.image).image
+        return [loaded.reader(image)[0], loaded.reader(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))[0]]
+    if loaded.kind == "multimodal":
+        raise InputError(f"{options.model!r} reads pictures with texts; export it in Python, with tensors of your own")
+    return [loaded.reader(options.text)[0]] * 2

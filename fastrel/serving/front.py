@@ -1,0 +1,271 @@
+"""The process that takes requests: admits, refuses, waits until a deadline and no longer, and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+
+from fastrel.artefact import metadata
+from fastrel.artefact.reading import reader
+from fastrel.errors import InputError
+from fastrel.serving import answers, wire
+from fastrel.serving.asking import Asked, Refusal, asked
+from fastrel.serving.metrics import Metrics
+from fastrel.serving.service import VARIABLE, Service
+from fastrel.serving.wire import Answer
+
+PAGE = Path(__file__).parent / "page.html"
+
+#: Seconds between self-tests of a worker, and between tries while none has answered yet.
+CANARY, TRY = 60.0, 0.2
+
+
+class Front:
+    """One service: its stages, what it has admitted, and its metrics."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.about = service, metadata.read(service.artefact)
+        reader(service.artefact, self.about)  # what cannot work fails before anything is started
+        if len(self.about.maps) != 1:
+            raise InputError(f"the artefact has {len(self.about.maps)} maps; one is served")
+        self.metrics = Metrics(self.about)
+        self._about = json.dumps(asdict(self.about) | {"source": None}, ensure_ascii=False)
+        self._admitted, self._draining, self._ready = 0, False, False
+        #: Requests beyond these wait here, where those whose client hangs up or whose deadline passes cost nothing.
+        self._slots = asyncio.Semaphore(service.workers * service.batch * 2 + service.decoders)
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._session: aiohttp.ClientSession
+
+    def application(self) -> web.Application:
+        """Routes."""
+        app = web.Application(client_max_size=self.service.max_body)
+        app.router.add_post("/explain", self._handled("explain"))
+        app.router.add_post("/predict", self._handled("predict"))
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/model", self._model)
+        if self.service.ui:
+            app.router.add_get("/", self._page)
+        return app
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, then answer what was admitted; the exit code: 1 if the stages ended by themselves.
+
+        Raises:
+            InputError: the port is taken.
+        """
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        runner = web.AppRunner(self.application(), handler_cancellation=True, access_log=None, shutdown_timeout=5)
+        await runner.setup()
+        site = web.TCPSite(runner, self.service.host, self.service.port, backlog=1024)
+        try:
+            await site.start()
+        except OSError as error:
+            raise InputError(f"cannot listen on {self.service.host}:{self.service.port}: {error.strerror}") from error
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as self._session:
+            stages = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "fastrel.serving"), env={**os.environ, VARIABLE: self.service.to_environment()}
+            )
+            ended, asked_to_stop = asyncio.create_task(stages.wait()), asyncio.create_task(stop.wait())
+            watching = asyncio.create_task(self._watch())
+            await asyncio.wait([ended, asked_to_stop], return_when=asyncio.FIRST_COMPLETED)
+            failed = ended.done()
+            if failed:
+                print("fastrel: the workers ended; see above for why", file=sys.stderr)
+            self._draining = True
+            await site.stop()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), 0.1 if failed else self.service.timeout_ms / 1000)
+            watching.cancel()
+            asked_to_stop.cancel()
+            await runner.cleanup()
+            if not failed:
+                stages.send_signal(signal.SIGTERM)
+                await ended
+        return int(failed)
+
+    async def _watch(self) -> None:
+        """Ask for the self-test until it is answered, and every minute from then on."""
+        while True:
+            answer = await self._asked_of_stages(wire.pack({"want": "canary", "deadline": time.monotonic() + 60}), 60)
+            if answer.status == 200:
+                self.metrics.canary.set(answer.header["error_of_self_test"])
+                self.metrics.note(answer)
+                if not self._ready:
+                    self._ready = True
+                    self.metrics.ready.set(1)
+                    print(f"fastrel: ready on http://{self.service.host}:{self.service.port}", file=sys.stderr, flush=True)
+            await asyncio.sleep(CANARY if self._ready else TRY)
+
+    def _handled(self, want: wire.Want) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            began = time.monotonic()
+            try:
+                kind = answers.chosen(request.headers.get("Accept", ""), self.about, want)
+                if kind is None:
+                    accepted = request.headers["Accept"]
+                    raise Refusal(
+                        406,
+                        "accept",
+                        f"cannot answer as {accepted!r}; /{want} answers as JSON"
+                        + (", image/png and application/vnd.apache.arrow.stream" if want == "explain" else ""),
+                    )
+                asking = await self._read(request, want)
+                async with self._place():
+                    answer = await self._answered(asking, want, kind == answers.PNG)
+                if answer.status != 200:
+                    raise Refusal(answer.status, "failed" if answer.status >= 500 else "input", answer.error)
+                body = await asyncio.to_thread(answers.rendered, answer, self.about, kind, asking.opacity)
+                response = web.Response(body=body, content_type=kind)
+            except Refusal as refusal:
+                response = self._refused(refusal)
+            except InputError as error:
+                response = self._refused(Refusal(422, "input", str(error)))
+            except (asyncio.CancelledError, ConnectionResetError) as error:
+                self.metrics.rejected.labels("hung up").inc()
+                raise asyncio.CancelledError from error
+            if self._draining:
+                response.force_close()  # a client that keeps its connection turns to another replica
+            self.metrics.requests.labels(want, response.status).inc()
+            self.metrics.seconds.labels("whole").observe(time.monotonic() - began)
+            return response
+
+        return handle
+
+    def _refused(self, refusal: Refusal) -> web.Response:
+        self.metrics.rejected.labels(refusal.reason).inc()
+        if refusal.status == 408:
+            self.metrics.expired.inc()
+        response = web.json_response({"error": str(refusal)}, status=refusal.status)
+        if refusal.status in (429, 503):
+            response.headers["Retry-After"] = "1"
+        if refusal.status in (408, 413, 429, 503):
+            response.force_close()  # its body may not have been read
+        return response
+
+    async def _read(self, request: web.Request, want: wire.Want) -> Asked:
+        """The request's body and what it asks for.
+
+        Raises:
+            Refusal.
+        """
+        self._check_room()
+        limit = self.service.max_body
+        try:
+            if (request.content_length or 0) > limit:
+                raise web.HTTPRequestEntityTooLarge(limit, request.content_length or 0)
+            body = await asyncio.wait_for(request.read(), self.service.upload_ms / 1000)
+        except web.HTTPRequestEntityTooLarge as error:
+            raise Refusal(413, "size", f"the body has more than {limit} bytes") from error
+        except asyncio.TimeoutError as error:
+            raise Refusal(408, "upload", f"the upload took longer than {self.service.upload_ms} ms") from error
+        return asked(
+            list(request.query.items()), request.content_type, body, self.about, self.service, explains=want == "explain"
+        )
+
+    def _check_room(self) -> None:
+        if not self._ready:
+            raise Refusal(503, "not ready", "the service is not ready yet")
+        if self._admitted >= self.service.queue:
+            raise Refusal(429, "full", f"{self._admitted} requests are being worked on; try again later")
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """Among the requests that are admitted."""
+        self._check_room()
+        self._admitted += 1
+        self._idle.clear()
+        self.metrics.admitted.set(self._admitted)
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+            self.metrics.admitted.set(self._admitted)
+            if not self._admitted:
+                self._idle.set()
+
+    async def _answered(self, asking: Asked, want: wire.Want, picture: bool) -> Answer:
+        seconds = asking.timeout_ms / 1000
+        deadline = time.monotonic() + seconds
+        header = {"want": want, "deadline": deadline, "classes": asking.classes, "picture": picture}
+
+        async def answer_in_turn() -> Answer:
+            async with self._slots:
+                left = deadline - time.monotonic()
+                return await self._asked_of_stages(wire.pack(header, {"body": asking.body}), left + 1)
+
+        try:
+            answer = await asyncio.wait_for(answer_in_turn(), seconds)
+        except asyncio.TimeoutError:
+            return Answer(408, f"not done within {asking.timeout_ms} ms")
+        self.metrics.note(answer)
+        return answer
+
+    async def _asked_of_stages(self, data: bytes, seconds: float) -> Answer:
+        url = f"http://127.0.0.1:{self.service.inner}/inference"
+        try:
+            async with self._session.post(url, data=data, timeout=aiohttp.ClientTimeout(total=seconds)) as response:
+                content = await response.read()
+                if response.status == 200:
+                    return Answer.from_bytes(content)
+                said = content.decode(errors="replace")
+                if response.status == 422 and "{" in said:
+                    return Answer(422, json.loads(said[said.index("{") :])["error"])
+                status = response.status if response.status in (408, 429) else 500
+                return Answer(
+                    status, "not done in time" if status == 408 else "the stages are full" if status == 429 else said
+                )
+        except asyncio.TimeoutError:
+            return Answer(408, "not done in time")
+        except (aiohttp.ClientError, OSError) as error:
+            return Answer(503, f"the stages do not answer: {type(error).__name__}")
+
+    async def _health(self, request: web.Request) -> web.Response:
+        if self._ready and not self._draining:
+            return web.json_response({"status": "ready"})
+        return web.json_response({"status": "draining" if self._draining else "starting"}, status=503)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        text = self.metrics.text()
+        with contextlib.suppress(aiohttp.ClientError, OSError, asyncio.TimeoutError):
+            url = f"http://127.0.0.1:{self.service.inner}/metrics"
+            async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=1)) as response:
+                text += await response.read()
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        return web.Response(text=self._about, content_type="application/json")
+
+    async def _page(self, request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(PAGE)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that is free now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def serve(service: Service) -> int:
+    """Serve until stopped; the exit code."""
+
+    async def run() -> int:
+        return await Front(replace(service, inner=service.inner or free_port())).run()
+
+    return asyncio.run(run())

@@ -1,0 +1,403 @@
+"""`fastrel serve`: what a request gets, and that it holds under load. Loopback only; every loop is bounded."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastrel
+from fastrel.artefact.metadata import RANK
+from fastrel.artefact.reading import reader
+from fastrel.cli import main
+from fastrel.data import pictures
+from fastrel.serving.explaining import Explaining
+from fastrel.serving.wire import Answer, Work, pack, unpack
+from tests.served import ROOT, Server, load, percentile, picture, served
+
+QUEUE, TIMEOUT, UPLOAD = 16, 5000, 2000
+OPTIONS = ("--workers", "2", "--decoders", "1", "--threads", "1", "--batch", "4", "--wait-ms", "2", "--queue", str(QUEUE),
+           "--timeout-ms", str(TIMEOUT), "--upload-ms", str(UPLOAD), "--max-pixels", "4000000", "--max-body", "2000000", "--ui",
+           "--max-targets", "4")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(vit_artefact: Path) -> Iterator[Server]:
+    with served(vit_artefact, *OPTIONS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def artefact(vit_artefact: Path) -> fastrel.Artefact:
+    return fastrel.load(vit_artefact)
+
+
+def expected(artefact: fastrel.Artefact, body: bytes, target: Any = None) -> fastrel.Explanation:
+    (x,) = reader(artefact.path, artefact.metadata)(pictures.read(body).image)
+    return artefact(torch.from_numpy(x)[None], target=target)
+
+
+def same_map(answer: Any, explanation: fastrel.Explanation) -> None:
+    found = np.array([one["patches"] for one in answer["maps"]], np.float32)
+    np.testing.assert_allclose(found, explanation.patches[0].numpy().reshape(found.shape), rtol=1e-4, atol=1e-7)
+
+
+# The wire and the stages, without any server.
+
+
+def test_the_wire_gives_back_what_it_got() -> None:
+    header, arrays = unpack(
+        pack({"a": [1, "ü"]}, {"x": np.arange(6.0).reshape(2, 3), "body": b"\0{", "none": np.zeros((0, 2))})
+    )
+    assert header == {"a": [1, "ü"]}
+    np.testing.assert_array_equal(arrays["x"], np.arange(6.0).reshape(2, 3))
+    assert (arrays["body"], arrays["none"].shape) == (b"\0{", (0, 2))
+    answer = Answer.from_bytes(Answer(408, "late", {"expired": True}).to_bytes())
+    assert (answer.status, answer.error, answer.header) == (408, "late", {"expired": True})
+
+
+def test_one_batch_holds_requests_with_different_targets_and_none_changes_another(artefact: fastrel.Artefact) -> None:
+    explaining = Explaining(artefact)
+    samples = [np.random.default_rng(i).standard_normal((3, 32, 32)).astype(np.float32) for i in range(4)]
+    samples[1][0, 0, 0] = np.nan
+    targets = [(3,), (1,), (RANK, 2, 5), (6, 0)]
+    works = [Work("explain", t, float("inf"), (x,)) for x, t in zip(samples, targets, strict=True)]
+    answers = explaining(
+        [*works, Work("explain", (1,), 0.0, (samples[0],)), Work("predict", (), float("inf"), (samples[0],))]
+    )
+    for i, (answer, target) in enumerate(zip(answers[:4], targets, strict=True)):
+        found = artefact(torch.from_numpy(samples[i])[None], target=[list(target)])
+        assert answer.arrays["ok"].tolist() == found.ok[0].tolist() == [i != 1] * len(target)
+        np.testing.assert_allclose(answer.arrays["map"], found.patches[0], rtol=1e-4, atol=1e-7)
+        np.testing.assert_array_equal(answer.arrays["classes"], found.target[0])
+    assert [answer.status for answer in answers] == [200] * 4 + [408, 200]
+    np.testing.assert_allclose(answers[5].arrays["logits"], answers[0].arrays["logits"], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_past_its_deadline_does_not_reach_the_model(artefact: fastrel.Artefact) -> None:
+    class Never(fastrel.Artefact):
+        def explain(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("explained")
+
+    class Broken(Never):
+        def self_test(self) -> float:
+            raise RuntimeError
+
+    broken = Broken(artefact.path, artefact.metadata, lambda *given: None)
+    assert Explaining(broken, lambda: 0.0)([Work("canary", (), 1.0)])[0].status == 500
+    never = Never(artefact.path, artefact.metadata, lambda *given: None)
+    sample = (np.zeros((3, 32, 32), np.float32),)
+    assert [a.status for a in Explaining(never, lambda: 10.0)([Work("explain", (1,), 9.0, sample)])] == [408]
+    # What the model raises fails that request alone, and nothing is raised.
+    assert [a.status for a in Explaining(never, lambda: 10.0)([Work("explain", (1,), 11.0, sample)] * 2)] == [500, 500]
+
+
+def test_the_decode_stage_never_imports_torch(vit_artefact: Path) -> None:
+    code = (
+        "import sys; from fastrel.serving.decoding import Decode, Decoding; from fastrel.serving.service import Service\n"
+        "from fastrel.serving import wire\n"
+        "header = {'want': 'explain', 'classes': [1], 'deadline': 1e9, 'picture': True}\n"
+        "work = Decoding(Service(sys.argv[1]))(wire.pack(header, {'body': sys.stdin.buffer.read()}))\n"
+        "assert work.sample[0].shape == (3, 32, 32) and work.picture.shape == (32, 32, 3)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(vit_artefact)], input=picture(), check=True, cwd=ROOT)
+
+
+# What a request gets.
+
+
+def test_an_explanation_as_json_is_that_of_the_artefact(server: Server, artefact: fastrel.Artefact) -> None:
+    body = picture(1)
+    status, answer = server.explain(body)
+    assert status == 200
+    same_map(answer, expected(artefact, body))
+    assert answer["maps"][0]["class"] == answer["top"][0]["class"]
+    status, answer = server.explain(body, "?target=3&target=5,1")
+    assert [one["class"] for one in answer["maps"]] == [3, 5, 1]
+    same_map(answer, expected(artefact, body, [[3, 5, 1]]))
+    as_json = json.dumps({"image": base64.b64encode(body).decode(), "target": [3, 5, 1]}).encode()
+    assert server.explain(as_json, Content_Type="application/json")[1]["maps"] == answer["maps"]
+    status, answer = server.explain(body, "?top=2", route="/explain")
+    assert [one["class"] for one in answer["maps"]] == [one["class"] for one in answer["top"][:2]]
+    status, answer = server.explain(body, route="/predict")
+    assert status == 200
+    assert "maps" not in answer
+    assert answer["top"][0]["probability"] == pytest.approx(
+        float(expected(artefact, body).logits.softmax(1).max()), rel=1e-4
+    )
+
+
+def test_overlays_and_arrow_by_accept(server: Server, artefact: fastrel.Artefact) -> None:
+    import pyarrow as pa
+
+    body = picture(2)
+    status, content, headers = server.request("POST", "/explain?target=3&target=4", body, {"Accept": "image/png,*/*;q=0.1"})
+    assert (status, headers["Content-Type"]) == (200, "image/png")
+    assert Image.open(io.BytesIO(content)).size == (2 * 224, 224)
+    plain = server.request("POST", "/explain?target=3&opacity=0", body, {"Accept": "image/png"})[1]
+    assert plain != content
+    kind = "application/vnd.apache.arrow.stream"
+    status, content, headers = server.request("POST", "/explain?target=3&target=4", body, {"Accept": kind})
+    assert (status, headers["Content-Type"]) == (200, kind)
+    table = pa.ipc.open_stream(content).read_all()
+    assert table["target"].to_pylist() == [3, 4]
+    found = table["map"].combine_chunks().to_numpy_ndarray()
+    np.testing.assert_allclose(found, expected(artefact, body, [[3, 4]]).patches[0].numpy(), rtol=1e-4, atol=1e-7)
+    assert table.schema.metadata[b"weights"].decode() == artefact.metadata.weights
+    status, content, _ = server.request("POST", "/explain", body, {"Accept": "video/mp4"})
+    assert (status, "video/mp4" in content.decode()) == (406, True)
+
+
+@pytest.mark.parametrize(
+    ("body", "query", "headers", "status", "said"),
+    [
+        (b"", "", {}, 400, "empty"),
+        (b"{", "", {"Content_Type": "application/json"}, 400, "not JSON"),
+        (b"[1]", "", {"Content_Type": "application/json"}, 400, "list"),
+        (b'{"text": "a"}', "", {"Content_Type": "application/json"}, 400, "text"),
+        (b'{"image": "?"}', "", {"Content_Type": "application/json"}, 400, "base64"),
+        (b"no picture", "", {}, 422, "not a picture"),
+        (None, "?target=-1", {}, 422, "-1"),
+        (None, "?target=5000", {}, 422, "5000"),
+        (None, "?target=cat", {}, 422, "'cat'"),
+        (None, "?target=", {}, 422, "no class"),
+        (None, "?target=1,2,3,4,5", {}, 422, "5 targets"),
+        (None, "?top=10000", {}, 422, "10000"),
+        (None, "?top=0", {}, 422, "'0'"),
+        (None, "?target=1&top=2", {}, 422, "not both"),
+        (None, "?class=1", {}, 400, "'class'"),
+        (None, "?opacity=NaN", {}, 422, "NaN"),
+        (None, "?timeout_ms=0", {}, 422, "timeout_ms '0'"),
+    ],
+)
+def test_what_is_malformed_is_refused_with_the_value(
+    server: Server, body: bytes | None, query: str, headers: dict[str, str], status: int, said: str
+) -> None:
+    found, answer = server.explain(picture() if body is None else body, query, **headers)
+    assert (found, said in answer["error"]) == (status, True), answer
+
+
+def test_other_methods_and_routes_are_refused(server: Server) -> None:
+    assert server.get("/explain")[0] == 405
+    assert server.get("/nothing")[0] == 404
+    assert server.request("POST", "/explain", b"x" * 2_000_001)[0] == 413
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A black PNG of one bit per pixel, without memory for its pixels."""
+    row = b"\0" * (1 + (width + 7) // 8)
+    packer = zlib.compressobj(9)
+    data = b"".join([*(packer.compress(row) for _ in range(height)), packer.flush()])
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack("!I", len(content)) + kind + content + struct.pack("!I", zlib.crc32(kind + content))
+
+    head = struct.pack("!IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_picture_bombs_and_odd_pictures_get_4xx_or_a_right_map(server: Server, artefact: fastrel.Artefact) -> None:
+    before = server.memory()
+    for width, height in ((19000, 19000), (11000, 11000), (1, 5_000_000)):
+        status, answer = server.explain(png_of(width, height))
+        assert status == 422, answer
+        assert "pixels" in answer["error"]
+    assert server.explain(picture()[:300])[0] == 422  # cut short
+    assert server.memory() - before < 300e6
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    base = Image.open(io.BytesIO(picture(5, (50, 40))))
+    odd = [
+        saved(Image.new("L", (1, 65000), 90), "PNG"),
+        saved(base, "GIF", save_all=True, append_images=[base.transpose(Image.Transpose.ROTATE_180)]),
+        saved(base.convert("CMYK"), "JPEG"),
+        saved(Image.fromarray(np.random.default_rng(0).integers(0, 65535, (30, 30)).astype(np.uint16)), "PNG"),
+        saved(base, "JPEG", exif=turned),
+    ]
+    for body in odd:
+        status, answer = server.explain(body)
+        assert status == 200, answer
+        same_map(answer, expected(artefact, body))
+
+
+# Under load.
+
+
+@pytest.mark.load
+def test_overload_is_shed_at_once_and_nothing_is_lost(server: Server) -> None:
+    before = server.memory()
+    results = load(server.port, clients=6 * QUEUE, seconds=6, bodies=[picture(i) for i in range(8)], limit=3000)
+    codes = Counter(status for status, _ in results)
+    assert set(codes) == {200, 429}, codes
+    assert percentile([s for code, s in results if code == 200], 0.99) <= TIMEOUT
+    assert server.explain(picture())[0] == 200
+    assert server.memory() - before < 100e6
+
+
+@pytest.mark.load
+def test_a_deadline_holds(server: Server) -> None:
+    body, done = picture(), server.metric("fastrel_explained")
+    began = time.monotonic()
+    statuses = [server.explain(body, "?timeout_ms=1")[0] for _ in range(20)]
+    assert statuses.count(408) >= 15  # a process may be that fast
+    assert time.monotonic() - began < 20
+    assert server.metric("fastrel_expired_total") >= statuses.count(408)
+    assert server.explain(body)[0] == 200
+    # A worker's own count is heard with its answers; both have answered by now.
+    while server.metric("fastrel_explained") < done + 1:
+        server.explain(body)
+    assert server.metric("fastrel_explained") <= done + statuses.count(200) + 10
+
+
+@pytest.mark.load
+def test_clients_that_hang_up_leave_room_for_others(server: Server) -> None:
+    body = picture()
+    head = f"POST /explain HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    for _ in range(3 * QUEUE):
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(head + body)
+    end = time.monotonic() + TIMEOUT / 1000
+    while server.explain(body)[0] == 429:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert server.metric("fastrel_admitted") == 0
+
+
+@pytest.mark.load
+def test_200_slow_uploads_disturb_nobody_and_are_closed(server: Server) -> None:
+    slow = []
+    for _ in range(200):
+        client = socket.create_connection(("127.0.0.1", server.port))
+        client.sendall(b"POST /explain HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nsome")
+        slow.append(client)
+    assert [server.explain(picture(i))[0] for i in range(5)] == [200] * 5
+    codes: Counter[bytes] = Counter()
+    for client in slow:
+        client.settimeout(UPLOAD / 1000 + 10)
+        codes[client.recv(4096)[9:12]] += 1
+        client.close()
+    assert codes == {b"408": 200}
+
+
+@pytest.mark.load
+def test_a_killed_worker_costs_its_own_batch_at_most_and_comes_back(vit_artefact: Path, server: Server) -> None:
+    while len(server.explainers()) < 2:
+        server.explain(picture())
+    victim = server.explainers()[-1]
+    results: list[tuple[int, float]] = []
+    bodies = [picture(i) for i in range(8)]
+    clients = threading.Thread(target=lambda: results.extend(load(server.port, 6, 8, bodies, limit=2000)))
+    clients.start()
+    time.sleep(1)
+    os.kill(victim, signal.SIGKILL)
+    clients.join()
+    codes = Counter(status for status, _ in results)
+    assert codes[200] > 0
+    assert not {*codes} - {200, 408, 500}, codes
+    assert codes[408] + codes[500] <= 4 + 4  # its batch, and one that was on its way to it
+    assert max(seconds for _, seconds in results) <= TIMEOUT / 1000 + 2
+    assert server.explain(picture())[0] == 200
+
+
+def test_health_metrics_and_the_canary(server: Server) -> None:
+    assert server.get("/health") == (200, b'{"status": "ready"}')
+    text = server.get("/metrics")[1].decode()
+    for name in ("fastrel_requests_total", "fastrel_rejected_total", 'fastrel_seconds_bucket{le="0.005",stage="decode"}',
+                 "fastrel_model_info", "fastrel_batch_size_count", "fastrel_expired_total", "fastrel_not_ok_total"):  # fmt: skip
+        assert name in text, name
+    assert "mosec" in text
+    assert server.metric("fastrel_canary_error") < 1e-4
+    about = json.loads(server.get("/model")[1])
+    assert about["classes"] == 7
+
+
+@pytest.mark.load
+def test_memory_is_flat(server: Server) -> None:
+    """A short one; `python -m benchmarks.serving` sends 10,000 requests."""
+    bodies = [picture(i, (30 + 7 * i, 200 - 9 * i)) for i in range(16)]
+    held = []
+    for _ in range(3):  # the first fills what allocators keep
+        for query in ("", "?top=3"):
+            load(server.port, 8, 4, bodies, query, limit=300)
+        held.append(server.memory())
+    assert held[2] - held[1] < 20e6
+
+
+def test_sigterm_answers_what_was_admitted_and_ends_with_0(vit_artefact: Path) -> None:
+    # Started before the other one ends, as in a rolling restart: not ready before it is warm.
+    server = Server(vit_artefact, *OPTIONS[2:], "--workers", "1", ready=False)
+    try:
+        while True:
+            assert server.process.poll() is None
+            try:
+                status, said = server.get("/health")
+                break
+            except OSError:
+                time.sleep(0.05)
+        assert (status, said) == (503, b'{"status": "starting"}')
+        assert server.explain(picture())[0] == 503
+        server.wait_ready()
+        with ThreadPoolExecutor(8) as pool:
+            waiting = [pool.submit(server.explain, picture(i), "?top=4") for i in range(8)]
+            time.sleep(0.02)
+            server.process.send_signal(signal.SIGTERM)
+            codes = []
+            for one in waiting:
+                try:
+                    codes.append(one.result()[0])
+                except OSError:
+                    codes.append(0)  # it came after the signal: refused, as a load balancer's health check tells
+        assert {*codes} <= {200, 0}
+        assert server.process.wait(60) == 0
+        with pytest.raises(OSError):  # noqa: PT011
+            server.get("/health")
+    finally:
+        server.stop()
+
+
+def test_a_service_that_cannot_serve_says_so(
+    vit_artefact: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, said in (
+        ([str(tmp_path / "none.pt2")], "there is no artefact"),
+        ([str(vit_artefact), "--port", str(server.port)], "cannot listen"),
+        ([], "give an ARTEFACT"),
+    ):
+        assert main(["serve", *arguments]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_without_any_worker_it_ends_with_1(server: Server) -> None:
+    """The last test that uses this server."""
+    while len(server.explainers()) < 2:
+        server.explain(picture())
+    for pid in server.explainers():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert server.process.wait(60) == 1
+    assert "the workers ended" in server.said()
