@@ -321,6 +321,7 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
     output.args = (tuple(x for x, spec in results if spec.kind is OutputKind.USER_OUTPUT),)
     graph.eliminate_dead_code()
     guards = Guards(inputs)
+    _check_batch(guards, inputs, output.args[0])
 
     def facts() -> Facts:
         return Facts(graph, inputs, guards.batch_names)
@@ -337,6 +338,21 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
         facts=facts(),
         metadata=[(value.dtype, value.device, value.shape) for value in values],
     )
+
+
+def _check_batch(guards: Guards, inputs: Sequence[fx.Node], outputs: Sequence[Any]) -> None:
+    """Raise CaptureError where the samples of the outputs lie along another dimension of an input than the first."""
+    values = [x.meta.get("val") for x in outputs if isinstance(x, fx.Node)]
+    leading = [x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()]
+    varying = {str(size) for size in leading if isinstance(size, torch.SymInt)}
+    for node in inputs:
+        value = node.meta.get("val")
+        sizes = [str(size) for size in value.shape] if isinstance(value, Tensor) else []
+        if varying and not varying & guards.batch_names and varying & set(sizes[1:]):
+            raise CaptureError(
+                f"the samples lie along dimension {sizes.index(next(iter(varying & set(sizes[1:]))))} of input {node.name}, and "
+                "fastrel takes them along the first; explain a module that takes [B, T, …] and transposes it for the model"
+            )
 
 
 def _tensor_attributes(model: nn.Module) -> Iterator[tuple[int, tuple[str, ...]]]:

@@ -244,9 +244,14 @@ def _published_clone(t: Context, node: fx.Node, lane: Lane) -> Lane:
 
 
 def _squeezed(t: Context, found: _Found) -> fx.Node:
-    """A map without feature dimensions, [K, B, …]."""
-    features = [dim + 1 for dim in t.features(found.node)]
-    return t.emit.call(aten.squeeze.dims, found.row.node, features) if features else found.row.node
+    """A map without feature dimensions and with its samples first, [K, B, …]: models may have them behind their tokens."""
+    axes, row = t.axes(found.node), found.row.node
+    samples = next((dim for dim, axis in enumerate(axes) if axis and axis[0][1] == "batch"), 0)
+    order = [samples, *(dim for dim in range(len(axes)) if dim != samples)]
+    if samples:
+        row = t.emit.call(aten.permute.default, row, [0, *(dim + 1 for dim in order)])
+    features = [place + 1 for place, dim in enumerate(order) if dim in t.features(found.node)]
+    return t.emit.call(aten.squeeze.dims, row, features) if features else row
 
 
 def _grid(t: Context, found: _Found) -> fx.Node | None:
