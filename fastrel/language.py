@@ -18,7 +18,7 @@ def logits_of(output: Any) -> Tensor:
         InputError: there are none.
     """
     if isinstance(output, Tensor):
-        found = output
+        found: Any = output
     else:
         found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(found, Tensor) or found.dim() != 3:

@@ -74,7 +74,7 @@ def candidates(captured: Captured, output: str | int | None = None) -> list[_Out
 def _floats(captured: Captured) -> list[_Output]:
     numbers = list(range(len(captured.outputs)))
     paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(numbers, captured.out_spec))
-    values = [getattr(node, "meta", {}).get("val") for node in captured.outputs]
+    values: list[Any] = [getattr(node, "meta", {}).get("val") for node in captured.outputs]
     found = [
         _Output(i, _name(path), tuple(values[i].shape))
         for path, i in paths

@@ -26,7 +26,16 @@ EXPECTED = json.loads(compiled.TABLE.read_text())
 
 def test_kernels_under_the_interpreter() -> None:
     """In a process of its own, because Triton decides at import."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "tests/devices/test_triton_interpreted.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "tests/devices/test_triton_interpreted.py",
+    ]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
