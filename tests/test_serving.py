@@ -392,6 +392,7 @@ def test_a_service_that_cannot_serve_says_so(
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.load
 def test_without_any_worker_it_ends_with_1(server: Server) -> None:
     """The last test that uses this server."""
     while len(server.explainers()) < 2:
