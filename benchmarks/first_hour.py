@@ -28,7 +28,11 @@ for i in range(torch.cuda.device_count()):
 STEPS: tuple[tuple[str, list[str], float], ...] = (
     ("what is here", [sys.executable, "-m", "fastrel", "doctor"], 10),
     ("which backend runs on which device", [sys.executable, "-c", _TRIAL], 10),
-    ("every family against float64, the same bits twice", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], 15),
+    (
+        "every family against float64, the same bits twice",
+        [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "gpu", "tests"],
+        15,
+    ),
     (
         "ViT-B, timed, each map checked first",
         [

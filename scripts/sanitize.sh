@@ -14,4 +14,4 @@ build.compile_library(Path(sys.argv[1]), build.CPU, ["-fsanitize=address,undefin
 PYTHON
 preload=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)
 # Python itself leaks at exit by design.
-FASTREL_LIBRARY=$folder/_C.so ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$preload python -m pytest tests/test_kernels.py tests/test_poison.py "$@"
+FASTREL_LIBRARY=$folder/_C.so ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$preload python -m pytest -n 0 tests/test_kernels.py tests/test_poison.py "$@"

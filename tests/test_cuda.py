@@ -38,7 +38,7 @@ def test_the_passes_through_a_host_shim_with_sanitizers(tmp_path: Path) -> None:
         "LD_PRELOAD": preload,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",  # Python leaks at exit; fibers change stacks
     }
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/devices/test_cuda_shimmed.py"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "tests/devices/test_cuda_shimmed.py"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout

@@ -169,6 +169,6 @@ def test_lesser_instruction_sets_do_so_too(isa: str) -> None:
     ladder = ["generic", "avx2", "avx512"]
     if ladder.index(native.instruction_set()) <= ladder.index(isa):
         pytest.skip(f"{native.instruction_set()} was tested above")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "not lesser"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-x", __file__, "-k", "not lesser"]
     result = subprocess.run(command, env={**os.environ, "FASTREL_ISA": isa}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
