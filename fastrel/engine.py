@@ -25,6 +25,7 @@ from fastrel.graph.clone import unwrapped
 from fastrel.graph.fingerprint import Fingerprint
 from fastrel.inputs import check_inputs, input_names, rejected
 from fastrel.options import Options
+from fastrel.outputs import logits_index
 from fastrel.transform.lanes import lane_dtype
 from fastrel.transform.program import Program
 from fastrel.transform.walk import transform
@@ -125,6 +126,10 @@ class Engine:
                 if key not in entry.programs:
                     entry.programs[key] = _program(entry.captured, options, outputs, trace)
         return entry.programs[key]
+
+    def explaining(self, call: Call, options: Options, trace: bool = False) -> Program:
+        """`program` for the output that classes are picked from."""
+        return self.program(call.entry, options, (logits_index(call.captured, options.output),), trace)
 
     def reset(self) -> None:
         """Forget all captured graphs."""

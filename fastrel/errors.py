@@ -25,6 +25,11 @@ class UnsupportedModelError(FastrelError, RuntimeError):
     """The captured graph holds something that has no relevance rule here."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def reason(error: BaseException) -> str:
     """An error on one line; the kind of those that are not fastrel's own."""
     text = " ".join(str(error).split())

@@ -15,7 +15,6 @@ from fastrel.explanation import Explanation
 from fastrel.graph.facts import Memory
 from fastrel.graphed import Graphed
 from fastrel.options import Backend, Options, method_of
-from fastrel.outputs import logits_index
 from fastrel.precision import Precision
 from fastrel.prediction import Prediction
 from fastrel.reference.rules import Rules
@@ -184,13 +183,10 @@ class Explainer:
         others = None if against is None else language.tokens_of(against, batch, vocabulary, "against", logits)
         if others is not None:
             tokens, others = torch.broadcast_tensors(tokens, others)
-        several = tokens.shape[1] > 1 or (torch.as_tensor(token).dim() == 2)
-        target = language.token_scores(places[:, None].expand_as(tokens), tokens, others)
-        explanation = prediction.explain(target)
-        if several:
-            return replace(explanation, target=tokens)
-        maps = {name: one.map(lambda x: x[:, 0]) for name, one in explanation.maps.items()}
-        return replace(explanation, target=tokens[:, 0], maps=maps)
+        scores = language.token_scores(places[:, None].expand_as(tokens), tokens, others)
+        if tokens.shape[1] > 1 or torch.as_tensor(token).dim() == 2:
+            return replace(prediction.explain(scores), target=tokens)
+        return replace(prediction.explain(lambda output: scores(output)[:, 0]), target=tokens[:, 0])
 
     def continuation(
         self, input_ids: Tensor, continuation: Any, *, attention_mask: Tensor | None = None, **kwargs: Any
@@ -254,14 +250,12 @@ class Explainer:
             As `predict`.
         """
         call = self._engine.enter(args, kwargs)
-        return call, self._engine.program(call.entry, self._options, (logits_index(call.captured, self._options.output),))
+        return call, self._engine.explaining(call, self._options)
 
     def trace(self, *args: Any, target: Target = None, **kwargs: Any) -> list[BlockTrace]:
         """The attention, gradient and relevance of every block from `start_layer` on; slower, for study and tests."""
         call = self._engine.enter(args, kwargs)
-        program = self._engine.program(
-            call.entry, self._options, (logits_index(call.captured, self._options.output),), trace=True
-        )
+        program = self._engine.explaining(call, self._options, trace=True)
         return Prediction(self._engine, self._options, call, program).trace(target)
 
     def verify(self, *args: Any, target: Target = None, **kwargs: Any) -> Verification:
@@ -303,7 +297,7 @@ class Explainer:
         self._engine = Engine(self._model, state["live"])
 
     def _predicted(self, call: Call, options: Options, grad: bool = False) -> Prediction:
-        program = self._engine.program(call.entry, options, (logits_index(call.captured, options.output),))
+        program = self._engine.explaining(call, options)
         return Prediction(self._engine, options, call, program, grad)
 
     def _differentiable(self, args: Any, kwargs: Any, target: Target) -> Explanation:

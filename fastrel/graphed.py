@@ -82,7 +82,7 @@ class Graphed:
             raise InputError(f"a CUDA graph needs a model on a CUDA device, and this one is on {device}")
         if isinstance(options.method.reading, (AllMaps, PathIntegral)) or targets < 0:
             raise InputError(f"method {options.method.name!r} with targets={targets} cannot be captured as a CUDA graph")
-        self._program = engine.program(call.entry, options, (logits,))
+        self._program = engine.explaining(call, options)
         self._spec, self._names = captured.out_spec, [call.names[one.input] + one.branch for one in self._program.maps]
         self._images = [values[len(captured.owners) + one.input] for one in self._program.maps]
         batch = len(self._inputs[0])

@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fastrel.errors import InputError
+from fastrel.errors import InputError, first_line
 
 
 def check_inputs(tensors: Sequence[Tensor]) -> None:
@@ -50,9 +50,8 @@ def check_finite(name: str, x: Tensor, allowed: float | None = None) -> None:
 
 def rejected(model: nn.Module, error: Exception, tensors: Sequence[Tensor]) -> InputError:
     """What to say of inputs that a model fails on: its own words, and what the inputs are."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     given = ", ".join(_described(x) for x in tensors)
-    return InputError(f"{type(model).__name__} rejects these inputs: {reason} (given: {given})")
+    return InputError(f"{type(model).__name__} rejects these inputs: {first_line(error)} (given: {given})")
 
 
 def _described(x: Tensor) -> str:

@@ -64,13 +64,25 @@ def classes_of(logits: Tensor, target: Any) -> Tensor:
     batch, count = logits.shape
     if target is None:
         return logits.argmax(1)
+    classes = class_indices(target, batch).to(logits.device)
+    wrong = classes[(classes < 0) | (classes >= count)]
+    if len(wrong):
+        raise InputError(f"target {int(wrong[0])} is out of range: the model has {count} classes, 0 to {count - 1}")
+    return classes
+
+
+def class_indices(target: Any, batch: int) -> Tensor:
+    """A class, [B] or [B, K] classes, given as anything that holds numbers, as int64 [B] or [B, K].
+
+    Raises:
+        InputError: it holds no class indices, or not for a batch of that size.
+    """
     try:
         classes = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"target must be a class, [{batch}] classes, [{batch}, K] classes or a function, not {target!r}"
         ) from error
-    classes = classes.to(logits.device)
     if classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex():
         raise InputError(f"target must hold class indices, not {classes.dtype}: {target!r}")
     if classes.dim() == 0:
@@ -80,9 +92,6 @@ def classes_of(logits: Tensor, target: Any) -> Tensor:
             f"target of shape {tuple(classes.shape)} does not fit a batch of {batch}: pass one class, [{batch}] classes, "
             f"or [{batch}, K] for K targets per sample (several classes of one sample: [[281, 207]])"
         )
-    wrong = classes[(classes < 0) | (classes >= count)]
-    if len(wrong):
-        raise InputError(f"target {int(wrong[0])} is out of range: the model has {count} classes, 0 to {count - 1}")
     return classes.long()
 
 

@@ -17,7 +17,7 @@ from fastrel import methods
 from fastrel.comparison import difference
 from fastrel.eager import propagation
 from fastrel.engine import Call, Engine
-from fastrel.errors import FastrelError
+from fastrel.errors import FastrelError, first_line
 from fastrel.explanation import Explanation
 from fastrel.graph.ambient import plainly
 from fastrel.maps import TokenMap
@@ -145,7 +145,7 @@ def verify(engine: Engine, options: Options, args: Sequence[Any], kwargs: dict[s
     """
     subject = _Subject.of(engine, options, args, kwargs, target)
     explanation = subject.explanation
-    program = engine.program(subject.call.entry, options, (logits_index(subject.call.captured, subject.options.output),))
+    program = engine.explaining(subject.call, options)
     checks = [check for make in _CHECKS for check in make(subject)]
     shapes = {
         name: f"{tuple(one.relevance.shape[1:])} tokens"
@@ -156,12 +156,8 @@ def verify(engine: Engine, options: Options, args: Sequence[Any], kwargs: dict[s
 
 
 def _predict(engine: Engine, options: Options, call: Call, trace: bool = False) -> Prediction:
-    program = engine.program(call.entry, options, (logits_index(call.captured, options.output),), trace)
+    program = engine.explaining(call, options, trace)
     return Prediction(engine, options, call, program)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _prediction(subject: _Subject) -> Iterator[Check]:
@@ -188,7 +184,7 @@ def _relevance(subject: _Subject) -> Iterator[Check]:
         if len(theirs) > len(ours):
             meaning += f"; {len(theirs) - len(ours)} more of those are over channels"
     except (FastrelError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
-        yield Check("relevance", float("nan"), None, f"not checked, the second path does not take it: {_first_line(error)}")
+        yield Check("relevance", float("nan"), None, f"not checked, the second path does not take it: {first_line(error)}")
         return
     yield Check("relevance", worst, 1e-4 if subject.official else 1e-7, meaning)
 
@@ -259,7 +255,7 @@ def _gradient(subject: _Subject) -> Iterator[Check]:
         options = replace(subject.options, base=base, start_layer=subject.options.method.start_layer)
         program = subject.engine.program(subject.call.entry, options, subject.prediction.seeds(subject.target).outputs)
     except FastrelError as error:
-        yield Check("gradient", float("nan"), None, f"not checked: {_first_line(error)}")
+        yield Check("gradient", float("nan"), None, f"not checked: {first_line(error)}")
         return
     worst = 0.0
     for where, one in zip(program.maps, ours.maps.values(), strict=True):
@@ -326,11 +322,9 @@ def _rows(subject: _Subject) -> Iterator[Check]:
             base=replace(base, reading=Chain("attention", residual=False)), start_layer=-1, normalize_rollout=False
         )
     except FastrelError as error:
-        yield Check("rows", float("nan"), None, f"not checked: {_first_line(error)}")
+        yield Check("rows", float("nan"), None, f"not checked: {first_line(error)}")
         return
-    program = subject.engine.program(
-        subject.call.entry, subject.options, (logits_index(subject.call.captured, subject.options.output),)
-    )
+    program = subject.engine.explaining(subject.call, subject.options)
     total, last = (sum(_total(one) for one in found.values()) for found in (maps, raw.maps))
     expected = 2.0**program.blocks
     excess = max(float((total / expected).max()), float(last.max())) - 1  # type: ignore[union-attr]
@@ -352,7 +346,7 @@ def _exactness(subject: _Subject) -> Iterator[Check]:
     try:
         exact = subject.widened.explanation
     except (FastrelError, RuntimeError, ValueError) as error:
-        meaning = f"not to be had, the model does not run in float64: {_first_line(error)}"
+        meaning = f"not to be had, the model does not run in float64: {first_line(error)}"
         yield Check("exactness", float("nan"), None, meaning)
         return
     yield Check("exactness", _farthest(subject.explanation, exact), bound, meaning)
@@ -367,7 +361,7 @@ def _batch(subject: _Subject) -> Iterator[Check]:
     try:
         alone = _Subject.of(subject.engine, subject.options, args, kwargs, target).explanation
     except FastrelError as error:
-        yield Check("batch", float("nan"), None, f"not checked: {_first_line(error)}")
+        yield Check("batch", float("nan"), None, f"not checked: {first_line(error)}")
         return
     bound = None if subject.official else subject.limit(1e-9, 1e-3, 2e-2)
     yield Check("batch", _farthest(subject.explanation[0], alone), bound, "one sample alone")
@@ -386,7 +380,7 @@ def _arriving(subject: _Subject) -> Iterator[Check]:
         maps = subject.explain(base=methods.METHODS["lrp"], start_layer=subject.options.method.start_layer).maps
         arrives = float(sum(_total(one) for one in maps.values()).mean())  # type: ignore[union-attr]
     except FastrelError as error:
-        yield Check("relevance that arrives", float("nan"), None, f"not to be had: {_first_line(error)}")
+        yield Check("relevance that arrives", float("nan"), None, f"not to be had: {first_line(error)}")
         return
     yield Check("relevance that arrives", arrives, None, "of 1 at the logits")
 

@@ -14,7 +14,7 @@ import torch
 
 from fastrel.artefact.metadata import METADATA, Metadata
 from fastrel.data import files
-from fastrel.errors import FastrelError
+from fastrel.errors import FastrelError, first_line
 
 SUFFIX = ".compiled.pt2"
 
@@ -61,8 +61,7 @@ def write(path: Path, exported: torch.export.ExportedProgram, about: Metadata, e
         try:
             torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary), inductor_configs=options)
         except Exception as error:  # a missing or failing compiler, in torch's own words
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise FastrelError(f"AOTInductor could not compile the explanation: {first}") from error
+            raise FastrelError(f"AOTInductor could not compile the explanation: {first_line(error)}") from error
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_STORED) as archive:
             root = archive.namelist()[0].partition("/")[0]
             facts = replace(about, compiled=machine())

@@ -24,7 +24,7 @@ from fastrel.artefact.explaining import Explaining, counts
 from fastrel.artefact.metadata import METADATA, RANK, SELF_TEST, Input, MapOf, Metadata
 from fastrel.data import files
 from fastrel.engine import Call
-from fastrel.errors import CaptureError, InputError, UnsupportedModelError
+from fastrel.errors import CaptureError, InputError, UnsupportedModelError, first_line
 from fastrel.explainer import Explainer
 from fastrel.graph.capture import LOCK, quiet
 from fastrel.maps import TokenMap
@@ -134,8 +134,10 @@ def _traced(module: Explaining, given: tuple[Tensor, ...], dynamic: Any) -> Expo
             except Exception as error:
                 failed = failed or error
                 said.append(str(error))
-    first = (str(failed).strip().splitlines() or [type(failed).__name__])[0]
-    raise CaptureError(f"torch.export could not export the explanation: {first}", details="\n".join(said)) from failed
+    assert failed is not None
+    raise CaptureError(
+        f"torch.export could not export the explanation: {first_line(failed)}", details="\n".join(said)
+    ) from failed
 
 
 def _sizes(exported: ExportedProgram) -> tuple[Any, Any]:

@@ -19,10 +19,11 @@ from torch import Tensor
 from fastrel.artefact import compiled as compiled_
 from fastrel.artefact import metadata
 from fastrel.artefact.metadata import RANK, SELF_TEST, Metadata
-from fastrel.errors import InputError
+from fastrel.errors import InputError, first_line
 from fastrel.explanation import Explanation
 from fastrel.inputs import image_size
 from fastrel.maps import TokenMap
+from fastrel.targets import class_indices
 
 log = logging.getLogger("fastrel")
 
@@ -88,8 +89,9 @@ class Artefact:
         try:
             return torch.export.load(self.path)
         except Exception as error:  # whatever torch finds wrong with it
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"torch {torch.__version__} cannot read the program in {str(self.path)!r}: {first}") from error
+            raise InputError(
+                f"torch {torch.__version__} cannot read the program in {str(self.path)!r}: {first_line(error)}"
+            ) from error
 
     @functools.cached_property
     def _forward(self) -> Callable[..., Any]:
@@ -213,16 +215,5 @@ def _classes(target: Any, batch: int) -> tuple[Tensor, bool]:
     """A target as classes [B, K], and whether the caller asked for a K."""
     if target is None:
         return torch.full((batch, 1), RANK), False
-    try:
-        classes = torch.as_tensor(target)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"target must be a class, [{batch}] or [{batch}, K] classes, not {target!r}") from error
-    if classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex():
-        raise InputError(f"target must hold class indices, not {classes.dtype}: {target!r}")
-    if classes.dim() == 0:
-        classes = classes.expand(batch)
-    if classes.dim() not in (1, 2) or len(classes) != batch or classes.numel() == 0:
-        raise InputError(
-            f"target of shape {tuple(classes.shape)} does not fit a batch of {batch}: [{batch}] or [{batch}, K]"
-        )
-    return classes.reshape(batch, -1).long(), classes.dim() == 2
+    classes = class_indices(target, batch)
+    return classes.reshape(batch, -1), classes.dim() == 2

@@ -11,7 +11,7 @@ import torch
 from fastrel.artefact import metadata
 from fastrel.artefact.loading import load
 from fastrel.data import files
-from fastrel.errors import FastrelError, InputError
+from fastrel.errors import FastrelError, InputError, first_line
 
 
 def require() -> None:
@@ -55,8 +55,7 @@ def write(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Pat
             assert program is not None
             model = program.model_proto
         except Exception as error:  # whatever torch's exporter says
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise FastrelError(f"torch could not write the explanation as ONNX: {first}") from error
+            raise FastrelError(f"torch could not write the explanation as ONNX: {first_line(error)}") from error
         onnx.helper.set_model_props(model, {"fastrel": about.to_json()})
         onnx.save(model, temporary)
         _compare(onnxruntime.InferenceSession(str(temporary)), load(source, compiled=False).stored)

@@ -97,33 +97,35 @@ def _statistic(tape: Tape, out: Tensor, x: Tensor, dim: Any = None, keepdim: boo
     return tape.know(out, scale=x.dim() - 1 in over if keepdim else over == [x.dim() - 1])
 
 
+def _by_share(
+    tape: Tape, f: Callable[..., Tensor], x: Tensor, dim: Any, keepdim: bool, dtype: torch.dtype | None
+) -> Tensor:
+    dims, given = _dims(x, dim), x if dtype in (None, x.dtype) else functional.identity(x.detach().to(dtype), x)
+    out = functional.reduction(lambda x: f(x, dims, keepdim), given, dims, keepdim, tape.rules)
+    return _statistic(tape, out, x, dim, keepdim)
+
+
 @handles("mean")
 def mean(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """By share, over tokens or features."""
-    dims = _dims(x, dim)
-    given = x if dtype in (None, x.dtype) else functional.identity(x.detach().to(dtype), x)
-    return _statistic(tape, functional.mean(given, dims, keepdim, tape.rules), x, dims, keepdim)
+    return _by_share(tape, torch.mean, x, dim, keepdim, dtype)
 
 
 @handles("sum")
 def sum_(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    """By share, as a mean."""
-    given = x if dtype in (None, x.dtype) else functional.identity(x.detach().to(dtype), x)
-    dims = _dims(x, dim)
-    return _statistic(
-        tape, functional.reduction(lambda x: x.sum(dims, keepdim), given, dims, keepdim, tape.rules), x, dim, keepdim
-    )
+    """As `mean`."""
+    return _by_share(tape, torch.sum, x, dim, keepdim, dtype)
 
 
 @handles("var")
 def var(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Tensor:
-    """As `sum_`."""
+    """As `mean`."""
     return _spread(tape, torch.var, x, *args, **options)
 
 
 @handles("std")
 def std(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Tensor:
-    """As `sum_`."""
+    """As `mean`."""
     return _spread(tape, torch.std, x, *args, **options)
 
 
@@ -154,7 +156,7 @@ def norm(tape: Tape, x: Tensor, p: Any = None, dim: Any = None, keepdim: bool = 
 def vector_norm(
     tape: Tape, x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Tensor:
-    """As `sum_`."""
+    """As `mean`."""
     out = generic(tape, "vector_norm", torch.linalg.vector_norm, (x, ord, dim, keepdim), {"dtype": dtype})
     return _statistic(tape, out, x, dim, keepdim)
 
@@ -169,30 +171,6 @@ def amax(tape: Tape, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
 def amin(tape: Tape, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
     """As `amax`."""
     return _statistic(tape, x.amin(dim, keepdim), x, dim or None, keepdim)
-
-
-@handles("max")
-def max_(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Any:
-    """As `amax`; of two tensors, the winner of each entry takes it all."""
-    return torch.max(x, *args, **options)
-
-
-@handles("min")
-def min_(tape: Tape, x: Tensor, *args: Any, **options: Any) -> Any:
-    """As `max_`."""
-    return torch.min(x, *args, **options)
-
-
-@handles("maximum")
-def maximum(tape: Tape, u: Tensor, v: Tensor) -> Tensor:
-    """As `max_`."""
-    return torch.maximum(u, v)
-
-
-@handles("minimum")
-def minimum(tape: Tape, u: Tensor, v: Tensor) -> Tensor:
-    """As `max_`."""
-    return torch.minimum(u, v)
 
 
 @handles("glu")

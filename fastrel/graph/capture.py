@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.modules import transformer
 
-from fastrel.errors import CaptureError, InputError
+from fastrel.errors import CaptureError, InputError, first_line
 from fastrel.graph.ambient import casts
 from fastrel.graph.canonical import canonicalise
 from fastrel.graph.clone import structural_clone
@@ -269,9 +269,8 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ba
         except CaptureError:
             raise
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CaptureError(
-                f"torch.export could not capture {type(model).__name__}: {reason}. "
+                f"torch.export could not capture {type(model).__name__}: {first_line(error)}. "
                 "Check that model(*inputs) runs in eval mode; data-dependent control flow cannot be captured.",
                 details="\n".join([*said, str(error)]),
             ) from error
@@ -345,14 +344,16 @@ def _check_batch(guards: Guards, inputs: Sequence[fx.Node], outputs: Sequence[An
     values = [x.meta.get("val") for x in outputs if isinstance(x, fx.Node)]
     leading = [x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()]
     varying = {str(size) for size in leading if isinstance(size, torch.SymInt)}
+    if varying & guards.batch_names:
+        return
     for node in inputs:
         value = node.meta.get("val")
-        sizes = [str(size) for size in value.shape] if isinstance(value, Tensor) else []
-        if varying and not varying & guards.batch_names and varying & set(sizes[1:]):
-            raise CaptureError(
-                f"the samples lie along dimension {sizes.index(next(iter(varying & set(sizes[1:]))))} of input {node.name}, and "
-                "fastrel takes them along the first; explain a module that takes [B, T, …] and transposes it for the model"
-            )
+        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if str(size) in varying:
+                raise CaptureError(
+                    f"the samples lie along dimension {dim} of input {node.name}, and fastrel takes them along the first; "
+                    "explain a module that takes [B, T, …] and transposes it for the model"
+                )
 
 
 def _tensor_attributes(model: nn.Module) -> Iterator[tuple[int, tuple[str, ...]]]:

@@ -69,20 +69,15 @@ def _without_needless_writes(graph: fx.Graph) -> None:
     """Let what writes into the result of a layer that nothing else sees, as `ReLU(inplace=True)` does, make its own: torch takes
     longer to find that out than to export the model."""
     for node in graph.nodes:
-        if not _writes(node) or not node.args or not isinstance(x := node.args[0], fx.Node):
+        x = node.args[0] if node.args else None
+        if not _writes(node) or not isinstance(x, fx.Node) or x.target not in _FRESH or list(x.users) != [node]:
             continue
-        own = getattr(
-            getattr(aten, node.target._schema.name.removeprefix("aten::").removesuffix("_"), None), _overload(node), None
-        )
-        alone = x.target in _FRESH and list(x.users) == [node] and list(node.all_input_nodes).count(x) == 1
-        if own is not None and not own._schema.is_mutable and alone and node.meta["val"].dtype == x.meta["val"].dtype:
-            others = [y.meta["val"].dtype for y in node.all_input_nodes if isinstance(y.meta.get("val"), torch.Tensor)]
-            if set(others) == {x.meta["val"].dtype}:
-                node.target = own
-
-
-def _overload(node: fx.Node) -> str:
-    return node.target._schema.overload_name or "default"  # type: ignore[union-attr]
+        schema = node.target._schema
+        packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
+        own = getattr(packet, schema.overload_name or "default", None)
+        kinds = {x.meta["val"].dtype for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)}
+        if own is not None and not own._schema.is_mutable and len(kinds) == 1:
+            node.target = own
 
 
 def _writes(node: fx.Node) -> bool:

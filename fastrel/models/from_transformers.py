@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastrel.data.preprocessing import Prepare, Preprocessing, Wrapped
-from fastrel.errors import InputError
+from fastrel.errors import InputError, first_line
 from fastrel.models import state, zero_shot
 from fastrel.models.loaded import Kind, Loaded
 from fastrel.models.readers import Pictures, PicturesWithText, Texts
@@ -48,7 +48,7 @@ def load(request: Request) -> Loaded:
         config = transformers.AutoConfig.from_pretrained(request.name)
     except (OSError, ValueError) as error:
         known = "" if "/" in request.name else f"timm knows no model {request.name!r}, nor does torchvision; "
-        raise InputError(f"{known}cannot load {request.name!r} from Hugging Face: {_first_line(error)}") from error
+        raise InputError(f"{known}cannot load {request.name!r} from Hugging Face: {first_line(error)}") from error
     architectures = getattr(config, "architectures", None) or [""]
     kind = next((kind for ending, kind in _KINDS if architectures[0].endswith(ending)), None)
     if kind is None:
@@ -172,7 +172,7 @@ def _build(transformers: Any, architecture: Any, config: Any, request: Request) 
             **found,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load {request.name!r}: {_first_line(error)}") from error
+        raise InputError(f"cannot load {request.name!r}: {first_line(error)}") from error
     untrained = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
     if untrained:
         raise InputError(f"{request.name!r} holds no weights for {', '.join(untrained[:5])}: they would be random numbers")
@@ -183,7 +183,7 @@ def _from(kind: Any, name: str) -> Any:
     try:
         return kind.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot load what prepares inputs for {name!r}: {_first_line(error)}") from error
+        raise InputError(f"cannot load what prepares inputs for {name!r}: {first_line(error)}") from error
 
 
 def _library(name: str) -> Any:
@@ -206,7 +206,3 @@ def _chances(config: Any) -> Any:
     if getattr(config, "problem_type", None) == "regression":
         return None
     return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
