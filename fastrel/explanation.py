@@ -6,13 +6,19 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastrel.errors import InputError
 from fastrel.maps import TokenMap
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from fastrel.render.parts import Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +141,7 @@ class Explanation:
         return self.only.patches
 
     def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:
-        """The patches scaled up to pixels, [B, H, W] or [B, K, H, W]; see `TokenMap.heatmap`."""
+        """The patches scaled up to pixels, [B, H, W] or [B, K, H, W], per frame where there are frames; see `TokenMap.heatmap`."""
         return self.only.heatmap(size)
 
     def noise_floor(self, draws: int = 2) -> Tensor:
@@ -154,48 +160,67 @@ class Explanation:
             )
         return prediction.noise_of(self.maps, self._asked, draws)
 
+    def picture(
+        self, image: Any = None, *, tokens: Any = None, names: Sequence[str] | None = None, style: str = "blend"
+    ) -> Image.Image:
+        """The explanation of one sample as a PIL image.
+
+        For one target of one picture the overlay, of its size; for several the picture and an overlay each; where there are other
+        inputs, or frames, a row per target with the overlays, charts of the highest words, and what each input holds of the whole.
+
+        Args:
+            image: the picture that was explained: a PIL image, an array [H, W, 3] or [H, W] of uint8 or of floats in 0 … 1, or a
+                tensor [3, H, W] in 0 … 1; a list of them for the frames of a film; {input: picture} where several inputs are.
+            tokens: the T strings that a tokenizer made; {input: strings} where several inputs are texts.
+            names: titles of the K targets.
+            style: "blend" or "contours".
+
+        Raises:
+            InputError: the batch holds several samples (take `explanation[i]`), or what is to be shown is missing or does not fit.
+        """
+        from fastrel.render.parts import picture_of
+
+        return picture_of(self._parts(image, tokens, style), self._titles(names), style)
+
     def save(
         self,
         path: str | os.PathLike[str],
         *,
         image: Any = None,
-        tokens: Sequence[str] | None = None,
+        tokens: Any = None,
         names: Sequence[str] | None = None,
         style: str = "blend",
     ) -> None:
-        """Write the explanation of one sample as a picture.
+        """Write the explanation of one sample: a web page that needs nothing else if `path` ends in .html, else `picture(…)`.
 
-        `path` ending in .html writes coloured words and needs `tokens`, the T strings a tokenizer made. Any other suffix is
-        that of a picture: an overlay, or for several targets the picture and one overlay each, side by side. It needs
-        `image`: a PIL image, an array [H, W, 3] or [H, W] of uint8 or of floats in 0 … 1, or a tensor [3, H, W] in 0 … 1.
-        `names` are the titles of the K targets; `style` is "blend" or, for one target, "contours".
+        Arguments are those of `picture`. A page has every input's words or overlays below the heading of each target.
 
         Raises:
-            InputError: the batch holds several samples (save `explanation[i]`), or what the format needs is missing.
+            InputError: as `picture`.
         """
+        if not str(path).lower().endswith((".html", ".htm")):
+            self.picture(image, tokens=tokens, names=names, style=style).save(path)
+            return
+        from fastrel.render.parts import page_of
+
+        parts = self._parts(image, tokens, style)
+        if len(parts) == 1 and parts[0].tokens is None and parts[0].heats is None:
+            raise InputError("saving as HTML needs tokens=[...], one string per token")
+        Path(path).write_text(page_of(parts, self._titles(names), style), encoding="utf-8")
+
+    def _parts(self, image: Any, tokens: Any, style: str) -> list[Part]:
+        from fastrel.render.overlay import STYLES
+        from fastrel.render.showing import parts_of
+
         if len(self) != 1:
             raise InputError(f"this explanation holds {len(self)} samples; save one of them: explanation[0].save(...)")
-        titles = self._titles(names)
-        if str(path).lower().endswith((".html", ".htm")):
-            if tokens is None:
-                raise InputError("saving as HTML needs tokens=[...], one string per token")
-            from fastrel.render.text import save_page
-
-            save_page(path, list(tokens), self.relevance.reshape(-1, self.relevance.shape[-1]), titles)
-            return
-        if image is None:
-            raise InputError("saving an overlay needs image=, the picture that was explained")
-        from fastrel.render.overlay import STYLES, as_picture, side_by_side
-
-        picture = as_picture(image)
-        maps = self.heatmap((picture.height, picture.width)).reshape(-1, picture.height, picture.width)
-        if style not in STYLES or (style != "blend" and len(maps) > 1):
-            raise InputError(f"style {style!r} for {len(maps)} targets; choose blend, or contours for one target")
-        rendered = STYLES[style](picture, maps[0]) if len(maps) == 1 else side_by_side(picture, list(maps), titles)
-        rendered.save(path)
+        if style not in STYLES:
+            raise InputError(f"style {style!r}; choose {' or '.join(STYLES)}")
+        return parts_of(self.maps, image, tokens)
 
     def _titles(self, names: Sequence[str] | None) -> list[str]:
-        count = 1 if self.relevance.dim() == 2 else self.relevance.shape[1]
+        one = next(iter(self.maps.values())).relevance
+        count = 1 if one.dim() == 2 else one.shape[1]
         if names is not None:
             if len(names) != count:
                 raise InputError(f"{len(names)} names for {count} targets")

@@ -84,7 +84,7 @@ class Graphed:
             raise InputError(f"method {options.method.name!r} with targets={targets} cannot be captured as a CUDA graph")
         self._program = engine.explaining(call, options)
         self._spec, self._names = captured.out_spec, [call.names[one.input] + one.branch for one in self._program.maps]
-        self._images = [values[len(captured.owners) + one.input] for one in self._program.maps]
+        self._sizes = [image_size(values[len(captured.owners) + one.input], one.picture) for one in self._program.maps]
         batch = len(self._inputs[0])
         self._classes = torch.zeros(batch, targets, dtype=torch.long, device=device) if targets else None
         with torch.no_grad(), torch.cuda.device(device):
@@ -129,10 +129,10 @@ class Graphed:
         check_finite("the model's output", outputs[self._program.leaves[0]])
         one = self._classes is None or self._classes.shape[1] == 1
         maps: dict[str, TokenMap] = {}
-        for name, image, row, grid in zip(self._names, self._images, relevance, grids, strict=True):
+        for name, size, row, grid in zip(self._names, self._sizes, relevance, grids, strict=True):
             check_finite("the explanation", row)
             grid = grid[:, 0] if one and grid is not None else grid
-            maps[name] = TokenMap(row[:, 0] if one else row, grid, image_size(image))
+            maps[name] = TokenMap(row[:, 0] if one else row, grid, size)
         output = pytree.tree_unflatten(outputs, self._spec)
         classes = classes[:, 0] if one else classes
         return Explanation(outputs[self._program.leaves[0]], classes, maps, output, self._program.generic)

@@ -76,6 +76,6 @@ def input_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     return found
 
 
-def image_size(x: Tensor) -> tuple[int, int] | None:
-    """Height and width of an input of images [B, C, H, W]; None for others."""
-    return (x.shape[2], x.shape[3]) if x.dim() == 4 and x.is_floating_point() else None
+def image_size(x: Any, dims: Sequence[int] | None) -> tuple[int, int] | None:
+    """Height and width of an input of pictures, films or volumes, which lie along `dims`; None for others."""
+    return None if dims is None else (x.shape[dims[0]], x.shape[dims[1]])

@@ -17,7 +17,8 @@ class TokenMap:
 
     Attributes:
         relevance: over all tokens, raw: [B, T], or [B, K, T] for K targets per sample.
-        grid: the part of it that lies on image patches, [B, gh, gw] or [B, K, gh, gw]; None for text.
+        grid: the part of it that lies on patches of an image, [B, gh, gw] or [B, K, gh, gw], of the frames of a film or of a volume,
+            [B, (K,) frames, gh, gw]; None for text.
         image_size: (height, width) in pixels of the images explained; None for text.
     """
 
@@ -27,7 +28,7 @@ class TokenMap:
 
     @property
     def patches(self) -> Tensor:
-        """Relevance of the image patches, [B, gh, gw] or [B, K, gh, gw].
+        """Relevance of the image patches, [B, gh, gw] or [B, K, gh, gw]; of films and volumes [B, (K,) frames, gh, gw].
 
         Raises:
             InputError: the tokens of this input do not come from a grid of patches.
@@ -39,7 +40,7 @@ class TokenMap:
     def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:
         """The patches scaled up bilinearly to `size` (height, width) pixels, default that of the input image.
 
-        Returns [B, H, W] or [B, K, H, W].
+        Returns [B, H, W] or [B, K, H, W]; one such map per frame of a film or slice of a volume, [B, (K,) frames, H, W].
 
         Raises:
             InputError: the tokens of this input do not come from a grid of patches.

@@ -152,7 +152,7 @@ class Prediction:
                 relevance, patches = relevance[:, 0], None if patches is None else patches[:, 0]
             value = self._call.values[len(self._call.captured.owners) + where.input]
             name = self._call.names[where.input] + where.branch
-            found[name] = TokenMap(relevance, patches, image_size(value) if isinstance(value, Tensor) else None)
+            found[name] = TokenMap(relevance, patches, image_size(value, where.picture))
         return found
 
     def _on_grid(self, relevance: Tensor) -> Tensor | None:

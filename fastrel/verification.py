@@ -262,7 +262,7 @@ def _gradient(subject: _Subject) -> Iterator[Check]:
         leaf = _Leaf(subject.call, where.nodes)
         relative = leaf.times_gradient(subject, where.features)
         own = one.relevance if one.relevance.dim() == 3 else one.relevance[:, None]
-        expected, size = (x.reshape(*x.shape[:2], -1).transpose(0, 1) for x in relative)
+        expected, size = (x.reshape(own.shape[1], own.shape[0], -1).transpose(0, 1) for x in relative)
         # Relative to the terms: their sum is nearly 0 before a layer norm.
         worst = max(worst, float((own.double() - expected).norm() / size.norm().clamp_min(1e-300)))
     yield Check("gradient", worst, subject.limit(1e-9, 1e-3, 2e-2), "against torch.autograd")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -313,6 +314,36 @@ def test_a_language_model_says_which_words_made_the_next_one(tmp_path: Path, cap
     assert main(["explain", "--text", "bad café", "--model", str(model), "--target", "bad", "--out", str(out)]) == 0
     assert ">café</span>" in out.read_text()
     assert "bad (" in out.read_text()
+
+
+def test_every_token_that_a_language_model_goes_on_with_has_its_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def folder(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    model = str(tiny.gpt_folder(folder("gpt")))
+    out = tmp_path / "out.html"
+    command = ["explain", "--text", "a clever film", "--model", model, "--out", str(out)]
+    assert main([*command, "--generate", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("'a clever film' goes on with ")
+    assert out.read_text().count("<h2>→ ") == 2
+    assert main([*command, "--continuation", " bad"]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    after = tokenizer(" bad")["input_ids"]
+    assert out.read_text().count("<h2>→ ") == len(after)
+    for wrong, message in (
+        (["--generate", "2", "--continuation", " bad"], "not both"),
+        (["--generate", "2", "--target", "bad"], "--target names the next token"),
+        (["--generate", "200"], "and the model reads 24"),
+    ):
+        assert main([*command, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    bert = str(tiny.bert_folder(folder("bert")))
+    assert main(["explain", "--text", "a film", "--model", bert, "--out", str(out), "--generate", "1"]) == 2
+    assert "are for language models" in capsys.readouterr().err
 
 
 def test_pages_for_the_texts_of_a_table(tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 """The transformed program against the reference, autograd and itself."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fastrel
 from fastrel import reference
 from fastrel.reference.rollout import gradient_relevance, rollout
 from tests import golden_files as golden
 from tests import models
+from tests.small import ids, made
 from tests.test_reference import bert_embedding
 
 EXACT = 1e-10
@@ -194,3 +198,14 @@ def test_a_prediction_explained_once_says_so() -> None:
     prediction.explain_once(0)
     with pytest.raises(fastrel.InputError, match="explained by explain_once"):
         prediction.explain(0)
+
+
+def test_a_capture_that_is_forgotten_leaves_nothing_of_its_sizes() -> None:
+    def kept() -> int:
+        gc.collect()
+        return sum(type(x) is ShapeEnv for x in gc.get_objects())
+
+    before = kept()
+    for _ in range(4):
+        fastrel.Explainer(made(lambda m, x: m.head(m.encoder(x).mean(1))))(ids(), target=1)
+    assert kept() <= before + 1  # torch may hold on to the last one

@@ -204,7 +204,7 @@ def _metadata(
         for name, x, shape, count in zip(call.names, call.tensors, shapes, counts(call), strict=True)
     ]
     maps = [
-        MapOf(name, one.input, found[name].grid is not None)
+        MapOf(name, one.input, found[name].grid is not None, one.picture)
         for one in program.maps
         for name in [call.names[one.input] + one.branch]
     ]

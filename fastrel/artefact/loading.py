@@ -68,7 +68,7 @@ class Artefact:
         found = {}
         for one in self.metadata.maps:
             relevance, grid = next(left), next(left) if one.grid else None
-            found[one.name] = TokenMap(relevance, grid, image_size(inputs[one.input]))
+            found[one.name] = TokenMap(relevance, grid, image_size(inputs[one.input], one.picture))
         return Explanation(
             logits, chosen if several else chosen[:, 0], found, logits, self.metadata.report, ok if several else ok[:, 0]
         )

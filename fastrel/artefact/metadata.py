@@ -34,11 +34,13 @@ class Input:
 
 @dataclass(frozen=True)
 class MapOf:
-    """A map that the program returns: of which input, and whether its tokens lie on an image of it."""
+    """A map that the program returns: of which input, whether its tokens lie on an image of it, and along which of its dimensions
+    height and width lie."""
 
     name: str
     input: int
     grid: bool
+    picture: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

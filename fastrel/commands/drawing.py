@@ -15,7 +15,7 @@ from fastrel.batch.row import Row
 from fastrel.data import files
 from fastrel.errors import InputError
 from fastrel.render.overlay import STYLES
-from fastrel.render.text import page
+from fastrel.render.parts import page
 
 
 def endings(rows: Sequence[Row], npz: bool) -> list[str]:
@@ -56,6 +56,16 @@ def title(row: Row) -> str:
     """A target with its probability, or its logit where there is none."""
     chance = f"{row.logit:.2f}" if row.probability is None else f"{row.probability:.0%}"
     return f"{row.target_name} ({chance})"
+
+
+def noise_floor(rows: Sequence[Row]) -> str:
+    """A line on how far the maps depend on rounding, where that was measured."""
+    if rows[0].noise is None:
+        return ""
+    floors = ", ".join(f"{100 * (row.noise or 0):.2g} %" for row in rows)
+    return (
+        f"\n  noise floor: {floors} (how far rounding alone moves these maps; under --rules positive it is next to nothing)"
+    )
 
 
 def _scaled(row: Row, picture: Image.Image) -> np.ndarray:

@@ -10,7 +10,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,14 +18,14 @@ from fastrel.batch.decoding import Decoded
 from fastrel.batch.local import explained
 from fastrel.batch.row import Row
 from fastrel.commands import options as shared
-from fastrel.commands.drawing import draw, endings, text_page
+from fastrel.commands import text
+from fastrel.commands.drawing import draw, endings, noise_floor
 from fastrel.commands.outputs import Outputs
-from fastrel.data import files, inputs
-from fastrel.data.inputs import Item, Value
+from fastrel.data import inputs
+from fastrel.data.inputs import Item
 from fastrel.data.preprocessing import shown
 from fastrel.errors import InputError
 from fastrel.render.overlay import STYLES
-from fastrel.render.text import words
 
 HELP = "explain pictures or texts with a model of yours"
 EPILOG = """\
@@ -37,6 +36,7 @@ examples:
   fastrel explain photos/ *.jpg --model vit_base_patch16_224 --out maps     timm, pretrained weights
   fastrel explain cat.jpg --model deit_tiny_patch16_224 --weights deit.pth --target 281 tiger --out maps --npz
   fastrel explain --text "not bad at all" --model ./my-bert --target 0 1 --out map.html
+  fastrel explain --text "The capital of France is" --model ./my-gpt2 --generate 5 --out map.html
   fastrel explain reviews.csv --column text --model ./my-bert --out pages
 """
 _RENDERERS = 2
@@ -46,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     shared.inputs(parser, required=False)
     parser.add_argument("--text", help="a text to explain instead of inputs")
+    text.configure(parser)
     parser.add_argument(
         "--out", required=True, metavar="PATH", help="folder for overlays or pages; with --text an .html file"
     )
@@ -59,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Dispatch on what is to be explained; 1 if some items failed, 2 if all did."""
     if options.text is not None:
-        return _text(options)
+        return text.run(options)
     if not options.inputs:
         raise InputError("nothing to explain: give picture files, or --text")
     explain = Explain(**vars(shared.settings(options)))
@@ -134,55 +135,4 @@ def _report(item: Item, rows: Sequence[Row], names: Sequence[str], paths: Sequen
     logits = np.asarray(rows[0].logits)
     top = ", ".join(f"{c} {names[c] if c < len(names) else ''} {logits[c]:.2f}" for c in logits.argsort()[::-1][:5])
     notes = f"\n  note: {'; '.join(rows[0].notes)}" if rows[0].notes else ""
-    return f"{item.name}\n  top classes (logits): {top}{notes}{_noise(rows)}\n  -> {', '.join(map(str, paths))}"
-
-
-def _noise(rows: Sequence[Row]) -> str:
-    """How far the maps depend on rounding, where that was measured."""
-    if rows[0].noise is None:
-        return ""
-    floors = ", ".join(f"{100 * (row.noise or 0):.2g} %" for row in rows)
-    return (
-        f"\n  noise floor: {floors} (how far rounding alone moves these maps; under --rules positive it is next to nothing)"
-    )
-
-
-def _text(options: argparse.Namespace) -> int:
-    """One text, one page."""
-    if options.inputs:
-        raise InputError(f"give images or --text, not both ({options.inputs[0]!r} was given as an image)")
-    out = Path(options.out)
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"with --text, --out must name an .html file, not {options.out!r}")
-    if not options.model:
-        raise InputError("--text needs --model, the name or folder of a Hugging Face classifier")
-    if not options.text.strip():
-        raise InputError("--text is empty")
-    explain = Explain(**vars(shared.settings(options)))
-    ((_, rows),) = explained(explain, [[Item("text", Value(options.text))]], 0, noise=options.rules == "official")
-    if rows[0].error is not None:
-        raise InputError(rows[0].error)
-    if rows[-1].window:
-        raise InputError("--text reads one window; give longer texts as files, in a folder or a table")
-    files.folder(out.parent)
-    files.write(out, text_page(rows))
-    print("classes: " + ", ".join(_chances(explain, rows[0])))
-    for row in rows:
-        best = sorted(words(row.tokens or [], np.asarray(row.relevance)), key=lambda found: -found[1])[:5]
-        print(f"{row.target_name}: " + ", ".join(word for word, _ in best) + _noise([row]))
-    print(f"-> {out}")
-    return 0
-
-
-def _chances(explain: Explain, row: Row) -> list[str]:
-    """The highest classes with their probabilities, or logits where there are none."""
-    loaded, logits = explain.loaded, torch.from_numpy(np.asarray(row.logits))
-    values = logits if loaded.probabilities is None else logits.softmax(0)
-    if loaded.probabilities == "sigmoid":
-        values = logits.sigmoid()
-    shown_as = "{:.2f}" if loaded.probabilities is None else "{:.1%}"
-    top = values.topk(min(5, len(values)))
-    return [
-        f"{loaded.class_names[c]} {shown_as.format(v)}"
-        for v, c in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    ]
+    return f"{item.name}\n  top classes (logits): {top}{notes}{noise_floor(rows)}\n  -> {', '.join(map(str, paths))}"

@@ -6,6 +6,7 @@ meaning. Symbolic sizes are replaced by large primes, which makes "the same size
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -83,8 +84,13 @@ def is_feature(axis: Axis) -> bool:
 
 
 def is_readable(axes: Axes) -> bool:
-    """Whether samples have a dimension of their own, and no dimension holds tokens and features at once."""
-    return all(len({role for _, role in axis}) < 2 for axis in axes)
+    """Whether no dimension holds tokens and features at once; one may hold samples, and each one's frames beside it."""
+    return all(len({role for _, role in axis}) < 2 or _holds_frames(axis) for axis in axes)
+
+
+def _holds_frames(axis: Axis) -> bool:
+    """Whether a dimension holds samples and, of each, a fixed number of tokens."""
+    return axis[0][1] == "batch" and all(role == "token" and size < _PRIMES[0] for size, role in axis[1:])
 
 
 def size_of(axis: Axis) -> int:
@@ -174,13 +180,21 @@ def axes_of(*targets: Any) -> Callable[[Labeller], Labeller]:
 
 def label(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> dict[fx.Node, Axes]:
     """Axes of every active value whose dimensions can be followed from the inputs."""
+    return max(
+        (_labelled(nodes, active, sizes, channels) for channels in _places_of_channels(nodes, active)),
+        key=lambda labels: _fitting(nodes, labels),
+    ).axes
+
+
+def _labelled(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes, channels: dict[int, int]) -> Labels:
+    """Labels if inputs of so many dimensions have their features in these: {dimensions: place}."""
     labels = Labels({}, sizes)
     for node in nodes:
         value = node.meta.get("val")
         if node not in active or not isinstance(value, (Tensor, list, tuple)):
             continue
         if node.op == "placeholder":
-            labels.axes[node] = _input_axes(labels.shape(node))
+            labels.axes[node] = _input_axes(labels.shape(node), channels)
         elif not isinstance(value, Tensor):
             # A tuple of parts: the axes of the whole, which getitem takes apart.
             known = next((labels.axes[n] for n in node.all_input_nodes if n in labels.axes), None)
@@ -188,17 +202,45 @@ def label(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> dict[
                 labels.axes[node] = known
         elif (found := _LABELLERS.get(node.target, _widest)(node, labels)) is not None:
             labels.axes[node] = found
-    return labels.axes
+    return labels
 
 
-def _input_axes(shape: tuple[int, ...]) -> Axes:
+#: Where features may be: of tokens [B, T, D]; pictures [B, C, H, W], [B, H, W, C]; volumes [B, C, D, H, W], films [B, T, C, H, W]
+#: and [B, T, H, W, C].
+_CHANNELS = {3: (2,), 4: (1, 3), 5: (1, 2, 4)}
+
+
+def _places_of_channels(nodes: Sequence[fx.Node], active: set[fx.Node]) -> list[dict[int, int]]:
+    """What may be tried for a graph's inputs, the most usual first."""
+    given = {node.meta["val"].dim() for node in nodes if node.op == "placeholder" and node in active}
+    dims = sorted(given & set(_CHANNELS))
+    return [dict(zip(dims, places, strict=True)) for places in itertools.product(*(_CHANNELS[dim] for dim in dims))]
+
+
+def _fitting(nodes: Sequence[fx.Node], labels: Labels) -> int:
+    """How well features lie where layers take them: convolutions in their channels, linear layers in the last dimension."""
+    score = 0
+    for node in nodes:
+        axes = labels.of(node.args[0]) if node.args else None
+        if axes is None:
+            continue
+        if node.target in (aten.conv2d.default, aten.conv3d.default):
+            score += is_feature(axes[1]) and not any(_has_features(axis) for axis in axes[2:])
+        elif node.target is aten.linear.default:
+            score -= any(_has_features(axis) for axis in axes[1:-1])
+    return score
+
+
+def _has_features(axis: Axis) -> bool:
+    return any(role == "feature" and size > 1 for size, role in axis)
+
+
+def _input_axes(shape: tuple[int, ...], channels: dict[int, int]) -> Axes:
     roles: list[Role] = ["token"] * len(shape)
     if shape:
         roles[0] = "batch"
-    if len(shape) == 4:
-        roles[1] = "feature"
-    elif len(shape) == 3:
-        roles[2] = "feature"
+    if len(shape) in channels:
+        roles[channels[len(shape)]] = "feature"
     return tuple(((size, role),) for size, role in zip(shape, roles, strict=True))
 
 

@@ -23,6 +23,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules import transformer
 
 from fastrel.errors import CaptureError, InputError, first_line
@@ -265,7 +266,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ba
                 for kind in ambient:
                     outside.enter_context(torch.autocast(kind, enabled=False))
                 program = torch.export.export(clone, example_args, example_kwargs, dynamic_shapes=dynamic)
-            return _read(program, clone)
+            captured = _read(program, clone)
+            _release(captured.graph)
+            return captured
         except CaptureError:
             raise
         except Exception as error:
@@ -274,6 +277,20 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ba
                 "Check that model(*inputs) runs in eval mode; data-dependent control flow cannot be captured.",
                 details="\n".join([*said, str(error)]),
             ) from error
+
+
+def _release(graph: fx.Graph) -> None:
+    """Let go of what torch keeps of a tracing: the sizes' ShapeEnv holds fake tensors whose sizes, in C++, hold it, which no garbage
+    collector sees, and functions of ShapeEnv remember their arguments without a limit."""
+    values = [value for node in graph.nodes for value in pytree.tree_leaves(node.meta.get("val"))]
+    sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+    known: set[Any] = {size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)}  # type: ignore[attr-defined]
+    for shape_env in known:
+        shape_env.tracked_fakes = None
+        shape_env.fake_tensor_cache.clear()
+    for member in vars(ShapeEnv).values():
+        if forget := getattr(member, "cache_clear", None):
+            forget()
 
 
 def _by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,14 +88,22 @@ STYLES: dict[str, Callable[..., Image.Image]] = {"blend": overlay, "contours": c
 
 
 def side_by_side(
-    picture: Image.Image, heats: Sequence[Tensor | np.ndarray], titles: Sequence[str], title: str = "input"
+    picture: Image.Image,
+    heats: Sequence[Tensor | np.ndarray],
+    titles: Sequence[str],
+    title: str = "input",
+    style: str = "blend",
 ) -> Image.Image:
     """The picture and one overlay per map, in one row with titles."""
-    return table(picture, [heats], [title, *titles], [""])
+    return table(picture, [heats], [title, *titles], [""], style)
 
 
 def table(
-    picture: Image.Image, rows: Sequence[Sequence[Tensor | np.ndarray]], columns: Sequence[str], names: Sequence[str]
+    picture: Image.Image,
+    rows: Sequence[Sequence[Tensor | np.ndarray]],
+    columns: Sequence[str],
+    names: Sequence[str],
+    style: str = "blend",
 ) -> Image.Image:
     """One row of overlays per target, each beginning with the picture; `columns` are titles, `names` those of the rows."""
     width, height = len(columns), len(rows)
@@ -104,7 +112,7 @@ def table(
     )
     grid = figure.subplots(height, width, squeeze=False)
     for axes, heats, name in zip(grid, rows, names, strict=True):
-        panels = [picture, *(overlay(picture, heat) for heat in heats)]
+        panels = [picture, *(STYLES[style](picture, heat) for heat in heats)]
         for axis, panel in zip(axes, panels, strict=True):
             axis.imshow(np.asarray(panel))
             axis.set(xticks=[], yticks=[])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -16,16 +14,19 @@ from fastrel.errors import InputError
 _SPECIAL = {"[CLS]", "[SEP]", "[PAD]", "[MASK]", "<s>", "</s>", "<pad>", "<|endoftext|>", "<unk>", "<bos>", "<eos>"}
 _COLORMAP = "YlOrRd"
 
-_PAGE = """<!doctype html>
+#: With `body`.
+PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>fastrel</title>
 <style>
 body {{ font: 18px/1.9 Georgia, serif; max-width: 46em; margin: 2em auto; padding: 0 1em; color: #222; }}
 h2 {{ font: 600 15px/1.4 system-ui, sans-serif; margin: 1.6em 0 .4em; }}
+h3 {{ font: 13px/1.4 system-ui, sans-serif; margin: 1em 0 .2em; color: #555; }}
+img {{ max-width: 100%; margin-right: .4em; }}
 span {{ padding: .15em .2em; border-radius: .2em; }}
 footer {{ font: 13px system-ui, sans-serif; color: #777; margin-top: 2em; }}
 </style></head><body>
 {body}
-<footer>Each map is scaled by its own highest word. Hover over a word for its share of the whole.</footer>
+<footer>Each map is scaled by its own highest value. Hover over a word for its share of the whole.</footer>
 </body></html>
 """
 
@@ -77,7 +78,8 @@ def words(tokens: Sequence[str], relevance: Tensor | np.ndarray) -> list[tuple[s
     return found
 
 
-def _paragraph(tokens: Sequence[str], relevance: Tensor) -> str:
+def paragraph(tokens: Sequence[str], relevance: Tensor) -> str:
+    """Words of a text as HTML, coloured by their relevance [T]."""
     found = words(tokens, relevance)
     highest = max((value for _, value in found), default=0.0)
     total = sum(value for _, value in found)
@@ -90,17 +92,3 @@ def _paragraph(tokens: Sequence[str], relevance: Tensor) -> str:
         share = f"{value / total:.1%}" if total > 0 else "0 %"
         spans.append(f'<span style="{style}" title="{share}">{html.escape(word)}</span>')
     return f"<p>{' '.join(spans)}</p>"
-
-
-def page(tokens: Sequence[str], relevance: Tensor, titles: Sequence[str]) -> str:
-    """A page with one paragraph of coloured words per target. relevance [K, T], titles: K headings."""
-    parts = []
-    for title, row in zip(titles, relevance.detach().float().cpu(), strict=True):
-        parts += [f"<h2>{html.escape(title)}</h2>"] if title else []
-        parts.append(_paragraph(tokens, row))
-    return _PAGE.format(body="\n".join(parts))
-
-
-def save_page(path: str | os.PathLike[str], tokens: Sequence[str], relevance: Tensor, titles: Sequence[str]) -> None:
-    """Write `page(...)` to a file."""
-    Path(path).write_text(page(tokens, relevance, titles), encoding="utf-8")

@@ -100,6 +100,34 @@ class Context:
             return saved
         return self.emit.call(aten.narrow.default, saved, dim, rows.start, rows.length)
 
+    # What the walk takes.
+
+    def collect(self, node: fx.Node) -> Lanes | None:
+        """The lanes of a node, all of its users done; None where there are none."""
+        pending = self.pending.pop(node, None)
+        if pending is None or not (pending.grad or pending.rel or pending.rows):
+            return None
+        rel = pending.rel
+        if self.published and len(rel) > 1:
+            rel = [self._published_clone(node, lane) for lane in rel]
+        row, met = None, False
+        if pending.rows:
+            row, met = self.rollout.merge(pending.rows, lambda lanes: self.added(node, lanes, is_row=True))
+        lanes = Lanes(
+            self.added(node, pending.grad) if pending.grad else None,
+            self.added(node, rel) if rel else None,
+            row if row and any(part.lane for part in row.parts.values()) else None,
+        )
+        if lanes.rel and met:
+            self.record(self.block, "input_relevance", self.dense(lanes.rel, node).node)
+        return lanes
+
+    def _published_clone(self, node: fx.Node, lane: Lane) -> Lane:
+        """The published code's fan-out: x ⊙ Σ (R_i ⊘ x)."""
+        if lane.rows and axes_.is_feature(self.axes(node)[lane.rows.dim]):
+            return lane
+        return Lane(self.published_share(self.value(node, lane.rows), lane.node), lane.rows)
+
     # What rules give back.
 
     def give(self, x: Any, grad: Lane | None = None, rel: Lane | None = None, row: Row | None = None) -> None:

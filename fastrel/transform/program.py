@@ -16,12 +16,14 @@ class Map:
         input: position among the graph's inputs.
         nodes: names of the captured values whose tokens the map is over: one, or look-ups of the same tokens.
         features: its other dimensions.
+        picture: the dimensions of height and width in an input of pictures, films or volumes; None for others.
         branch: what tells it from other maps of the same input, as " in decoder.embed"; empty for the only one.
     """
 
     input: int
     nodes: tuple[str, ...]
     features: tuple[int, ...]
+    picture: tuple[int, int] | None = None
     branch: str = ""
 
 

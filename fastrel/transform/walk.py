@@ -22,9 +22,10 @@ from fastrel.precision import Products
 from fastrel.reference.rules import Rules
 from fastrel.rules import rule_for
 from fastrel.rules.generic import generic
-from fastrel.transform.context import Context, Pending
+from fastrel.transform.context import Context
 from fastrel.transform.emit import Emitter, common_lane_dtype
-from fastrel.transform.lanes import Lane, Lanes, Part, Row, lane_dtype
+from fastrel.transform.grids import on_grid, picture_of, samples_first
+from fastrel.transform.lanes import Lane, Lanes, lane_dtype
 from fastrel.transform.method import AllMaps, LaneSum, Method
 from fastrel.transform.program import Map, Program
 
@@ -77,9 +78,9 @@ def transform(
             t.rollout.seed(row),
         )
     found = _Walk(t).run()
-    found = _met(t, found)
-    grids = [_grid(t, one) for one in found]
-    emit.output(([_squeezed(t, one) for one in found], grids, [node for _, node in t.records]))
+    found = sorted(_met(t, found), key=lambda one: captured.inputs.index(t.facts.source(one.node)))
+    grids = [on_grid(t, one.node, one.row) for one in found]
+    emit.output(([samples_first(t, one.node, one.row) for one in found], grids, [node for _, node in t.records]))
     forward, reverse = emit.modules(captured.outputs)
     return Program(
         forward,
@@ -93,6 +94,7 @@ def transform(
                 captured.inputs.index(captured.facts.source(one.node)),
                 tuple(x.name for x in (one.node, *one.others)),
                 tuple(t.features(one.node)),
+                picture_of(t.facts, t.facts.source(one.node)),
                 branch,
             )
             for one, branch in zip(found, _branches(t, found), strict=True)
@@ -118,7 +120,7 @@ class _Walk:
         """
         t, found = self.t, self.found
         for node in (n for n in reversed(t.facts.nodes) if n in t.facts.active):
-            lanes = collect(t, node)
+            lanes = t.collect(node)
             if lanes is None:
                 continue
             if self._is_read(node, lanes):
@@ -213,67 +215,3 @@ def _branches(t: Context, found: Sequence[_Found]) -> list[str]:
         name += f" ({seen[name]})" if seen[name] > 1 else ""
         names.append(f" in {name}" if counts[t.facts.source(one.node)] > 1 else "")
     return names
-
-
-def collect(t: Context, node: fx.Node) -> Lanes | None:
-    """The lanes of a node, all of its users done; None where there are none."""
-    pending = t.pending.pop(node, None)
-    if pending is None or not (pending.grad or pending.rel or pending.rows):
-        return None
-    rel = pending.rel
-    if t.published and len(rel) > 1:
-        rel = [_published_clone(t, node, lane) for lane in rel]
-    row, met = None, False
-    if pending.rows:
-        row, met = t.rollout.merge(pending.rows, lambda lanes: t.added(node, lanes, is_row=True))
-    lanes = Lanes(
-        t.added(node, pending.grad) if pending.grad else None,
-        t.added(node, rel) if rel else None,
-        row if row and any(part.lane for part in row.parts.values()) else None,
-    )
-    if lanes.rel and met:
-        t.record(t.block, "input_relevance", t.dense(lanes.rel, node).node)
-    return lanes
-
-
-def _published_clone(t: Context, node: fx.Node, lane: Lane) -> Lane:
-    """The published code's fan-out: x ⊙ Σ (R_i ⊘ x)."""
-    if lane.rows and axes_.is_feature(t.axes(node)[lane.rows.dim]):
-        return lane
-    return Lane(t.published_share(t.value(node, lane.rows), lane.node), lane.rows)
-
-
-def _squeezed(t: Context, found: _Found) -> fx.Node:
-    """A map without feature dimensions and with its samples first, [K, B, …]: models may have them behind their tokens."""
-    axes, row = t.axes(found.node), found.row.node
-    samples = next((dim for dim, axis in enumerate(axes) if axis and axis[0][1] == "batch"), 0)
-    order = [samples, *(dim for dim in range(len(axes)) if dim != samples)]
-    if samples:
-        row = t.emit.call(aten.permute.default, row, [0, *(dim + 1 for dim in order)])
-    features = [place + 1 for place, dim in enumerate(order) if dim in t.features(found.node)]
-    return t.emit.call(aten.squeeze.dims, row, features) if features else row
-
-
-def _grid(t: Context, found: _Found) -> fx.Node | None:
-    """The map on the grid of image patches: followed further back, through rearrangements only, to what made the tokens."""
-    if t.method.at_pixels or (t.facts.enters(found.node) and found.node.meta["val"].dim() == 4):
-        return _squeezed(t, found)
-    stretch = Stretch(t.stretch.leaves, {}, t.stretch.total, frozenset(), frozenset())
-    back = Context(t.facts, stretch, t.method, t.rules, t.products, t.emit, trace=False)
-    back.pending = {found.node: Pending(rows=[Row({(): Part(found.row)})])}
-    nodes = [n for n in t.facts.nodes[: t.facts.nodes.index(found.node) + 1] if n in t.facts.active]
-    try:
-        for node in reversed(nodes):
-            lanes = collect(back, node)
-            if lanes is None or lanes.row is None:
-                continue
-            if node.target is aten.conv2d.default:
-                row = back.rollout.share(lanes.row, lambda several, node=node: back.added(node, several, True))  # type: ignore[misc]
-                return _squeezed(back, _Found(node, back.dense(row, node, is_row=True)))
-            rule = rule_for(node)
-            if rule is None:
-                return None
-            rule(back, node, Lanes(row=lanes.row))
-        return None
-    except (UnsupportedModelError, ValueError, AssertionError):
-        return None

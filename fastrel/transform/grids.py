@@ -1,0 +1,169 @@
+"""The grid that tokens lie on: patches of an image, frames of patches, blocks of a volume.
+
+The row of a map is followed further back, through rearrangements only, to what made the tokens: a convolution, whose places are the
+grid, or a linear layer over pixels that were rearranged into patches. Where these came from is found by rearranging coordinates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+from fastrel.errors import UnsupportedModelError
+from fastrel.graph import axes as axes_
+from fastrel.graph.facts import Facts, Stretch
+from fastrel.graph.patterns import is_pointwise
+from fastrel.rules import rule_for
+from fastrel.rules.generic import INDEX_MAPS
+from fastrel.transform.context import Context, Pending
+from fastrel.transform.lanes import Lane, Lanes, Part, Row
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = {aten.conv2d.default, aten.conv3d.default}
+
+#: What leaves every pixel where it is, though it looks at others.
+_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+
+#: What moves pixels and does not mix them.
+_MOVES = {
+    *INDEX_MAPS,
+    *axes_.RESHAPES,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.unbind.int,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.cat.default,
+    operator.getitem,
+}
+
+
+def samples_first(t: Context, node: fx.Node, row: Lane) -> fx.Node:
+    """The row at a value without feature dimensions and with its samples first, [K, B, …]: models may have them behind their tokens,
+    or frames and views of a sample beside it, which get a dimension of their own."""
+    axes, dense = t.axes(node), row.node
+    samples = next((dim for dim, axis in enumerate(axes) if axis and axis[0][1] == "batch"), 0)
+    order = [samples, *(dim for dim in range(len(axes)) if dim != samples)]
+    if samples:
+        dense = t.emit.call(aten.permute.default, dense, [0, *(dim + 1 for dim in order)])
+    features = [place + 1 for place, dim in enumerate(order) if dim in t.features(node)]
+    dense = t.emit.call(aten.squeeze.dims, dense, features) if features else dense
+    beside = [size for size, role in axes[samples] if role == "token"] if axes else []
+    return t.emit.call(aten.unflatten.int, dense, 1, [-1, *beside]) if beside else dense
+
+
+def picture_of(facts: Facts, source: fx.Node) -> tuple[int, int] | None:
+    """The dimensions of height and width in an input of pictures, films or volumes; None for others."""
+    value = source.meta["val"]
+    if value.dim() not in (4, 5) or not (value.is_floating_point() or value.dtype == torch.uint8):
+        return None
+    if source not in facts.axes:
+        return value.dim() - 2, value.dim() - 1
+    *_, height, width = _spatial(facts, source)
+    return height, width
+
+
+def _spatial(facts: Facts, source: fx.Node) -> list[int]:
+    """The dimensions of an input that tokens lie along."""
+    return [dim for dim, axis in enumerate(facts.axes[source]) if axis and axis[0][1] == "token"]
+
+
+def on_grid(t: Context, node: fx.Node, row: Lane) -> fx.Node | None:
+    """The part of the row at `node` that lies on a grid, [K, B, gh, gw] or [K, B, frames, gh, gw]; None where none is found."""
+    if t.method.at_pixels or (t.facts.enters(node) and picture_of(t.facts, t.facts.source(node))):
+        return samples_first(t, node, row)
+    stretch = Stretch(t.stretch.leaves, {}, t.stretch.total, frozenset(), frozenset())
+    back = Context(t.facts, stretch, t.method, t.rules, t.products, t.emit, trace=False)
+    back.pending = {node: Pending(rows=[Row({(): Part(row)})])}
+    nodes = [n for n in t.facts.nodes[: t.facts.nodes.index(node) + 1] if n in t.facts.active]
+    try:
+        for x in reversed(nodes):
+            lanes = back.collect(x)
+            if lanes is None or lanes.row is None:
+                continue
+            places = _places(t.facts, x.args[0]) if x.target is aten.linear.default else None
+            if x.target in _CONVOLUTIONS or places is not None:
+                row = back.rollout.share(lanes.row, lambda several, x=x: back.added(x, several, is_row=True))  # type: ignore[misc]
+                dense = samples_first(back, x, back.dense(row, x, is_row=True))
+                return dense if places is None else _arranged(back, dense, *places)
+            rule = rule_for(x)
+            if rule is None:
+                return None
+            rule(back, x, Lanes(row=lanes.row))
+        return None
+    except (UnsupportedModelError, ValueError, AssertionError):
+        return None
+
+
+def _arranged(t: Context, row: fx.Node, sizes: list[int], order: list[int]) -> fx.Node:
+    """A row over patches [K, B, …] on their grid, over whose dimensions they run in some order."""
+    flat = t.emit.call(aten.flatten.using_ints, row, 2)
+    grid = t.emit.call(aten.unflatten.int, flat, 2, [sizes[dim] for dim in order])
+    return t.emit.call(aten.permute.default, grid, [0, 1, *(2 + order.index(dim) for dim in range(len(sizes)))])
+
+
+def _places(facts: Facts, patches: fx.Node) -> tuple[list[int], list[int]] | None:
+    """Where the rows of a value [B, tokens…, entries] lie in the input that they are taken from: the sizes of their grid, and in
+    which order the tokens run over its dimensions; None where they are not taken from a grid."""
+    source = facts.source(patches)
+    shape = source.meta["val"].shape
+    spatial = _spatial(facts, source) if source in facts.axes else []
+    if len(spatial) not in (2, 3) or len(shape) != len(spatial) + 2 or not all(map(is_concrete_int, shape[1:])):
+        return None
+    centres = []
+    batch = int(shape[0]) if is_concrete_int(shape[0]) else 1
+    for dim in spatial:
+        coordinates = torch.arange(1.0, shape[dim] + 1).reshape([-1 if i == dim else 1 for i in range(len(shape))])
+        moved = _moved(facts, patches, {source: coordinates.expand(batch, *shape[1:]).contiguous()})
+        if moved is None:
+            return None
+        moved = moved.reshape(batch, -1, moved.shape[-1])[0]
+        low, high = moved.where(moved > 0, math.inf).amin(-1), moved.amax(-1)  # what pads an image is 0
+        centres.append((low + high) / 2)
+    levels = [centre.unique() for centre in centres]
+    sizes = [len(level) for level in levels]
+    if math.prod(sizes) != len(centres[0]):
+        return None
+    index = [torch.searchsorted(level, centre) for level, centre in zip(levels, centres, strict=True)]
+    for order in itertools.permutations(range(len(sizes))):
+        place = torch.zeros_like(index[0])
+        for dim in order:
+            place = place * sizes[dim] + index[dim]
+        if torch.equal(place, torch.arange(len(place))):
+            return sizes, list(order)
+    return None
+
+
+def _moved(facts: Facts, node: fx.Node, known: dict[fx.Node, Any]) -> Tensor | None:
+    """What a value would hold if its input held coordinates: these, moved; None where they are mixed."""
+
+    def value(x: fx.Node) -> Any:
+        if x not in known:
+            known[x] = computed(x)
+        return known[x]
+
+    def computed(x: fx.Node) -> Any:
+        active = [n for n in x.all_input_nodes if n in facts.active]
+        if x in facts.active and (is_pointwise(x) or x.target in _NORMS):
+            same = [n for n in active if n.meta["val"].shape == x.meta["val"].shape]
+            if len(active) != 1 or not same:
+                raise ValueError(f"{x} mixes values")
+            return value(same[0])
+        if x.op != "call_function" or (x in facts.active and x.target not in _MOVES):
+            raise ValueError(f"{x} does not move entries")
+        operator_: Any = x.target
+        return operator_(*fx.map_arg(x.args, value), **fx.map_arg(x.kwargs, value))
+
+    try:
+        return value(node)
+    except (ValueError, RuntimeError, TypeError):
+        return None

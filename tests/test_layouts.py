@@ -1,0 +1,161 @@
+"""Where tokens lie: frames, volumes, patches made by convolutions, by unfolding and by rearranging give one and the same map."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastrel
+from fastrel import InputError
+
+D, PATCH = 16, 4
+
+
+class Body(nn.Module):
+    """Tokens [B, T, D] -> logits [B, 3]: one block without positions, so that the order of tokens does not matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = nn.TransformerEncoderLayer(D, 2, 32, batch_first=True), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x)[:, 0])
+
+
+class Patches(nn.Module):
+    """Pictures [B, 3, H, W] -> logits; patches are cut by `cut`, whose last dimension runs over channels, rows, columns."""
+
+    def __init__(self, cut: Callable[[Tensor], Tensor] | None, norm: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.body = nn.Conv2d(3, D, PATCH, PATCH), Body()
+        self.norm = nn.LayerNorm(3 * PATCH * PATCH, elementwise_affine=False) if norm else nn.Identity()
+        self.cut = cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cut is None:
+            return self.body(self.convolution(x).flatten(2).mT)
+        tokens = F.linear(self.norm(self.cut(x)), self.convolution.weight.flatten(1), self.convolution.bias)
+        return self.body(tokens.flatten(1, -2))
+
+
+def blocks(x: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, gh, gw, 3, P, P]."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
+
+
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a size of the batch in Python": lambda x: blocks(x).reshape(len(x), -1, 3 * PATCH * PATCH),
+    "unfold": lambda x: F.unfold(x, PATCH, stride=PATCH).mT,
+    "rearranged": lambda x: blocks(x).flatten(3).flatten(1, 2),
+    "rearranged, columns first": lambda x: blocks(x).transpose(1, 2).flatten(3).flatten(1, 2),
+    "rearranged, a grid": lambda x: blocks(x).flatten(3),
+    "Tensor.unfold": lambda x: x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2),
+    "normalised before": lambda x: blocks((x - 0.0) / 1.0).flatten(3).flatten(1, 2),
+}  # fmt: skip
+
+
+@pytest.fixture
+def pictures() -> Tensor:
+    return torch.randn(2, 3, 3 * PATCH, 5 * PATCH, generator=torch.Generator().manual_seed(1)).double()
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_patches_have_one_grid_however_they_are_cut(cut: str, pictures: Tensor) -> None:
+    model = Patches(CUTS[cut]).double().eval()
+    expected = fastrel.Explainer(Patches(None).double().eval())(pictures, target=1)
+    found = fastrel.Explainer(model)(pictures, target=1)
+    torch.testing.assert_close(found.patches, expected.patches)
+    assert found.patches.shape == (2, 3, 5)
+    assert found.heatmap().shape == (2, 12, 20)
+
+
+def test_a_norm_over_patches_hides_no_grid(pictures: Tensor) -> None:
+    patches = fastrel.Explainer(Patches(CUTS["rearranged"], norm=True).double().eval())(pictures, target=1)
+    columns = fastrel.Explainer(Patches(CUTS["rearranged, columns first"], norm=True).double().eval())(pictures, target=1)
+    torch.testing.assert_close(patches.patches, columns.patches)
+
+
+def test_shuffled_patches_have_no_grid(pictures: Tensor) -> None:
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(2))
+    shuffled = Patches(lambda x: CUTS["rearranged"](x)[:, order])
+    explanation = fastrel.Explainer(shuffled.double().eval())(pictures, target=1)
+    assert explanation.relevance.shape == (2, 15)
+    with pytest.raises(InputError, match="do not lie on an image"):
+        _ = explanation.patches
+
+
+class Film(nn.Module):
+    """Films [B, T, 3, H, W], each frame a sample of an encoder of pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.block = nn.Conv2d(3, D, PATCH, PATCH), nn.TransformerEncoderLayer(D, 2, 32, batch_first=True)
+        self.head = nn.Linear(D, 3)
+
+    def frame(self, x: Tensor) -> Tensor:
+        return self.block(self.convolution(x).flatten(2).mT).mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.frame(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1))
+
+
+def test_frames_in_the_batch_have_a_map_each() -> None:
+    model = Film().double().eval()
+    film = torch.randn(2, 4, 3, 8, 12, dtype=torch.double)
+    explainer = fastrel.Explainer(model)
+    explanation = explainer(film, target=[1, 2])
+    assert explanation.patches.shape == (2, 4, 2, 3)
+    assert explanation.heatmap().shape == (2, 4, 8, 12)
+    assert explanation.relevance.shape == (2, 24)
+    torch.testing.assert_close(explanation.patches.flatten(1), explanation.relevance)
+    report = explainer.verify(film, target=[1, 2])
+    assert report.ok, report
+
+    still = film[:, :1].expand_as(film).contiguous()
+    maps = explainer(still, target=[1, 2]).patches
+    for frame in range(1, 4):
+        torch.testing.assert_close(maps[:, frame], maps[:, 0])  # frames that are alike have maps that are
+
+
+def test_a_batch_of_films_is_what_each_gives() -> None:
+    explainer = fastrel.Explainer(Film().double().eval())
+    films = torch.randn(3, 4, 3, 8, 12, dtype=torch.double)
+    together = explainer(films, target=1).patches
+    for i in range(3):
+        torch.testing.assert_close(together[i : i + 1], explainer(films[i : i + 1], target=1).patches)
+
+
+def test_a_volume_has_slices_of_patches() -> None:
+    torch.manual_seed(0)
+
+    class Volume(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.body = nn.Conv3d(1, D, 4, 4), Body()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.convolution(x).flatten(2).mT)
+
+    explainer = fastrel.Explainer(Volume().double().eval())
+    volume = torch.randn(2, 1, 8, 12, 16, dtype=torch.double)
+    explanation = explainer(volume, target=1)
+    assert explanation.patches.shape == (2, 2, 3, 4)
+    torch.testing.assert_close(explanation.patches.flatten(1), explanation.relevance)
+    assert explanation.heatmap().shape == (2, 2, 12, 16)
+    assert explainer.verify(volume).ok
+
+
+def test_a_film_of_videomae_has_frames_of_patches() -> None:
+    transformers = pytest.importorskip("transformers")
+    small: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.VideoMAEConfig(**small, image_size=32, patch_size=8, num_frames=4, tubelet_size=2)
+    model = transformers.VideoMAEForVideoClassification(config).eval()
+    explanation = fastrel.Explainer(model)(pixel_values=torch.randn(2, 4, 3, 32, 32), target=[[0, 1], [1, 0]])
+    assert explanation.patches.shape == (2, 2, 2, 4, 4)
+    assert explanation.heatmap().shape == (2, 2, 2, 32, 32)
