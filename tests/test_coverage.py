@@ -47,6 +47,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "relative position bias (BEiT)": lambda: image_model("beit_base_patch16_224", 64, img_size=64, depth=2, embed_dim=96, num_heads=3),
     "bias from the queries, windows (SAM)": lambda: image_model("samvit_base_patch16_224", 64, img_size=64, depth=2, embed_dim=96, num_heads=3),
     "channel attention (XCiT)": lambda: image_model("xcit_nano_12_p16_224", 64, img_size=64, depth=2),
+    "attention and MLP through one layer (ViT-22B)": lambda: image_model("vit_base_patch16_xp_224", 32, img_size=32, depth=2, embed_dim=48, num_heads=3),
+    "differences of maps (DIFF)": lambda: image_model("vit_dpwee_patch16_reg1_gap_256", 32, img_size=32, depth=2, embed_dim=48, num_heads=3),
     "windows, shifts (Swin)": hf_swin,
     "V Aᵀ, one head (SHViT)": lambda: image_model("shvit_s1", 128, depth=(1, 2, 1), embed_dim=(64, 96, 128), partial_dim=(16, 24, 32)),
     "maps written into, gated with positions (ConViT)": lambda: image_model("convit_tiny", 64, img_size=64, depth=2, local_up_to_layer=1),

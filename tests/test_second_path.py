@@ -355,6 +355,8 @@ AROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "softsign": F.softsign,
     "instance norm": lambda x: F.instance_norm(x.mT).mT,
     "shift of tokens": lambda x: x.roll(1, 1),
+    "constants of its dtype": lambda x: torch.tensor(0.7).type_as(x) * x,
+    "constants of its shape": lambda x: (WEIGHTS.expand_as(x) * x).relu(),
     "difference of two": lambda x: x.relu() - 0.3 * x.flip(-1),
     "constants": lambda x: (1 - 2 * x) / 3 + 0.5,
 }

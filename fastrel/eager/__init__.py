@@ -69,6 +69,8 @@ class propagation(TorchFunctionMode):
         tape, kwargs = self._tape, dict(kwargs or {})
         args = (*args, *(kwargs.pop(key) for key in _OPERANDS if key in kwargs))
         name, in_place = _name(func)
+        if name in names.LIKE_ANOTHER and len(args) > 1 and isinstance(args[1], Tensor):
+            args = (args[0], args[1].detach(), *args[2:])
         if name in names.AUTOGRAD or (_is_attribute(func) and name not in names.UNCHANGED | names.MOVES):
             return func(*args, **kwargs)
         if name == "embedding":

@@ -42,6 +42,9 @@ POOLING = {
     "upsample", "fold",
 }  # fmt: skip
 
+#: Functions that read no more of their second argument than its shape and dtype.
+LIKE_ANOTHER = {"type_as", "expand_as", "view_as", "reshape_as"}
+
 #: Functions of an activation's shape, dtype and device alone.
 CONSTANTS = {
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_empty",

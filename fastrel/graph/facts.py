@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,6 +17,7 @@ from fastrel.graph.patterns import (
     ACTIVATIONS,
     CONSTANTS,
     IDENTITIES,
+    LIKE_ANOTHER,
     enters,
     is_attention_value,
     is_pointwise,
@@ -77,6 +80,14 @@ class Facts:
             if whole & others and not (whole & ~others & mask and free & others):
                 return False
         return True
+
+    def own_attention(self, operands: Sequence[fx.Node], blocks: Collection[fx.Node]) -> list[bool]:
+        """For each of some values whether it comes by attention blocks that others of them do not come by."""
+        numbers = {node: i for i, node in enumerate(self.nodes) if node in self.active}
+        mask = sum(1 << numbers[block] for block in blocks)
+        every = [bits & mask for bits in self._ancestors(operands, numbers, set())]
+        common = functools.reduce(operator.and_, every)
+        return [bool(bits & ~common) for bits in every]
 
     def _ancestors(self, ends: Sequence[fx.Node], numbers: dict[fx.Node, int], stop: set[fx.Node]) -> list[int]:
         """What each of some values is made of, as bits; not what lies beyond `stop`."""
@@ -210,7 +221,8 @@ def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]
             continue
         if node.target in CONSTANTS:
             continue
-        if (enters(node) and _indices(node) in varying) or any(n in active for n in node.all_input_nodes):
+        read = [node.args[0]] if node.target in LIKE_ANOTHER else node.all_input_nodes
+        if (enters(node) and _indices(node) in varying) or any(n in active for n in read):
             active.add(node)
     return active
 

@@ -82,6 +82,14 @@ ARITHMETIC = {
 }
 
 
+#: Operators that read no more of their second argument than its shape and dtype.
+LIKE_ANOTHER = {
+    aten.type_as.default,
+    aten.expand_as.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
+}
+
 #: Operators that read no more of a value than its shape and dtype.
 CONSTANTS = {
     aten.zeros_like.default,

@@ -229,7 +229,8 @@ def cat(t: Context, node: fx.Node, out: Lanes) -> None:
     """Values joined along a dimension: each takes its own part.
 
     A row is divided among parts that are features: among heads by their sizes, among values that no longer have tokens
-    (CLS beside the mean over patches, two towers' outputs) by their relevance.
+    (CLS beside the mean over patches, two towers' outputs) by their relevance. Where attention's output and that of an MLP beside it
+    go through one layer, they are what a block adds up to, like the operands of a sum.
     """
     parts, dim = arguments(node, 0, count=2)
     dim %= _ndim(node)
@@ -237,8 +238,14 @@ def cat(t: Context, node: fx.Node, out: Lanes) -> None:
     lengths = [t.emit.size(x, dim) for x in parts]
     active = [i for i, x in enumerate(parts) if t.is_active(x)]
     shares: Sequence[Any] = [None] * len(parts)
+    rows = [out.row] * len(parts)
     if out.row and feature:
         shares = _shares(t, node, parts, dim, lengths, active, out.rel)
+        attends = dict(zip(active, t.facts.own_attention([parts[i] for i in active], t.stretch.blocks), strict=True))
+        if len(set(attends.values())) > 1:
+            either = t.rollout.fork(out.row, 2)
+            rows = [either[attends.get(i, False)] for i in range(len(parts))]
+            shares = [_among(i, attends, lengths) for i in range(len(parts))]
     start: Any = 0
     for i, (x, length) in enumerate(zip(parts, lengths, strict=True)):
 
@@ -249,8 +256,18 @@ def cat(t: Context, node: fx.Node, out: Lanes) -> None:
             return Lane(t.emit.call(aten.narrow.default, full.node, dim + 1, begin, length))
 
         if i in active:
-            t.index_map(x, out, back)
+            t.index_map(x, out._replace(row=rows[i]), back)
         start = t.emit.arith("add", start, length)
+
+
+def _among(i: int, attends: dict[int, bool], lengths: list[Any]) -> float:
+    """What a part takes of a row among the parts that are, like it, attention's outputs or not: by its size."""
+    alike = [j for j, own in attends.items() if own == attends.get(i)]
+    if i not in alike:
+        return 0.0
+    if not all(isinstance(lengths[j], int) for j in alike):
+        return 1 / len(alike)
+    return lengths[i] / sum(lengths[j] for j in alike)
 
 
 def _shares(
