@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fastrel
 import fastrel.methods
 from fastrel.graph import fingerprint
+from tests.small import ids, made
 
 EXACT = 1e-12
 
@@ -795,3 +796,24 @@ def test_masks_with_minus_infinity_and_masked_classes_are_no_error() -> None:
 def test_inputs_without_numbers_are_refused(x: Any, message: str) -> None:
     with pytest.raises(fastrel.InputError, match=message):
         fastrel.Explainer(Small().float())(x)
+
+
+def test_an_input_given_twice_is_two_inputs_at_the_next_call() -> None:
+    model = made(lambda m, p, q: m.wide(torch.cat([m.encoder(p).mean(1), m.second(q).mean(1)], 1)))
+    same, other = ids(2, 7), ids(2, 7, seed=5)
+    explainer = fastrel.Explainer(model)
+    explainer(same, same, target=1)
+    explanation = explainer(same, other, target=1)
+    torch.testing.assert_close(explanation.logits, model(same, other))
+    expected = fastrel.Explainer(model)(same, other, target=1)
+    for name in ("first", "second"):
+        torch.testing.assert_close(explanation.maps[name].relevance, expected.maps[name].relevance)
+
+
+def test_an_input_that_is_a_parameter_of_the_model_is_an_input() -> None:
+    model = made(lambda m, x: m.head(m.encoder.blocks(x).mean(1)))
+    model.start = nn.Parameter(torch.randn(2, 7, 16, dtype=torch.double))  # type: ignore[assignment]
+    explainer = fastrel.Explainer(model)
+    explainer(model.start, target=1)  # type: ignore[arg-type]
+    other = torch.randn(2, 7, 16, dtype=torch.double)
+    torch.testing.assert_close(explainer(other, target=1).logits, model(other))

@@ -75,7 +75,7 @@ def export(
     logits = call.captured.outputs[program.leaves[0]].meta["val"]
     if logits.dim() != 2 or not 1 <= targets <= logits.shape[1]:
         raise InputError(f"targets={targets} of logits {tuple(logits.shape)}: export needs [B, C] and targets from 1 to C")
-    given = [x if len(x) > 1 else torch.cat([x, x]) for x in call.tensors]
+    given = [x.clone() if len(x) > 1 else torch.cat([x, x]) for x in call.tensors]  # one given twice is two inputs
     exported, fixed = _exported(call, program, given, targets)
     test = _self_test(exported, given, targets)
     maps = _compare(plain, call, test, inputs, named)

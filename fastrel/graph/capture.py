@@ -226,6 +226,11 @@ def _examples(call: Any) -> Any:
     return pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, call)
 
 
+def _apart(call: Any) -> Any:
+    """The inputs as tensors of their own: torch.export takes one tensor given twice, or one of the model's, for one value for ever."""
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, call)
+
+
 def in_order(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword inputs in the order of the model's signature, which is that of the captured graph.
 
@@ -239,7 +244,11 @@ def in_order(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise InputError(f"{type(model).__name__} cannot be called like this: {error}") from error
+        given = ", ".join([type(x).__name__ for x in args] + list(kwargs)) or "nothing"
+        takes = ", ".join(name for name in signature.parameters)
+        raise InputError(
+            f"{type(model).__name__} cannot be called like this: {error}; it takes ({takes}) and was given {given}"
+        ) from error
     position = {name: i for i, name in enumerate(signature.parameters)}
     return dict(sorted(kwargs.items(), key=lambda item: position.get(item[0], len(position))))
 
@@ -251,7 +260,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ba
         CaptureError: the model cannot be exported; the message carries torch's own reason, `details` what torch logged.
     """
     call = (tuple(args), dict(kwargs))
-    example_args, example_kwargs = _examples(call) if batch_varies else call
+    example_args, example_kwargs = _apart(_examples(call) if batch_varies else call)
     with LOCK, quiet() as said:
         try:
             clone = structural_clone(model)
