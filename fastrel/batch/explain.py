@@ -15,6 +15,7 @@ from torch import Tensor
 from fastrel.batch.decoding import Decoded, decode
 from fastrel.batch.row import Row
 from fastrel.batch.settings import Settings, count_of_highest
+from fastrel.data import pictures
 from fastrel.data.inputs import File, Item, Value
 from fastrel.errors import CaptureError, InputError, UnsupportedModelError, reason
 from fastrel.explainer import Explainer
@@ -129,8 +130,7 @@ class Explain:
             return None
         if self._shape is not None:
             return self._shape
-        noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
-        (row, *_) = self._explained([(Decoded("noise", samples=loaded.reader(Image.fromarray(noise))), 0)])[0]
+        (row, *_) = self._explained([(Decoded("noise", samples=loaded.reader(pictures.noise())), 0)])[0]
         self._shape = None if row.map is None else row.map.shape
         return self._shape
 

@@ -8,15 +8,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 
 from fastrel import backends, precision
 from fastrel.artefact.loading import load
 from fastrel.commands import options as shared
-from fastrel.data import files
+from fastrel.data import files, pictures
 from fastrel.errors import InputError
 from fastrel.explainer import Explainer
 from fastrel.models import Loaded
@@ -122,8 +120,7 @@ def _waited(call: Callable[[], Any], loaded: Loaded) -> Callable[[], Any]:
 
 def _sample(options: argparse.Namespace, loaded: Loaded) -> Any:
     if loaded.kind == "image":
-        noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
-        return loaded.reader(Image.fromarray(noise))[0]
+        return loaded.reader(pictures.noise())[0]
     if options.text is None or loaded.kind == "multimodal":
         raise InputError(f"{options.model!r} is a model of texts: give --text")
     return loaded.reader(options.text)[0]

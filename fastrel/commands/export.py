@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from fastrel.artefact import compiled, onnx
 from fastrel.artefact.exporting import export
+from fastrel.batch.settings import Settings
 from fastrel.commands import options as shared
 from fastrel.data import pictures
-from fastrel.errors import InputError
 from fastrel.models import Loaded, Sample
 
 HELP = "write a model's explanation as one file that needs neither the model's code nor its libraries"
@@ -47,19 +46,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the file."""
-    settings = shared.settings(options, random=options.random)
     if options.format == "onnx":
         onnx.require()
-    loaded = settings.load()
-    explainer = settings.explainer(loaded)
-    args, kwargs = loaded.arguments(loaded.inputs(_samples(options, loaded)))
     out = Path(options.out)
     path = out.with_suffix(".pt2") if options.format == "onnx" else out
-    compile_it = options.format == "pt2" and not options.no_compile
-    export(explainer, *args, path=path, targets=options.targets, loaded=loaded, compile=compile_it, **kwargs)
-    written = [path]
-    if compile_it:
-        written.append(compiled.beside(path))
+    written = write(
+        shared.settings(options, random=options.random),
+        path,
+        compile=options.format == "pt2" and not options.no_compile,
+        targets=options.targets,
+        image=None if options.image is None else pictures.read(options.image).image,
+        text=options.text,
+    )
     if options.format == "onnx":
         onnx.write(path, out)
         written.append(out)
@@ -68,12 +66,25 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _samples(options: argparse.Namespace, loaded: Loaded) -> list[Sample]:
+def write(
+    settings: Settings,
+    path: Path,
+    *,
+    compile: bool,
+    targets: int = 1,
+    image: Image.Image | None = None,
+    text: str = _TEXT,
+) -> list[Path]:
+    """Export a model that settings name, with a self-test on this picture (default: noise) or text; the files."""
+    loaded = settings.load()
+    args, kwargs = loaded.arguments(loaded.inputs(_samples(loaded, image or pictures.noise(), text)))
+    explainer = settings.explainer(loaded)
+    export(explainer, *args, path=path, targets=targets, loaded=loaded, compile=compile, **kwargs)
+    return [path, compiled.beside(path)] if compile else [path]
+
+
+def _samples(loaded: Loaded, image: Image.Image, text: str) -> list[Sample]:
     """Two that go into the file as its self-test."""
     if loaded.kind == "image":
-        noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
-        image = Image.fromarray(noise) if options.image is None else pictures.read(options.image).image
         return [loaded.reader(image)[0], loaded.reader(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))[0]]
-    if loaded.kind == "multimodal":
-        raise InputError(f"{options.model!r} reads pictures with texts; export it in Python, with tensors of your own")
-    return [loaded.reader(options.text)[0]] * 2
+    return [loaded.reader(text)[0]] * 2

@@ -85,11 +85,5 @@ def run(options: argparse.Namespace) -> int:
         return serve(Service(options.artefact, **given))
     with tempfile.TemporaryDirectory(prefix="fastrel-") as folder:
         path = Path(folder) / "explain.pt2"
-        parser = argparse.ArgumentParser()
-        exporting.configure(parser)
-        defaults = parser.parse_args(["--out", str(path), *([] if options.compile else ["--no-compile"])])
-        for name in vars(defaults):
-            if hasattr(options, name):
-                setattr(defaults, name, getattr(options, name))
-        exporting.run(defaults)
+        exporting.write(shared.settings(options, random=options.random), path, compile=options.compile)
         return serve(Service(str(path), **given))

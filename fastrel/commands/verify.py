@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from fastrel.commands import options as shared
@@ -49,8 +48,7 @@ def _samples(options: argparse.Namespace, loaded: Loaded) -> tuple[tuple[Tensor,
     if loaded.kind == "image":
         if options.text is not None:
             raise InputError(f"{options.model!r} is a model of pictures; give --image or nothing, not --text")
-        noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
-        image = Image.fromarray(noise) if options.image is None else pictures.read(options.image).image
+        image = pictures.noise() if options.image is None else pictures.read(options.image).image
         (one,) = loaded.reader(image)
         samples = [one, {name: np.ascontiguousarray(x[..., ::-1]) for name, x in one.items()}]
     elif options.text is None or loaded.kind == "multimodal":

@@ -79,6 +79,11 @@ def read(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -
         raise InputError(f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
+def noise() -> Image.Image:
+    """A picture of noise, 256 × 256, the same every time: for what needs some picture."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8))
+
+
 def file_bytes(path: str | os.PathLike[str]) -> bytes:
     """The content of a regular file; pipes and devices are refused instead of waited for.
 
