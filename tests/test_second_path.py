@@ -355,6 +355,7 @@ AROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "softsign": F.softsign,
     "instance norm": lambda x: F.instance_norm(x.mT).mT,
     "shift of tokens": lambda x: x.roll(1, 1),
+    "written over by a copy that is enlarged": lambda x: x + torch.empty_like(x).copy_(x[:, :1]),
     "constants of its dtype": lambda x: torch.tensor(0.7).type_as(x) * x,
     "constants of its shape": lambda x: (WEIGHTS.expand_as(x) * x).relu(),
     "difference of two": lambda x: x.relu() - 0.3 * x.flip(-1),

@@ -65,6 +65,15 @@ def _tile(insert: Any, x: fx.Node, times: Sequence[int], **_: Any) -> fx.Node:
     return insert(aten.repeat.default, x, [1] * (x.meta["val"].dim() - len(times)) + list(times))
 
 
+@_spelling(aten.copy.default)
+def _copied(insert: Any, x: fx.Node, source: fx.Node, *_: Any, **__: Any) -> fx.Node:
+    """What is written over x, in its shape and dtype."""
+    old, new = x.meta["val"], source.meta["val"]
+    if str(new.shape) != str(old.shape):
+        source = insert(aten.expand_as.default, source, x)
+    return source if new.dtype == old.dtype else insert(aten.to.dtype, source, old.dtype)
+
+
 @_spelling(aten.add.Tensor)
 def _scaled_sum(insert: Any, u: fx.Node, v: Any, alpha: float = 1, **_: Any) -> fx.Node | None:
     if alpha == 1 or not isinstance(v, fx.Node):

@@ -31,7 +31,6 @@ INDEX_MAPS = {
     aten.masked_scatter.default,
     aten.scatter.src,
     aten.scatter.value,
-    aten.copy.default,
     aten.fill.Scalar,
     aten.fill.Tensor,
     aten.diagonal_scatter.default,
