@@ -26,7 +26,12 @@ def run_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
     It gets copies of the inputs, which it may write to.
     """
-    args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (tuple(args), dict(kwargs)))
+    copies: dict[int, Tensor] = {}  # one that is given twice is one tensor
+
+    def copy(x: Any) -> Any:
+        return copies.setdefault(id(x), x.clone()) if isinstance(x, Tensor) else x
+
+    args, kwargs = pytree.tree_map(copy, (tuple(args), dict(kwargs)))
     if any(module.training for module in model.modules()):
         with LOCK:
             model = structural_clone(model)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
@@ -47,8 +48,12 @@ class Entry:
     captured: Captured
     fingerprint: Fingerprint
     programs: dict[Any, Program] = field(default_factory=dict)
-    #: Whether its outputs were found equal to the model's: for a batch of one, for others.
-    compared: dict[bool, bool] = field(default_factory=dict)
+    #: Whether its outputs were found equal to the model's: for a batch of one of some sizes, and (None) for others.
+    compared: dict[tuple[torch.Size, ...] | None, bool] = field(default_factory=dict)
+
+    def kind(self, tensors: Sequence[Tensor]) -> tuple[torch.Size, ...] | None:
+        """What must have been compared for these inputs: captured as two, a batch of one is not what the guards speak of."""
+        return tuple(x.shape for x in tensors) if self.captured.guards.is_single(tensors) else None
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,9 @@ class Engine:
             with LOCK, self._lock:
                 found = self._find(signature, tensors) or self._captured(signature, args, kwargs, tensors)
         entry, owned = found
-        single = entry.captured.guards.is_single(tensors)
-        if not entry.compared.get(single, False):
+        if not entry.compared.get(entry.kind(tensors), False):
             with LOCK, self._lock:
-                entry, owned = self._compared(entry, owned, single, args, kwargs, leaves, tensors)
+                entry, owned = self._compared(entry, owned, args, kwargs, leaves, tensors)
         return Call(entry, owned + leaves, tensors, names)
 
     def program(self, entry: Entry, options: Options, outputs: tuple[int, ...], trace: bool = False) -> Program:
@@ -141,14 +145,14 @@ class Engine:
         for entry in self._entries:
             if entry.signature != signature or not entry.captured.guards.accept(tensors):
                 continue
-            if entry.captured.guards.is_single(tensors) and entry.compared.get(True) is False:
+            if entry.compared.get(entry.kind(tensors)) is False:
                 continue  # the model treats a batch of one in another way
             if self.live and not entry.fingerprint.matches():
                 continue
             owned = entry.captured.parameters(self.model)
             if owned is None:
                 continue
-            if entry is not self._entries[0]:
+            if self._entries[:1] != [entry]:
                 with self._lock:
                     self._entries = [entry, *(other for other in self._entries if other is not entry)]
             with outside_inference():
@@ -158,6 +162,7 @@ class Engine:
     def _captured(
         self, signature: Signature, args: Any, kwargs: Any, tensors: list[Tensor], batch_varies: bool = True
     ) -> tuple[Entry, list[Any]]:
+        fingerprint = Fingerprint(self.model)  # before, so that what changes meanwhile is seen
         try:
             with outside_inference():
                 captured = capture(self.model, args, kwargs, batch_varies)
@@ -167,7 +172,7 @@ class Engine:
         if batch_varies and not captured.guards.accept(tensors):
             # The model computes with the size of the batch as a number of Python's, and a batch of one was captured as two.
             return self._captured(signature, args, kwargs, tensors, batch_varies=False)
-        entry = Entry(signature, captured, Fingerprint(self.model))
+        entry = Entry(signature, captured, fingerprint)
         self._entries = [entry, *self._entries][:CAPTURES]
         alike = sum(other.signature.spec == signature.spec for other in self._entries)
         if alike >= MANY and not self._warned:
@@ -192,28 +197,30 @@ class Engine:
             return entry, [_ordinary(value) for value in owned]
 
     def _compared(
-        self, entry: Entry, owned: list[Any], single: bool, args: Any, kwargs: Any, leaves: list[Any], tensors: list[Tensor]
+        self, entry: Entry, owned: list[Any], args: Any, kwargs: Any, leaves: list[Any], tensors: list[Tensor]
     ) -> tuple[Entry, list[Any]]:
         """The entry, its outputs on these very inputs found equal to the model's own; for a batch of one perhaps another one.
 
         Raises:
             CaptureError: they are not equal; the message says where.
         """
-        if entry.compared.get(single):
+        kind = entry.kind(tensors)
+        if entry.compared.get(kind):
             return entry, owned
         try:
             found = difference(self.model, entry.captured, owned + leaves, args, kwargs)
         except (RuntimeError, IndexError, ValueError):
             self._try_model(args, kwargs)
             raise
-        if not entry.compared:
-            entry.fingerprint.ignore_what_the_model_writes()
-        entry.compared[single] = found is None
+        if not entry.compared and entry.fingerprint.ignore_what_the_model_writes() and found is None:
+            # What it wrote, it may read at the next call.
+            found = difference(self.model, entry.captured, owned + leaves, args, kwargs)
+        entry.compared[kind] = found is None
         if found is None:
             return entry, owned
-        if single:
+        if kind is not None:
             entry, owned = self._captured(entry.signature, args, kwargs, tensors, batch_varies=False)
-            return self._compared(entry, owned, False, args, kwargs, leaves, tensors)
+            return self._compared(entry, owned, args, kwargs, leaves, tensors)
         self._entries = [other for other in self._entries if other is not entry]
         raise CaptureError(f"the captured graph of {type(self.model).__name__} is not the model: {found}")
 

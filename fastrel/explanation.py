@@ -169,8 +169,9 @@ class Explanation:
         inputs, or frames, a row per target with the overlays, charts of the highest words, and what each input holds of the whole.
 
         Args:
-            image: the picture that was explained: a PIL image, an array [H, W, 3] or [H, W] of uint8 or of floats in 0 … 1, or a
-                tensor [3, H, W] in 0 … 1; a list of them for the frames of a film; {input: picture} where several inputs are.
+            image: the picture that was explained, of any size but as the model saw it, cropped if that was: a PIL image, an array
+                [H, W, 3] or [H, W] of uint8 or of floats in 0 … 1, or a tensor [3, H, W] in 0 … 1; a list of them for the frames of
+                a film; {input: picture} where several inputs are.
             tokens: the T strings that a tokenizer made; {input: strings} where several inputs are texts.
             names: titles of the K targets.
             style: "blend" or "contours".

@@ -358,7 +358,7 @@ def test_saving_needs_one_sample_and_what_is_shown(explainer: fastrel.Explainer,
     explanation = explainer(images)
     with pytest.raises(fastrel.InputError, match="holds 3 samples"):
         explanation.save(tmp_path / "map.png", image=torch.rand(3, 32, 32))
-    with pytest.raises(fastrel.InputError, match="needs image="):
+    with pytest.raises(fastrel.InputError, match="lies on a picture; pass it: image="):
         explanation[0].save(tmp_path / "map.png")
     with pytest.raises(fastrel.InputError, match="not normalised"):
         explanation[0].save(tmp_path / "map.png", image=images[0])
@@ -367,5 +367,5 @@ def test_saving_needs_one_sample_and_what_is_shown(explainer: fastrel.Explainer,
     text = fastrel.Explainer(models.build("hf_bert"))(**models.inputs("hf_bert", batch=1))
     with pytest.raises(fastrel.InputError, match="do not lie on an image"):
         _ = text.patches
-    with pytest.raises(fastrel.InputError, match="2 tokens but relevance for 12"):
+    with pytest.raises(fastrel.InputError, match="2 tokens for input_ids, whose map has 12"):
         text.save(tmp_path / "map.html", tokens=["a", "b"])

@@ -159,3 +159,64 @@ def test_a_film_of_videomae_has_frames_of_patches() -> None:
     explanation = fastrel.Explainer(model)(pixel_values=torch.randn(2, 4, 3, 32, 32), target=[[0, 1], [1, 0]])
     assert explanation.patches.shape == (2, 2, 2, 4, 4)
     assert explanation.heatmap().shape == (2, 2, 2, 32, 32)
+
+
+class Frames(Film):
+    """Frames before samples in one dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = self.frame(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], x.shape[0]))
+        return self.head(frames.mean(0))
+
+
+def test_frames_before_samples_are_told_from_them() -> None:
+    films = torch.randn(2, 3, 3, 8, 12, dtype=torch.double)
+    before, after = fastrel.Explainer(Frames().double().eval()), fastrel.Explainer(Film().double().eval())
+    explanation = before(films, target=1)
+    assert explanation.patches.shape == (2, 3, 2, 3)
+    torch.testing.assert_close(explanation.patches, after(films, target=1).patches)
+    for i in range(2):
+        torch.testing.assert_close(explanation.patches[i : i + 1], before(films[i : i + 1], target=1).patches)
+
+
+MOVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "flipped": lambda x: x.flip(-1),
+    "turned": lambda x: x.transpose(2, 3),
+    "cropped": lambda x: x[..., PATCH:],
+    "rolled": lambda x: x.roll(3, -1),
+}
+
+
+@pytest.mark.parametrize("move", MOVED)
+def test_a_picture_that_the_model_moves_first_has_no_grid(move: str, pictures: Tensor) -> None:
+    class Moving(Patches):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(MOVED[move](x))
+
+    explanation = fastrel.Explainer(Moving(None).double().eval())(pictures, target=1)
+    with pytest.raises(InputError, match="do not lie on an image"):
+        _ = explanation.patches
+
+
+def test_a_picture_that_the_model_normalises_and_pads_keeps_its_grid(pictures: Tensor) -> None:
+    class Normalising(Patches):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.pad((x - 0.1) / 2, (0, 2 * PATCH, 0, 0)))
+
+    assert fastrel.Explainer(Normalising(None).double().eval())(pictures, target=1).patches.shape == (2, 3, 7)
+
+
+def test_patches_that_lie_across_one_another_have_no_grid(pictures: Tensor) -> None:
+    dilated = Patches(lambda x: x.reshape(len(x), 3, PATCH, 3, PATCH, 5).permute(0, 3, 5, 1, 2, 4).flatten(3).flatten(1, 2))
+    with pytest.raises(InputError, match="do not lie on an image"):
+        _ = fastrel.Explainer(dilated.double().eval())(pictures, target=1).patches
+
+
+def test_pictures_with_channels_last_have_their_own_size(pictures: Tensor) -> None:
+    class Both(Patches):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return super().forward(x) + self.body(self.convolution(y.permute(0, 3, 1, 2)).flatten(2).mT)
+
+    maps = fastrel.Explainer(Both(None).double().eval())(pictures, pictures.permute(0, 2, 3, 1).contiguous(), target=1).maps
+    assert [one.image_size for one in maps.values()] == [(12, 20)] * 2
+    torch.testing.assert_close(maps["x"].patches, maps["y"].patches)

@@ -1,10 +1,13 @@
 """The model as it is at the moment of the call, or a refusal: guards, changes, threads, versions, ambient modes."""
 
+import collections
 import copy
+import dataclasses
 import io
 import logging
 import pickle
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -817,3 +820,115 @@ def test_an_input_that_is_a_parameter_of_the_model_is_an_input() -> None:
     explainer(model.start, target=1)  # type: ignore[arg-type]
     other = torch.randn(2, 7, 16, dtype=torch.double)
     torch.testing.assert_close(explainer(other, target=1).logits, model(other))
+
+
+def test_a_model_that_asks_whether_two_inputs_are_one_is_not_assumed_to_be_told() -> None:
+    model = made(lambda m, p, q: m.head(m.encoder(p).mean(1) * (3.0 if p is q else 1.0) + m.second(q).mean(1)))
+    same = ids(2, 7)
+    explainer = fastrel.Explainer(model)
+    torch.testing.assert_close(explainer(same, same.clone(), target=1).logits, model(same, same.clone()))
+    with pytest.raises(fastrel.CaptureError, match="is not the model"):
+        explainer(same, same, target=1)
+
+
+class Scale:
+    value = 1.0
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    value: float = 1.0
+
+
+SETTINGS: dict[str, Any] = {"value": 1.0, "inner": {"value": 1.0}}
+SPACE = types.SimpleNamespace(value=1.0)
+
+
+def by_default(x: Tensor, factor: float = 1.0) -> Tensor:
+    return x * factor
+
+
+def threefold(x: Tensor, factor: float = 1.0) -> Tensor:
+    return x * 3.0
+
+
+def _reorder(m: Any) -> None:
+    first = m.several.pop("a")
+    m.several["a"] = first
+
+
+#: What a model's code reads from around it, and a change of it between two calls.
+AROUND: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, pytest.MonkeyPatch], Any]]] = {
+    "an attribute of a module": (lambda m, x: F.softsign(x), lambda m, p: p.setattr(F, "softsign", lambda x: 3 * x)),
+    "an entry of a global dict": (lambda m, x: x * SETTINGS["value"], lambda m, p: p.setitem(SETTINGS, "value", 3.0)),
+    "an entry of a dict in it": (lambda m, x: x * SETTINGS["inner"]["value"], lambda m, p: p.setitem(SETTINGS["inner"], "value", 3.0)),
+    "an attribute of a class": (lambda m, x: x * Scale.value, lambda m, p: p.setattr(Scale, "value", 3.0)),
+    "an attribute of an object": (lambda m, x: x * SPACE.value, lambda m, p: p.setattr(SPACE, "value", 3.0)),
+    "an object with slots": (lambda m, x: x * m.slots.value, lambda m, p: setattr(m.slots, "value", 3.0)),
+    "a default of an object's class": (lambda m, x: x * m.scale.value, lambda m, p: p.setattr(Scale, "value", 3.0)),
+    "a queue": (lambda m, x: x * m.queue[0], lambda m, p: m.queue.__setitem__(0, 3.0)),
+    "an argument of a partial": (lambda m, x: m.partial(x), lambda m, p: m.partial.args[0].update(value=3.0)),
+    "the order of modules": (lambda m, x: m.several["b"](x) if next(iter(m.several)) == "a" else x, lambda m, p: _reorder(m)),
+    "the code of a function": (lambda m, x: by_default(x), lambda m, p: p.setattr(by_default, "__code__", threefold.__code__)),
+    "a default of a function": (lambda m, x: by_default(x), lambda m, p: p.setattr(by_default, "__defaults__", (3.0,))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_the_code_reads_around_itself_is_a_part_of_the_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, change = AROUND[name]
+    model: Any = made(lambda m, x: m.head(read(m, m.encoder(x)).mean(1)))
+    model.slots, model.scale, model.queue = Slots(), Scale(), collections.deque([1.0])
+    model.scale.own = 1
+    model.partial = partial(lambda settings, x: x * settings["value"], {"value": 1.0})
+    model.several = nn.ModuleDict({"a": nn.Identity(), "b": nn.Tanh()})
+    explainer, given = fastrel.Explainer(model), ids(2, 7)
+    before = explainer(given, target=1).logits
+    change(model, monkeypatch)
+    after = model(given)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(explainer(given, target=1).logits, after)
+    assert len(explainer._engine._entries) == 2
+
+
+def test_a_hook_that_reads_what_changes_is_followed() -> None:
+    model: Any = made(lambda m, x: m.head(m.encoder(x).mean(1)))
+    steering = {"by": 0.0}
+    model.encoder.register_forward_hook(lambda module, given, out: out + steering["by"] * out)
+    explainer, given = fastrel.Explainer(model), ids(2, 7)
+    explainer(given, target=1)
+    steering["by"] = 3.0
+    torch.testing.assert_close(explainer(given, target=1).logits, model(given))
+
+
+def test_a_forward_that_a_subclass_gets_later_is_seen() -> None:
+    class Later(type(made(lambda m, x: x))):  # type: ignore[misc]
+        pass
+
+    model = Later(lambda m, x: m.head(m.encoder(x).mean(1))).double().eval()
+    explainer, given = fastrel.Explainer(model), ids(2, 7)
+    explainer(given, target=1)
+    Later.forward = lambda m, x: 3 * m.head(m.encoder(x).mean(1))
+    torch.testing.assert_close(explainer(given, target=1).logits, model(given))
+
+
+def test_a_model_that_remembers_its_last_call_is_refused() -> None:
+    def remembering(m: Any, x: Tensor) -> Tensor:
+        y = m.encoder(x).mean(1)
+        if getattr(m, "last", None) is not None:
+            y = y + m.last
+        m.last = y.detach()
+        return m.head(y)
+
+    with pytest.raises(fastrel.CaptureError, match="is not the model"):
+        fastrel.Explainer(made(remembering))(ids(2, 7), target=1)
+
+
+def test_a_batch_of_one_is_compared_at_every_length() -> None:
+    model = made(
+        lambda m, x: m.head((lambda y: y[:, -3:] if x.shape[0] == 1 and x.shape[1] > 8 else y)(m.encoder(x)).mean(1))
+    )
+    explainer = fastrel.Explainer(model)
+    for length in (5, 12):
+        given = ids(1, length)
+        torch.testing.assert_close(explainer(given, target=1).logits, model(given))

@@ -181,3 +181,23 @@ def test_what_is_no_token_is_refused(gpt2: nn.Module) -> None:
     ):
         with pytest.raises(InputError, match=message):
             explainer.next_token(prompt, **given)
+
+
+@pytest.mark.parametrize("weight", [1e-4, 1.0, 1e4])
+def test_numbers_beside_a_text_count_by_their_relevance(weight: float) -> None:
+    """Joined with what attention made, they are no part of its block: their share follows the head's weights."""
+
+    class Beside(Classifier):
+        def forward(self, ids: Tensor, numbers: Tensor) -> Any:  # type: ignore[override]
+            x = self.layer(self.embed(ids))[:, 0]
+            return self.cls(torch.cat([x[:, :8], weight * numbers.relu()], 1))
+
+    torch.manual_seed(0)
+    model = Beside(None).double().eval()
+    given = torch.randint(0, 30, (2, 7)), torch.rand(2, 8, dtype=torch.double) + 0.5
+    maps = fastrel.Explainer(model)(*given, target=1).maps
+    whole = sum(one.relevance.sum(1) for one in maps.values())
+    share = maps["numbers"].relevance.sum(1) / whole
+    low, high = {1e-4: (0.0, 0.01), 1.0: (0.01, 0.99), 1e4: (0.99, 1.0)}[weight]
+    assert bool((share >= low).all())
+    assert bool((share <= high + 1e-9).all())

@@ -43,10 +43,10 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--text needs --model, the name or folder of a Hugging Face classifier or language model")
     if not options.text.strip():
         raise InputError("--text is empty")
-    if options.generate and options.continuation:
+    if options.generate and options.continuation is not None:
         raise InputError("give --generate or --continuation, not both")
     explain = Explain(**vars(shared.settings(options)))
-    if options.generate or options.continuation:
+    if options.generate or options.continuation is not None:
         return _continued(options, explain, out)
     ((_, rows),) = explained(explain, [[Item("text", Value(options.text))]], 0, noise=options.rules == "official")
     if rows[0].error is not None:

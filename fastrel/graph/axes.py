@@ -90,7 +90,8 @@ def is_readable(axes: Axes) -> bool:
 
 def _holds_frames(axis: Axis) -> bool:
     """Whether a dimension holds samples and, of each, a fixed number of tokens."""
-    return axis[0][1] == "batch" and all(role == "token" and size < _PRIMES[0] for size, role in axis[1:])
+    others = [factor for factor in axis if factor[1] != "batch"]
+    return len(others) == len(axis) - 1 and all(role == "token" and size < _PRIMES[0] for size, role in others)
 
 
 def size_of(axis: Axis) -> int:
@@ -181,20 +182,20 @@ def axes_of(*targets: Any) -> Callable[[Labeller], Labeller]:
 def label(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> dict[fx.Node, Axes]:
     """Axes of every active value whose dimensions can be followed from the inputs."""
     return max(
-        (_labelled(nodes, active, sizes, channels) for channels in _places_of_channels(nodes, active)),
+        (_labelled(nodes, active, sizes, channels) for channels in _places_of_channels(nodes, active, sizes)),
         key=lambda labels: _fitting(nodes, labels),
     ).axes
 
 
-def _labelled(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes, channels: dict[int, int]) -> Labels:
-    """Labels if inputs of so many dimensions have their features in these: {dimensions: place}."""
+def _labelled(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes, channels: dict[fx.Node, int]) -> Labels:
+    """Labels if inputs have their features in these dimensions."""
     labels = Labels({}, sizes)
     for node in nodes:
         value = node.meta.get("val")
         if node not in active or not isinstance(value, (Tensor, list, tuple)):
             continue
         if node.op == "placeholder":
-            labels.axes[node] = _input_axes(labels.shape(node), channels)
+            labels.axes[node] = _input_axes(labels.shape(node), channels.get(node))
         elif not isinstance(value, Tensor):
             # A tuple of parts: the axes of the whole, which getitem takes apart.
             known = next((labels.axes[n] for n in node.all_input_nodes if n in labels.axes), None)
@@ -210,11 +211,15 @@ def _labelled(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes, chan
 _CHANNELS = {3: (2,), 4: (1, 3), 5: (1, 2, 4)}
 
 
-def _places_of_channels(nodes: Sequence[fx.Node], active: set[fx.Node]) -> list[dict[int, int]]:
-    """What may be tried for a graph's inputs, the most usual first."""
-    given = {node.meta["val"].dim() for node in nodes if node.op == "placeholder" and node in active}
-    dims = sorted(given & set(_CHANNELS))
-    return [dict(zip(dims, places, strict=True)) for places in itertools.product(*(_CHANNELS[dim] for dim in dims))]
+def _places_of_channels(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> list[dict[fx.Node, int]]:
+    """What may be tried for a graph's inputs, the most usual first; pictures [B, C ≤ 4, H, W] are what they look like."""
+    inputs = [n for n in nodes if n.op == "placeholder" and n in active and n.meta["val"].dim() in _CHANNELS]
+    choices = []
+    for node in inputs:
+        shape = sizes.shape(node)
+        places = _CHANNELS[len(shape)]
+        choices.append(places[:1] if len(shape) == 4 and shape[1] <= 4 else places)
+    return [dict(zip(inputs, places, strict=True)) for places in itertools.product(*choices)]
 
 
 def _fitting(nodes: Sequence[fx.Node], labels: Labels) -> int:
@@ -235,12 +240,12 @@ def _has_features(axis: Axis) -> bool:
     return any(role == "feature" and size > 1 for size, role in axis)
 
 
-def _input_axes(shape: tuple[int, ...], channels: dict[int, int]) -> Axes:
+def _input_axes(shape: tuple[int, ...], channels: int | None) -> Axes:
     roles: list[Role] = ["token"] * len(shape)
     if shape:
         roles[0] = "batch"
-    if len(shape) in channels:
-        roles[channels[len(shape)]] = "feature"
+    if channels is not None:
+        roles[channels] = "feature"
     return tuple(((size, role),) for size, role in zip(shape, roles, strict=True))
 
 

@@ -52,10 +52,12 @@ _ASSERTIONS = {
 
 @dataclass(frozen=True)
 class Signature:
-    """What two calls must share to share a captured graph, but for sizes: structure, dtypes, device, constants, ambient modes."""
+    """What two calls must share to share a captured graph, but for sizes: structure, dtypes, device, constants, which tensors are one
+    (a model may ask, or write into one), ambient modes."""
 
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
+    same: tuple[int, ...]
     ambient: tuple[Any, ...]
 
     @classmethod
@@ -66,7 +68,9 @@ class Signature:
             InputError: an input is neither a tensor nor a constant.
         """
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        return cls(spec, tuple(_kind(leaf) for leaf in leaves), _ambient()), leaves
+        first: dict[int, int] = {}
+        same = tuple(first.setdefault(id(leaf), i) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        return cls(spec, tuple(_kind(leaf) for leaf in leaves), same, _ambient()), leaves
 
 
 def _kind(leaf: Any) -> Any:

@@ -17,11 +17,11 @@ from fastrel.graph.patterns import (
     ACTIVATIONS,
     CONSTANTS,
     IDENTITIES,
-    LIKE_ANOTHER,
     enters,
     is_attention_value,
     is_pointwise,
     is_talking_heads_value,
+    reads,
 )
 
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ class Facts:
         for node in self.nodes:
             if node in numbers:
                 bits = 1 << numbers[node]
-                for x in () if node in stop else node.all_input_nodes:
+                for x in () if node in stop else reads(node):
                     bits |= found.get(x, 0)
                 found[node] = bits
         return [found[end] for end in ends]
@@ -221,8 +221,7 @@ def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]
             continue
         if node.target in CONSTANTS:
             continue
-        read = [node.args[0]] if node.target in LIKE_ANOTHER else node.all_input_nodes
-        if (enters(node) and _indices(node) in varying) or any(n in active for n in read):
+        if (enters(node) and _indices(node) in varying) or any(n in active for n in reads(node)):
             active.add(node)
     return active
 
@@ -246,7 +245,7 @@ def _pointwise_roots(nodes: Sequence[fx.Node], active: set[fx.Node]) -> dict[fx.
     for node in nodes:
         if node not in active:
             continue
-        sources = {roots[n] for n in node.all_input_nodes if n in active} if is_pointwise(node) else set()
+        sources = {roots[n] for n in reads(node) if n in active} if is_pointwise(node) else set()
         same_shape = len(sources) == 1 and next(iter(sources)).meta["val"].shape == node.meta["val"].shape
         roots[node] = sources.pop() if same_shape else node
     return roots
@@ -262,10 +261,10 @@ def _sources(
         if node.op == "placeholder":
             every.setdefault(node, frozenset())
         else:
-            every[node] = frozenset().union(*(every[n] for n in node.all_input_nodes))
+            every[node] = frozenset().union(*(every[n] for n in reads(node)))
         if node in active:
-            through = [n for n in node.all_input_nodes if n in active]
-            known = [every[n] for n in node.all_input_nodes] if not through or enters(node) else [found[n] for n in through]
+            through = [n for n in reads(node) if n in active]
+            known = [every[n] for n in reads(node)] if not through or enters(node) else [found[n] for n in through]
             found[node] = every[node] if node.op == "placeholder" else frozenset().union(*known)
     return found
 
@@ -277,7 +276,7 @@ def _upstream(leaves: Sequence[fx.Node]) -> set[fx.Node]:
         node = todo.pop()
         if node not in found:
             found.add(node)
-            todo += node.all_input_nodes
+            todo += reads(node)
     return found
 
 
@@ -299,6 +298,6 @@ def _bottlenecks(active: set[fx.Node]) -> set[fx.Node]:
 def _downstream(nodes: Sequence[fx.Node], sources: set[fx.Node], active: set[fx.Node]) -> set[fx.Node]:
     found = set(sources)
     for node in nodes:
-        if node in active and any(n in found for n in node.all_input_nodes):
+        if node in active and any(n in found for n in reads(node)):
             found.add(node)
     return found

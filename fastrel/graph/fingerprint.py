@@ -1,6 +1,7 @@
 """What a captured graph is of: everything that a forward pass reads besides its inputs and the values of its weights.
 
-A graph froze the model's modules, forwards, hooks, attributes and ties, and the globals and closures that its code reads.
+A graph froze the model's modules, forwards, hooks, attributes and ties, and what its code reads around itself: globals, closures,
+the functions of modules and attributes of objects that it names, and dicts and lists among these.
 `Fingerprint.matches()` asks, at every call, whether all of it is still the same: first object by object, which takes about a
 millisecond for a large model, and only where an object was replaced, by meaning. Values of parameters, buffers and tensor
 attributes are not part of it; they are read live.
@@ -8,6 +9,8 @@ attributes are not part of it; they are read live.
 
 from __future__ import annotations
 
+import collections
+import functools
 import types
 from collections.abc import Iterator, Mapping
 from operator import is_
@@ -42,7 +45,8 @@ _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forwar
 LARGE = 2048
 
 _Key = tuple[int, Any]
-_CONTAINERS = (list, tuple, set, frozenset)
+_CONTAINERS = (list, tuple, set, frozenset, collections.deque)
+_NUMBERS = (str, bytes, int, float, complex, bool, type(None))
 _CONSTANTS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType)
 
 
@@ -64,13 +68,15 @@ class Fingerprint:
         self._watch = _Watch(self._model, self._volatile)  # other objects that mean the same
         return True
 
-    def ignore_what_the_model_writes(self) -> None:
-        """To be called right after the model ran: attributes that it replaced itself (a kept attention map) do not count."""
+    def ignore_what_the_model_writes(self) -> bool:
+        """To be called right after the model ran: attributes that it replaced itself (a kept attention map) do not count; whether
+        there are any."""
         written = frozenset(self._watch.replaced())
         if written:
             self._volatile |= written
             self._watch = _Watch(self._model, self._volatile)
             self._meaning = _Meaning(self._volatile).of(self._model)
+        return bool(written)
 
 
 class _Watch:
@@ -79,9 +85,15 @@ class _Watch:
     def __init__(self, model: nn.Module, volatile: frozenset[_Key]) -> None:
         self._volatile = volatile
         self._seen: set[int] = set()
+        self._followed: set[int] = set()
+        self._mentioned: set[_Key] = set()
         self._dicts: list[tuple[Mapping[Any, Any], int, tuple[Any, ...], tuple[Any, ...]]] = []
-        self._code: list[tuple[Mapping[Any, Any], int | None, tuple[Any, ...], tuple[Any, ...]]] = []
+        self._code: list[tuple[Mapping[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = []
+        self._grown: list[tuple[Mapping[Any, Any], int, int]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
+        self._functions: list[tuple[types.FunctionType, tuple[Any, ...]]] = []
+        self._around: list[tuple[Any, tuple[Any, ...]]] = []
+        self._slots: list[tuple[Any, tuple[str, ...], tuple[Any, ...]]] = []
         self._sequences: list[tuple[Any, tuple[Any, ...]]] = []
         self._attributes: set[int] = set()
         self._empty: list[Any] = []
@@ -99,15 +111,27 @@ class _Watch:
         return (
             not any(self._empty)
             and all(map(is_, map(type, self._objects), self._types))
-            and all(len(d) == n and all(map(is_, map(d.get, keys), values)) for d, n, keys, values in self._dicts)
+            and all(
+                len(d) == n and all(map(is_, map(d.get, keys), values)) and (len(keys) != n or all(map(is_, d, keys)))
+                for d, n, keys, values in self._dicts
+            )
             and all(len(x) == len(kept) and all(map(is_, x, kept)) for x, kept in self._sequences)
             and self.code_unchanged()
         )
 
     def code_unchanged(self) -> bool:
         """Whether classes, and the globals and closures that their functions read, are what they were."""
-        return all(all(map(is_, map(d.get, keys), values)) for d, _, keys, values in self._code) and all(
-            cell.cell_contents is value for cell, value in self._cells
+        return (
+            all(all(map(is_, map(d.get, keys), values)) for d, keys, values in self._code)
+            and all(len(d) == n or _plain(d) == plain for d, n, plain in self._grown)
+            and all(cell.cell_contents is value for cell, value in self._cells)
+            and all(all(map(is_, _made_of(function), parts)) for function, parts in self._functions)
+            and all(_holds(x, kept) for x, kept in self._around)
+            and all(
+                getattr(x, name, None) is value
+                for x, names, held in self._slots
+                for name, value in zip(names, held, strict=True)
+            )
         )
 
     def replaced(self) -> Iterator[_Key]:
@@ -121,6 +145,7 @@ class _Watch:
                 yield from ((id(d), key) for key in changed)
         yield from ((id(x), None) for x, kept in self._sequences if len(x) != len(kept) or not all(map(is_, x, kept)))
         yield from ((id(x), None) for x in self._empty if x)
+        yield from ((id(x), None) for x, kept in self._around if not _holds(x, kept))
 
     def _enter(self, x: Any) -> list[Any]:
         """Watch one object; what hangs on it."""
@@ -141,11 +166,31 @@ class _Watch:
         if isinstance(x, types.FunctionType):
             self._function(x, {x.__module__})
             return []
+        if isinstance(x, functools.partial):
+            return [x.func, *x.args, x.keywords]
         attributes = getattr(x, "__dict__", None)
+        held = self._slotted(x)
         if not isinstance(attributes, dict):
-            return []
+            return held
+        if not isinstance(x, nn.Module):
+            self._defaults(type(x))
         self._attributes.add(id(attributes))
-        return self._mapping(attributes)
+        return [*self._mapping(attributes), *held]
+
+    def _slotted(self, x: Any) -> list[Any]:
+        """Watch what an object holds in slots."""
+        names = tuple(name for cls in type(x).__mro__ for name in _slots(cls) if hasattr(x, name))
+        held = tuple(getattr(x, name) for name in names)
+        if names:
+            self._slots.append((x, names, held))
+        return list(held)
+
+    def _defaults(self, cls: type) -> None:
+        """Watch the numbers and words that objects of a class find there."""
+        for base in cls.__mro__:
+            names = tuple(name for name, value in vars(base).items() if isinstance(value, _NUMBERS) and name[:2] != "__")
+            if names:
+                self._code.append((vars(base), names, tuple(vars(base)[name] for name in names)))
 
     def _mapping(self, d: Mapping[Any, Any]) -> list[Any]:
         if not d:
@@ -164,7 +209,9 @@ class _Watch:
         for cls in found:
             names = tuple(vars(cls)) if cls in own else tuple(name for name in ("forward", "__call__") if name in vars(cls))
             values = tuple(vars(cls)[name] for name in names)
-            self._code.append((vars(cls), None, names, values))
+            self._code.append((vars(cls), names, values))
+            if cls in own:
+                self._grown.append((vars(cls), len(vars(cls)), _plain(vars(cls))))
             for value in values if cls in own else ():
                 function = getattr(value, "__func__", getattr(value, "fget", value))
                 if isinstance(function, types.FunctionType):
@@ -175,12 +222,14 @@ class _Watch:
         todo = [function]
         while todo:
             one = todo.pop()
-            if id(one) in self._seen:
+            if id(one) in self._followed:
                 continue
-            self._seen.add(id(one))
-            names = tuple(name for name in _names(one.__code__) if name in one.__globals__)
+            self._followed.add(id(one))
+            self._functions.append((one, _made_of(one)))
+            mentioned = _names(one.__code__)
+            names = tuple(name for name in mentioned if name in one.__globals__)
             values = tuple(one.__globals__[name] for name in names)
-            self._code.append((one.__globals__, None, names, values))
+            self._code.append((one.__globals__, names, values))
             for cell in one.__closure__ or ():
                 try:
                     self._cells.append((cell, cell.cell_contents))
@@ -188,6 +237,60 @@ class _Watch:
                     continue
             inner = [cell.cell_contents for cell in one.__closure__ or () if _filled(cell)]
             todo += [x for x in (*values, *inner) if isinstance(x, types.FunctionType) and x.__module__ in files]
+            self._named([*values, *inner], mentioned)
+
+    def _named(self, todo: list[Any], mentioned: set[str]) -> None:
+        """Watch what code reads of the modules, classes, objects and containers around it: attributes that it mentions."""
+        seen: set[int] = set()
+        while todo:
+            x = todo.pop()
+            if isinstance(x, (nn.Module, Tensor, types.FunctionType, *_NUMBERS)) or id(x) in seen or is_own(x):
+                continue
+            seen.add(id(x))
+            if type(x) in (dict, list, set, tuple):
+                if (id(x), None) not in self._volatile:
+                    self._around.append((x, _kept(x)))
+                    todo += _kept(x)[-1] if len(x) <= LARGE else ()
+                continue
+            attributes = getattr(x, "__dict__", None)
+            if attributes is None:
+                self._slotted(x)
+                continue
+            names = tuple(name for name in mentioned if name in attributes)
+            values = tuple(attributes[name] for name in names)
+            new = [name for name in names if (id(attributes), name) not in self._mentioned]
+            self._mentioned.update((id(attributes), name) for name in new)
+            if new:
+                self._code.append((attributes, tuple(new), tuple(attributes[name] for name in new)))
+            todo += [value for value in values if isinstance(value, (types.ModuleType, dict, list, set, tuple))]
+
+
+def _plain(attributes: Mapping[str, Any]) -> int:
+    """How many attributes of a class are not Python's own, which come and go."""
+    return sum(name[:2] != "__" for name in attributes)
+
+
+def _made_of(function: types.FunctionType) -> tuple[Any, ...]:
+    """What a function is besides its name: parts that may be replaced while it stays the same object."""
+    return function.__code__, function.__defaults__, function.__kwdefaults__
+
+
+def _kept(x: Any) -> tuple[tuple[Any, ...], ...]:
+    """What a container holds: keys and values, or entries."""
+    if len(x) > LARGE:
+        return ()
+    return (tuple(x), tuple(x.values())) if type(x) is dict else (tuple(x),)
+
+
+def _holds(x: Any, kept: tuple[tuple[Any, ...], ...]) -> bool:
+    """Whether a container holds what it did."""
+    now = _kept(x)
+    return len(now) == len(kept) and all(len(a) == len(b) and all(map(is_, a, b)) for a, b in zip(now, kept, strict=True))
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    found = vars(cls).get("__slots__", ())
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def _filled(cell: types.CellType) -> bool:
@@ -221,6 +324,8 @@ class _Meaning:
         if isinstance(x, types.MethodType):
             return "method", _Same(x.__func__), self.of(x.__self__)
         self._numbers[id(x)] = len(self._numbers)
+        if isinstance(x, functools.partial):
+            return "partial", self.of(x.func), self.of(x.args), self.of(x.keywords)
         if isinstance(x, Tensor):
             return type(x), x.dtype, x.device, tuple(x.shape)
         if isinstance(x, dict):

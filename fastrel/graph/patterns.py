@@ -102,6 +102,12 @@ CONSTANTS = {
     aten.new_empty.default,
 }
 
+
+def reads(node: fx.Node) -> list[fx.Node]:
+    """The values whose entries a node reads, not their shapes and dtypes alone."""
+    return [node.args[0]] if node.target in LIKE_ANOTHER else node.all_input_nodes  # type: ignore[list-item]
+
+
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
 
 _ALONG_HEADS = {

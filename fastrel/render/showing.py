@@ -28,6 +28,8 @@ def parts_of(maps: Mapping[str, TokenMap], image: Any, tokens: Any) -> list[Part
     sequences = [name for name, one in maps.items() if one.grid is None and one.relevance.shape[-1] > 1]
     texts = _by_name("tokens", tokens, maps, sequences)
     rows = {name: one.relevance.reshape(-1, one.relevance.shape[-1]) for name, one in maps.items()}
+    if unused := next((name for name in pictures if maps[name].grid is None), None):
+        raise InputError(f"image for {unused!r}, whose tokens do not lie on one; pass tokens={{{unused!r}: strings}}")
     whole = sum(row.abs().sum(1) for row in rows.values())
     parts = []
     for name, one in maps.items():
@@ -62,7 +64,7 @@ def _on_pictures(name: str, one: TokenMap, relevance: Tensor, shares: list[float
     frames = patches.shape[-3] if patches.dim() - one.relevance.dim() == 2 else 1
     several = isinstance(given, (list, tuple)) or (isinstance(given, (np.ndarray, Tensor)) and given.ndim == 4)
     pictures = [as_picture(x) for x in given] if several else [as_picture(given)] * frames
-    if len(pictures) % frames:
+    if not pictures or len(pictures) % frames:
         raise InputError(f"{len(pictures)} pictures for the {frames} frames of {name}")
     pictures = pictures[:: len(pictures) // frames]
     size = (pictures[0].height, pictures[0].width)

@@ -240,12 +240,13 @@ def cat(t: Context, node: fx.Node, out: Lanes) -> None:
     shares: Sequence[Any] = [None] * len(parts)
     rows = [out.row] * len(parts)
     if out.row and feature:
-        shares = _shares(t, node, parts, dim, lengths, active, out.rel)
-        attends = dict(zip(active, t.facts.own_attention([parts[i] for i in active], t.stretch.blocks), strict=True))
-        if len(set(attends.values())) > 1:
-            either = t.rollout.fork(out.row, 2)
-            rows = [either[attends.get(i, False)] for i in range(len(parts))]
-            shares = [_among(i, attends, lengths) for i in range(len(parts))]
+        attends = _beside_attention(t, node, [parts[i] for i in active])
+        if attends:
+            either, of = t.rollout.fork(out.row, 2), dict(zip(active, attends, strict=True))
+            rows = [either[of.get(i, False)] for i in range(len(parts))]
+            shares = [_among(i, of, lengths) for i in range(len(parts))]
+        else:
+            shares = _shares(t, node, parts, dim, lengths, active, out.rel)
     start: Any = 0
     for i, (x, length) in enumerate(zip(parts, lengths, strict=True)):
 
@@ -258,6 +259,20 @@ def cat(t: Context, node: fx.Node, out: Lanes) -> None:
         if i in active:
             t.index_map(x, out._replace(row=rows[i]), back)
         start = t.emit.arith("add", start, length)
+
+
+def _beside_attention(t: Context, node: fx.Node, parts: Sequence[fx.Node]) -> list[bool] | None:
+    """Which of some parts are attention's outputs, if others are what the same block computes of the same tokens beside it."""
+    if _pooled(t, node) or len({t.facts.sources[x] for x in parts}) > 1:
+        return None
+    attends = t.facts.own_attention(parts, t.stretch.blocks)
+    return attends if any(attends) and not all(attends) else None
+
+
+def _pooled(t: Context, node: fx.Node) -> bool:
+    """Whether a value has no tokens any more: one dimension of samples, all others of features."""
+    axes = t.axes(node)
+    return len(axes[0]) == 1 and all(axes_.is_feature(axis) for axis in axes[1:])
 
 
 def _among(i: int, attends: dict[int, bool], lengths: list[Any]) -> float:
@@ -274,9 +289,7 @@ def _shares(
     t: Context, node: fx.Node, parts: Sequence[fx.Node], dim: int, lengths: list[Any], active: list[int], rel: Lane | None
 ) -> list[Any]:
     """What each of some parts that are features takes of a row: a number, or [K, B]; parts that are constants take nothing."""
-    axes = t.axes(node)
-    pooled = axes and len(axes[0]) == 1 and all(axes_.is_feature(axis) for axis in axes[1:])
-    if pooled and rel:
+    if _pooled(t, node) and rel:
         dense, begin, own = t.dense(rel, node).node, 0, []
         for i, length in enumerate(lengths):
             if i in active:

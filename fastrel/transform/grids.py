@@ -49,16 +49,27 @@ _MOVES = {
 
 def samples_first(t: Context, node: fx.Node, row: Lane) -> fx.Node:
     """The row at a value without feature dimensions and with its samples first, [K, B, …]: models may have them behind their tokens,
-    or frames and views of a sample beside it, which get a dimension of their own."""
-    axes, dense = t.axes(node), row.node
-    samples = next((dim for dim, axis in enumerate(axes) if axis and axis[0][1] == "batch"), 0)
+    or frames and views of a sample beside it, which get dimensions of their own.
+
+    Raises:
+        ValueError: samples cannot be told from frames.
+    """
+    axes, dense = list(t.axes(node)), row.node
+    places = [dim for dim, axis in enumerate(axes) if any(role == "batch" for _, role in axis)]
+    samples = places[0] if places else 0
+    mixed = axes[samples] if axes else ()
+    if len(mixed) > 1:
+        if sum(role == "batch" for _, role in mixed) != 1:
+            raise ValueError(f"{node} has samples in several places")
+        sizes = [-1 if role == "batch" else size for size, role in mixed]
+        dense = t.emit.call(aten.unflatten.int, dense, samples + 1, sizes)
+        axes[samples : samples + 1] = [(factor,) for factor in mixed]
+        samples += sizes.index(-1)
     order = [samples, *(dim for dim in range(len(axes)) if dim != samples)]
     if samples:
         dense = t.emit.call(aten.permute.default, dense, [0, *(dim + 1 for dim in order)])
-    features = [place + 1 for place, dim in enumerate(order) if dim in t.features(node)]
-    dense = t.emit.call(aten.squeeze.dims, dense, features) if features else dense
-    beside = [size for size, role in axes[samples] if role == "token"] if axes else []
-    return t.emit.call(aten.unflatten.int, dense, 1, [-1, *beside]) if beside else dense
+    features = [place + 1 for place, dim in enumerate(order) if place and axes_.is_feature(axes[dim])]
+    return t.emit.call(aten.squeeze.dims, dense, features) if features else dense
 
 
 def picture_of(facts: Facts, source: fx.Node) -> tuple[int, int] | None:
@@ -91,6 +102,8 @@ def on_grid(t: Context, node: fx.Node, row: Lane) -> fx.Node | None:
             if lanes is None or lanes.row is None:
                 continue
             places = _places(t.facts, x.args[0]) if x.target is aten.linear.default else None
+            if x.target in _CONVOLUTIONS and not _in_place(t.facts, x.args[0]):
+                return None
             if x.target in _CONVOLUTIONS or places is not None:
                 row = back.rollout.share(lanes.row, lambda several, x=x: back.added(x, several, is_row=True))  # type: ignore[misc]
                 dense = samples_first(back, x, back.dense(row, x, is_row=True))
@@ -119,7 +132,7 @@ def _places(facts: Facts, patches: fx.Node) -> tuple[list[int], list[int]] | Non
     spatial = _spatial(facts, source) if source in facts.axes else []
     if len(spatial) not in (2, 3) or len(shape) != len(spatial) + 2 or not all(map(is_concrete_int, shape[1:])):
         return None
-    centres = []
+    centres, extents = [], []
     batch = int(shape[0]) if is_concrete_int(shape[0]) else 1
     for dim in spatial:
         coordinates = torch.arange(1.0, shape[dim] + 1).reshape([-1 if i == dim else 1 for i in range(len(shape))])
@@ -129,9 +142,10 @@ def _places(facts: Facts, patches: fx.Node) -> tuple[list[int], list[int]] | Non
         moved = moved.reshape(batch, -1, moved.shape[-1])[0]
         low, high = moved.where(moved > 0, math.inf).amin(-1), moved.amax(-1)  # what pads an image is 0
         centres.append((low + high) / 2)
+        extents.append(float((high - low).max()) + 1)
     levels = [centre.unique() for centre in centres]
     sizes = [len(level) for level in levels]
-    if math.prod(sizes) != len(centres[0]):
+    if math.prod(sizes) != len(centres[0]) or not all(map(_fits, levels, extents)):
         return None
     index = [torch.searchsorted(level, centre) for level, centre in zip(levels, centres, strict=True)]
     for order in itertools.permutations(range(len(sizes))):
@@ -141,6 +155,32 @@ def _places(facts: Facts, patches: fx.Node) -> tuple[list[int], list[int]] | Non
         if torch.equal(place, torch.arange(len(place))):
             return sizes, list(order)
     return None
+
+
+def _fits(level: Tensor, extent: float) -> bool:
+    """Whether patches of this extent lie beside one another or overlap by half, not across one another."""
+    return bool(level.isfinite().all()) and (len(level) == 1 or extent <= 2 * float(level.diff().max()))
+
+
+def _in_place(facts: Facts, x: fx.Node) -> bool:
+    """Whether what a convolution reads lies as the input does, as far as that was only moved: not turned, cropped or shifted."""
+    source = facts.source(x)
+    dims = x.meta["val"].dim() - 2
+    spatial = _spatial(facts, source)[-dims:] if source in facts.axes else []
+    shape = source.meta["val"].shape
+    if len(spatial) < dims or not all(map(is_concrete_int, shape[1:])):
+        return True
+    batch = int(shape[0]) if is_concrete_int(shape[0]) else 1
+    for place, dim in zip(range(-dims, 0), spatial, strict=True):
+        coordinates = torch.arange(1.0, shape[dim] + 1).reshape([-1 if i == dim else 1 for i in range(len(shape))])
+        moved = _moved(facts, x, {source: coordinates.expand(batch, *shape[1:]).contiguous()})
+        if moved is None:
+            return True  # something was computed of it
+        along = moved.movedim(place, 0).flatten(1)
+        inside = along.amax(1) > 0  # what pads an image is 0
+        if not torch.equal(along.amax(1)[inside], torch.arange(1.0, shape[dim] + 1)):
+            return False
+    return True
 
 
 def _moved(facts: Facts, node: fx.Node, known: dict[fx.Node, Any]) -> Tensor | None:
