@@ -41,7 +41,9 @@ def test_contours_surround_the_peak() -> None:
 
 def test_a_constant_map_leaves_the_picture_alone() -> None:
     picture = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("RGB")
-    assert np.array_equal(np.asarray(overlay(picture, torch.ones(8, 8))), np.asarray(picture))
+    rounded = torch.ones(8, 8) + 1e-7 * torch.rand(8, 8)
+    for heat in (torch.ones(8, 8), rounded):
+        assert np.array_equal(np.asarray(overlay(picture, heat)), np.asarray(picture))
 
 
 def test_a_map_of_another_size_is_an_error() -> None:

@@ -41,9 +41,10 @@ def as_picture(image: Any) -> Image.Image:
 
 
 def unit(heat: np.ndarray) -> np.ndarray:
-    """A map scaled to 0 … 1; a constant map is all zeros."""
+    """A map scaled to 0 … 1; one that is constant, but for rounding in float32, is all zeros."""
     low, high = heat.min(), heat.max()
-    return np.zeros_like(heat) if high <= low else (heat - low) / (high - low)
+    flat = high - low <= 1e-5 * max(abs(low), abs(high))
+    return np.zeros_like(heat) if flat else (heat - low) / (high - low)
 
 
 def _level(picture: Image.Image, heat: Tensor | np.ndarray) -> np.ndarray:

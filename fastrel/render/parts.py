@@ -109,6 +109,9 @@ def picture_of(parts: Sequence[Part], titles: Sequence[str], style: str = "blend
 def _chart(axis: Any, part: Part, target: int) -> None:
     """The highest words in the order of the text."""
     found = words(part.labels, part.relevance[target].detach().float().cpu())
+    if not found:
+        axis.set_axis_off()
+        return
     kept = sorted(sorted(range(len(found)), key=lambda i: -found[i][1])[:_BARS])
     axis.barh(range(len(kept)), [found[i][1] for i in kept], color="#c2410c")
     axis.set_yticks(range(len(kept)), [found[i][0] for i in kept], fontsize=8, parse_math=False)
