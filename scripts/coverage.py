@@ -134,7 +134,11 @@ def page(rows: dict[str, list[tuple[str, str, str]]]) -> str:
         "Where a model has both kinds (XCiT, DaViT), maps over tokens are chained, relevance passes others by the rule of products.\n",
         f"- timm, plain ViT-like families: {count(plain)} pass",
         f"- timm, all: {count(timm_groups)} pass",
-        *(f"- {group}: {count([group])} pass" for group in built if not group.startswith("timm")),
+        *(
+            f"- {group}: {count([group])} pass"
+            for group, found in built.items()
+            if not group.startswith("timm") and any(row[1] != MISSING for row in found)
+        ),
         "",
     ]
     lines += [f"{missing} models below are not examined yet by today's code and are not counted.\n"] if missing else []
