@@ -46,7 +46,7 @@ def examine(build: Callable[[], Case], send: Any) -> None:
         return
     start = time.perf_counter()
     try:
-        report = fastrel.Explainer(case.model, **case.options).verify(**case.inputs, target=case.target)
+        report = fastrel.Explainer(case.model).verify(**case.inputs, target=case.target)
         failed = ", ".join(f"{c.name} {c.value:.1e}" for c in report.checks if not c.ok)
         unchecked = ", ".join(c.name for c in report.checks if "not checked" in c.meaning or "not to be had" in c.meaning)
         maps = "; ".join(shape if len(report.maps) == 1 else f"{name}: {shape}" for name, shape in report.maps.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -163,7 +163,6 @@ class Case:
     model: Any
     inputs: dict[str, Any]
     target: Any = None
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def cases() -> Iterator[tuple[str, str, Callable[[], Case]]]:

@@ -14,7 +14,7 @@ from PIL import Image
 from fastrel.batch.row import Row
 from fastrel.data import files
 from fastrel.errors import InputError
-from fastrel.render.overlay import STYLES
+from fastrel.render.overlay import STYLES, png
 from fastrel.render.parts import page
 
 
@@ -40,7 +40,7 @@ def draw(rows: Sequence[Row], picture: Image.Image | None, paths: Sequence[Path]
             files.write(path, text_page([row for row in rows if row.window == window]))
     else:
         for path, row in zip(paths, rows, strict=False):
-            files.write(path, _png(STYLES[style](picture, _scaled(row, picture))))
+            files.write(path, png(STYLES[style](picture, _scaled(row, picture))))
     if paths[-1].suffix == ".npz":
         files.write(paths[-1], _raw(rows))
 
@@ -74,12 +74,6 @@ def _scaled(row: Row, picture: Image.Image) -> np.ndarray:
         raise InputError("this method gives no map over the picture for this model")
     x = torch.tensor(row.map, dtype=torch.float32)[None, None]
     return F.interpolate(x, size=(picture.height, picture.width), mode="bilinear", align_corners=False)[0, 0].numpy()
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "png", compress_level=3)
-    return buffer.getvalue()
 
 
 def _raw(rows: Sequence[Row]) -> bytes:

@@ -51,6 +51,7 @@ class Facts:
         self.roots = _pointwise_roots(self.nodes, self.active)
         self.sources = _sources(self.nodes, self.active, inputs)
         self._inputs = list(inputs)
+        self._numbers = {node: i for i, node in enumerate(self.nodes) if node in self.active}
 
     def enters(self, x: fx.Node) -> bool:
         """Whether x is where an input of the model becomes numbers: that input itself, or a look-up or cast of its integers."""
@@ -70,9 +71,8 @@ class Facts:
         from the same, with a way there past these blocks (else they are what one block adds up to)."""
         if len(operands) < 2:
             return False
-        numbers = {node: i for i, node in enumerate(self.nodes) if node in self.active}
-        mask = sum(1 << numbers[block] for block in blocks)
-        every, past = self._ancestors(operands, numbers, set()), self._ancestors(operands, numbers, set(blocks))
+        mask = self._bits(blocks)
+        every, past = self._ancestors(operands, set()), self._ancestors(operands, set(blocks))
         for i, (whole, free) in enumerate(zip(every, past, strict=True)):
             others = 0
             for j, other in enumerate(every):
@@ -83,18 +83,20 @@ class Facts:
 
     def own_attention(self, operands: Sequence[fx.Node], blocks: Collection[fx.Node]) -> list[bool]:
         """For each of some values whether it comes by attention blocks that others of them do not come by."""
-        numbers = {node: i for i, node in enumerate(self.nodes) if node in self.active}
-        mask = sum(1 << numbers[block] for block in blocks)
-        every = [bits & mask for bits in self._ancestors(operands, numbers, set())]
+        mask = self._bits(blocks)
+        every = [bits & mask for bits in self._ancestors(operands, set())]
         common = functools.reduce(operator.and_, every)
         return [bool(bits & ~common) for bits in every]
 
-    def _ancestors(self, ends: Sequence[fx.Node], numbers: dict[fx.Node, int], stop: set[fx.Node]) -> list[int]:
+    def _bits(self, values: Collection[fx.Node]) -> int:
+        return sum(1 << self._numbers[x] for x in values)
+
+    def _ancestors(self, ends: Sequence[fx.Node], stop: set[fx.Node]) -> list[int]:
         """What each of some values is made of, as bits; not what lies beyond `stop`."""
         found: dict[fx.Node, int] = {}
         for node in self.nodes:
-            if node in numbers:
-                bits = 1 << numbers[node]
+            if node in self._numbers:
+                bits = 1 << self._numbers[node]
                 for x in () if node in stop else reads(node):
                     bits |= found.get(x, 0)
                 found[node] = bits

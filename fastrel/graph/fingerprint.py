@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import is_
 from typing import Any
 
@@ -47,7 +47,7 @@ LARGE = 2048
 _Key = tuple[int, Any]
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _NUMBERS = (str, bytes, int, float, complex, bool, type(None))
-_CONSTANTS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType)
+_CONSTANTS = (*_NUMBERS, type, types.ModuleType, types.BuiltinFunctionType)
 
 
 class Fingerprint:
@@ -188,9 +188,17 @@ class _Watch:
     def _defaults(self, cls: type) -> None:
         """Watch the numbers and words that objects of a class find there."""
         for base in cls.__mro__:
-            names = tuple(name for name, value in vars(base).items() if isinstance(value, _NUMBERS) and name[:2] != "__")
-            if names:
-                self._code.append((vars(base), names, tuple(vars(base)[name] for name in names)))
+            self._name(
+                base, [name for name, value in vars(base).items() if isinstance(value, _NUMBERS) and name[:2] != "__"]
+            )
+
+    def _name(self, x: Any, names: Iterable[str]) -> None:
+        """Watch some attributes of a module, a class or an object, each once."""
+        attributes = vars(x)
+        new = tuple(name for name in names if (id(x), name) not in self._mentioned)
+        self._mentioned.update((id(x), name) for name in new)
+        if new:
+            self._code.append((attributes, new, tuple(attributes[name] for name in new)))
 
     def _mapping(self, d: Mapping[Any, Any]) -> list[Any]:
         if not d:
@@ -256,13 +264,10 @@ class _Watch:
             if attributes is None:
                 self._slotted(x)
                 continue
-            names = tuple(name for name in mentioned if name in attributes)
-            values = tuple(attributes[name] for name in names)
-            new = [name for name in names if (id(attributes), name) not in self._mentioned]
-            self._mentioned.update((id(attributes), name) for name in new)
-            if new:
-                self._code.append((attributes, tuple(new), tuple(attributes[name] for name in new)))
-            todo += [value for value in values if isinstance(value, (types.ModuleType, dict, list, set, tuple))]
+            names = [name for name in mentioned if name in attributes]
+            self._name(x, names)
+            inner = [attributes[name] for name in names]
+            todo += [value for value in inner if isinstance(value, (types.ModuleType, dict, list, set, tuple))]
 
 
 def _plain(attributes: Mapping[str, Any]) -> int:
@@ -315,7 +320,7 @@ class _Meaning:
 
     def of(self, x: Any) -> Any:
         """The description of one object; seen again, only its number, which tells ties from copies."""
-        if isinstance(x, (str, bytes, int, float, complex, bool, type(None))):
+        if isinstance(x, _NUMBERS):
             return type(x), x
         if (id(x), None) in self._volatile:
             return "volatile"

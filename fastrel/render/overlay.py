@@ -79,9 +79,7 @@ def contours(picture: Image.Image, heat: Tensor | np.ndarray, levels: Sequence[f
         colours = matplotlib.colormaps[COLORMAP](np.array(shown))
         axes.contour(level, levels=shown, colors="white", linewidths=2.6, alpha=0.7)
         axes.contour(level, levels=shown, colors=colours, linewidths=1.4)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+    return drawn(figure)
 
 
 #: How a map is drawn on a picture.
@@ -115,12 +113,29 @@ def table(
     for axes, heats, name in zip(grid, rows, names, strict=True):
         panels = [picture, *(STYLES[style](picture, heat) for heat in heats)]
         for axis, panel in zip(axes, panels, strict=True):
-            axis.imshow(np.asarray(panel))
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            show(axis, panel)
         axes[0].set_ylabel(name, fontsize=11, parse_math=False)
     for axis, title in zip(grid[0], columns, strict=True):
         axis.set_title(title.replace("_", " "), fontsize=11, parse_math=False)
+    return drawn(figure)
+
+
+def show(axis: Any, picture: Image.Image) -> None:
+    """A picture without a frame."""
+    axis.imshow(np.asarray(picture))
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def drawn(figure: Figure) -> Image.Image:
+    """A figure as a picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as a file, written quickly."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "png", compress_level=3)
+    return buffer.getvalue()

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from fastrel.render.overlay import STYLES, side_by_side
+from fastrel.render.overlay import STYLES, drawn, png, show, side_by_side
 from fastrel.render.text import PAGE, paragraph, words
 
 #: Words or tokens in a chart, bars from the highest down.
@@ -92,18 +90,14 @@ def picture_of(parts: Sequence[Part], titles: Sequence[str], style: str = "blend
         for part, width in zip(parts, widths, strict=True):
             own, start = row[start : start + width], start + width
             for axis, shown in zip(own, part.drawn(target, style), strict=False):
-                axis.imshow(np.asarray(shown))
-                axis.set(xticks=[], yticks=[])
-                axis.spines[:].set_visible(False)
+                show(axis, shown)
             if part.heats is None:
                 _chart(own[0], part, target)
             label = f"{part.name}, {part.shares[target]:.0%}" if len(parts) > 1 else part.name
             own[0].set_title(label, fontsize=10, loc="left", parse_math=False)
         if title:
             row[0].set_ylabel(title, fontsize=10, parse_math=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+    return drawn(figure)
 
 
 def _chart(axis: Any, part: Part, target: int) -> None:
@@ -121,7 +115,5 @@ def _chart(axis: Any, part: Part, target: int) -> None:
 
 
 def _embedded(shown: Image.Image, name: str) -> str:
-    buffer = io.BytesIO()
-    shown.save(buffer, "png", compress_level=3)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(png(shown)).decode()
     return f'<img alt="relevance over {html.escape(name)}" src="data:image/png;base64,{data}">'

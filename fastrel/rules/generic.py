@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph.nodes import describe
+from fastrel.graph.patterns import LIKE_ANOTHER
 from fastrel.reference import operators as reference
 from fastrel.rules.pointwise import forked
 from fastrel.rules.registry import rule
@@ -72,8 +73,7 @@ INDEX_MAPS = {
 def _places(t: Context, node: fx.Node) -> list[tuple[int, int | None, fx.Node]]:
     """Where a node's activations stand among its arguments: (argument, place in a list or None, the activation)."""
     found: list[tuple[int, int | None, fx.Node]] = []
-    shapes_only = node.target in (aten.expand_as.default, aten.broadcast_to.default)
-    for i, arg in enumerate(node.args[:1] if shapes_only else node.args):
+    for i, arg in enumerate(node.args[:1] if node.target in LIKE_ANOTHER else node.args):
         if isinstance(arg, (list, tuple)):
             found += [(i, j, x) for j, x in enumerate(arg) if t.is_active(x)]
         elif t.is_active(arg):

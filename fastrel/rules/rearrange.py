@@ -15,7 +15,7 @@ from fastrel.rules.generic import divided_row, index_map
 from fastrel.rules.reduce import pick
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
-from fastrel.transform.lanes import Lane, Lanes, Rows
+from fastrel.transform.lanes import Lane, Lanes, Row, Rows
 from fastrel.transform.rollout import operand_shares
 
 aten = torch.ops.aten
@@ -237,16 +237,14 @@ def cat(t: Context, node: fx.Node, out: Lanes) -> None:
     feature = axes_.is_feature(t.axes(node)[dim])
     lengths = [t.emit.size(x, dim) for x in parts]
     active = [i for i, x in enumerate(parts) if t.is_active(x)]
-    shares: Sequence[Any] = [None] * len(parts)
-    rows = [out.row] * len(parts)
+    shares: list[Any] = [None] * len(parts)
+    rows: list[Row | None] = [out.row] * len(parts)
     if out.row and feature:
-        attends = _beside_attention(t, node, [parts[i] for i in active])
-        if attends:
-            either, of = t.rollout.fork(out.row, 2), dict(zip(active, attends, strict=True))
-            rows = [either[of.get(i, False)] for i in range(len(parts))]
-            shares = [_among(i, of, lengths) for i in range(len(parts))]
-        else:
-            shares = _shares(t, node, parts, dim, lengths, active, out.rel)
+        groups = _what_adds_up(t, node, parts, active)
+        for group, row in zip(groups, t.rollout.fork(out.row, len(groups)), strict=True):
+            own = _shares(t, node, parts, dim, lengths, group, out.rel)
+            for i in group:
+                rows[i], shares[i] = row, own[i]
     start: Any = 0
     for i, (x, length) in enumerate(zip(parts, lengths, strict=True)):
 
@@ -261,28 +259,21 @@ def cat(t: Context, node: fx.Node, out: Lanes) -> None:
         start = t.emit.arith("add", start, length)
 
 
-def _beside_attention(t: Context, node: fx.Node, parts: Sequence[fx.Node]) -> list[bool] | None:
-    """Which of some parts are attention's outputs, if others are what the same block computes of the same tokens beside it."""
-    if _pooled(t, node) or len({t.facts.sources[x] for x in parts}) > 1:
-        return None
-    attends = t.facts.own_attention(parts, t.stretch.blocks)
-    return attends if any(attends) and not all(attends) else None
+def _what_adds_up(t: Context, node: fx.Node, parts: Sequence[fx.Node], active: list[int]) -> list[list[int]]:
+    """The parts as what a block adds up to: attention's outputs apart from what it computes of the same tokens beside them; else all
+    as one."""
+    joined = [parts[i] for i in active]
+    if _pooled(t, node) or len({t.facts.sources[x] for x in joined}) > 1:
+        return [active]
+    attends = t.facts.own_attention(joined, t.stretch.blocks)
+    groups = [[i for i, own in zip(active, attends, strict=True) if own == which] for which in (False, True)]
+    return groups if all(groups) else [active]
 
 
 def _pooled(t: Context, node: fx.Node) -> bool:
     """Whether a value has no tokens any more: one dimension of samples, all others of features."""
     axes = t.axes(node)
     return len(axes[0]) == 1 and all(axes_.is_feature(axis) for axis in axes[1:])
-
-
-def _among(i: int, attends: dict[int, bool], lengths: list[Any]) -> float:
-    """What a part takes of a row among the parts that are, like it, attention's outputs or not: by its size."""
-    alike = [j for j, own in attends.items() if own == attends.get(i)]
-    if i not in alike:
-        return 0.0
-    if not all(isinstance(lengths[j], int) for j in alike):
-        return 1 / len(alike)
-    return lengths[i] / sum(lengths[j] for j in alike)
 
 
 def _shares(
@@ -297,7 +288,7 @@ def _shares(
             begin = t.emit.arith("add", begin, length)
         given = iter(t.emit.parts(t.emit.call(operand_shares, *own), len(own)))
         return [next(given) if i in active else 0.0 for i in range(len(parts))]
-    if all(isinstance(length, int) for length in lengths):
+    if all(isinstance(lengths[i], int) for i in active):
         total = sum(lengths[i] for i in active)
         return [lengths[i] / total if i in active else 0.0 for i in range(len(parts))]
     return [1 / len(active)] * len(parts)

@@ -128,18 +128,16 @@ def _places(facts: Facts, patches: fx.Node) -> tuple[list[int], list[int]] | Non
     """Where the rows of a value [B, tokens…, entries] lie in the input that they are taken from: the sizes of their grid, and in
     which order the tokens run over its dimensions; None where they are not taken from a grid."""
     source = facts.source(patches)
-    shape = source.meta["val"].shape
+    dims = source.meta["val"].dim()
     spatial = _spatial(facts, source) if source in facts.axes else []
-    if len(spatial) not in (2, 3) or len(shape) != len(spatial) + 2 or not all(map(is_concrete_int, shape[1:])):
+    coordinates = (
+        _coordinates(facts, patches, source, spatial) if len(spatial) in (2, 3) and dims == len(spatial) + 2 else None
+    )
+    if coordinates is None:
         return None
     centres, extents = [], []
-    batch = int(shape[0]) if is_concrete_int(shape[0]) else 1
-    for dim in spatial:
-        coordinates = torch.arange(1.0, shape[dim] + 1).reshape([-1 if i == dim else 1 for i in range(len(shape))])
-        moved = _moved(facts, patches, {source: coordinates.expand(batch, *shape[1:]).contiguous()})
-        if moved is None:
-            return None
-        moved = moved.reshape(batch, -1, moved.shape[-1])[0]
+    for moved in coordinates:
+        moved = moved.reshape(_batch(source), -1, moved.shape[-1])[0]
         low, high = moved.where(moved > 0, math.inf).amin(-1), moved.amax(-1)  # what pads an image is 0
         centres.append((low + high) / 2)
         extents.append(float((high - low).max()) + 1)
@@ -167,20 +165,37 @@ def _in_place(facts: Facts, x: fx.Node) -> bool:
     source = facts.source(x)
     dims = x.meta["val"].dim() - 2
     spatial = _spatial(facts, source)[-dims:] if source in facts.axes else []
-    shape = source.meta["val"].shape
-    if len(spatial) < dims or not all(map(is_concrete_int, shape[1:])):
-        return True
-    batch = int(shape[0]) if is_concrete_int(shape[0]) else 1
-    for place, dim in zip(range(-dims, 0), spatial, strict=True):
-        coordinates = torch.arange(1.0, shape[dim] + 1).reshape([-1 if i == dim else 1 for i in range(len(shape))])
-        moved = _moved(facts, x, {source: coordinates.expand(batch, *shape[1:]).contiguous()})
-        if moved is None:
-            return True  # something was computed of it
-        along = moved.movedim(place, 0).flatten(1)
-        inside = along.amax(1) > 0  # what pads an image is 0
-        if not torch.equal(along.amax(1)[inside], torch.arange(1.0, shape[dim] + 1)):
+    coordinates = _coordinates(facts, x, source, spatial) if len(spatial) == dims else None
+    if coordinates is None:
+        return True  # something was computed of it
+    for place, dim, moved in zip(range(-dims, 0), spatial, coordinates, strict=True):
+        along = moved.movedim(place, 0).flatten(1).amax(1)
+        inside = along > 0  # what pads an image is 0
+        if not torch.equal(along[inside], torch.arange(1.0, source.meta["val"].shape[dim] + 1)):
             return False
     return True
+
+
+def _batch(source: fx.Node) -> int:
+    """Samples to try a graph on: as many as it is fixed to, else one."""
+    size = source.meta["val"].shape[0]
+    return int(size) if is_concrete_int(size) else 1
+
+
+def _coordinates(facts: Facts, x: fx.Node, source: fx.Node, spatial: list[int]) -> list[Tensor] | None:
+    """What x would hold if its input held coordinates, from 1 on, along each of some dimensions; None where x mixes them, or sizes
+    vary."""
+    shape = source.meta["val"].shape
+    if not all(map(is_concrete_int, shape[1:])):
+        return None
+    found = []
+    for dim in spatial:
+        line = torch.arange(1.0, shape[dim] + 1).reshape([-1 if i == dim else 1 for i in range(len(shape))])
+        moved = _moved(facts, x, {source: line.expand(_batch(source), *shape[1:]).contiguous()})
+        if moved is None:
+            return None
+        found.append(moved)
+    return found
 
 
 def _moved(facts: Facts, node: fx.Node, known: dict[fx.Node, Any]) -> Tensor | None:

@@ -82,9 +82,8 @@ class Rollout:
                 for i in range(self._forks[fork].operands):
                     parts.pop((*path, Branch(fork, i)), None)
                 one = self._folded(fork, children, add, outermost=path == self._stream(path))
-                if (
-                    one.settled and not one.lane
-                ):  # nothing is left that could carry this to where the other operands are met
+                if one.settled and not one.lane:
+                    # Nothing is left that could carry this to where the other operands are met.
                     self._gone.add(path)
                     self._replaced.add(path)
                 before = [parts[path]] if path in parts else []
