@@ -8,7 +8,7 @@ Nothing in it waits for the device or depends on data: forward pass, seeds and r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,13 +32,14 @@ from fastrel.transform.program import Program
 WARM_UP = 3
 
 
-def run(
-    program: Program, values: Sequence[Any], classes: Tensor | None
-) -> tuple[list[Tensor], Tensor, list[Tensor], list[Tensor | None]]:
+#: What one run gives: the model's outputs, the classes [B, K], and for each map relevance [B, K, T] and the patches or None.
+Results = tuple[list[Tensor], Tensor, list[Tensor], list[Tensor | None]]
+
+
+def run(program: Program, values: Sequence[Any], classes: Tensor | None) -> Results:
     """Prediction and explanation without a look at any value: what a CUDA graph can hold.
 
-    classes [B, K], or None for the predicted ones. Returns the model's outputs, the classes [B, K], and for each map of the
-    program relevance [B, K, T] and the patches [B, K, gh, gw] or None.
+    classes [B, K], or None for the predicted ones.
     """
     outputs, saved = program.forward(*values)
     logits = outputs[program.leaves[0]]
@@ -55,6 +56,28 @@ def reverse(program: Program, seed: Tensor, saved: Sequence[Any]) -> tuple[list[
     rows, grids, _ = program.reverse([seed, seed, row, *saved])
     relevance = [one.reshape(*one.shape[:2], -1).transpose(0, 1) for one in rows]
     return relevance, [None if grid is None else grid.transpose(0, 1) for grid in grids]
+
+
+def record(compute: Callable[[], Results], device: torch.device) -> tuple[Results, Callable[[], None]]:
+    """A CUDA graph of `compute`: its results, and what computes them anew in the same places.
+
+    Raises:
+        InputError: the device is no GPU.
+    """
+    if device.type != "cuda":
+        raise InputError(f"a CUDA graph needs a model on a CUDA device, and this one is on {device}")
+    with torch.no_grad(), torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                compute()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile, a DataLoader's that pins memory for one.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = compute()
+    return results, graph.replay
 
 
 def check_same_kind(given: Sequence[Tensor], captured: Sequence[Tensor]) -> None:
@@ -78,8 +101,6 @@ class Graphed:
         captured, values, self._inputs = call.captured, call.values, call.tensors
         logits = logits_index(captured, options.output)
         device = captured.outputs[logits].meta["val"].device
-        if device.type != "cuda":
-            raise InputError(f"a CUDA graph needs a model on a CUDA device, and this one is on {device}")
         if isinstance(options.method.reading, (AllMaps, PathIntegral)) or targets < 0:
             raise InputError(f"method {options.method.name!r} with targets={targets} cannot be captured as a CUDA graph")
         self._program = engine.explaining(call, options)
@@ -87,17 +108,7 @@ class Graphed:
         self._sizes = [image_size(values[len(captured.owners) + one.input], one.picture) for one in self._program.maps]
         batch = len(self._inputs[0])
         self._classes = torch.zeros(batch, targets, dtype=torch.long, device=device) if targets else None
-        with torch.no_grad(), torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    run(self._program, values, self._classes)
-            torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile, a DataLoader's that pins memory for one.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._results = run(self._program, values, self._classes)
+        self._results, self._replay = record(lambda: run(self._program, values, self._classes), device)
 
     def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Explanation:
         """Explain inputs of the captured sizes, for as many classes per sample as were captured.
@@ -122,7 +133,7 @@ class Graphed:
             self._classes.copy_(classes)
         for place, x in zip(self._inputs, given, strict=True):
             place.copy_(x)
-        self._graph.replay()
+        self._replay()
         outputs, classes, relevance, grids = pytree.tree_map(
             lambda x: x.clone() if isinstance(x, Tensor) else x, self._results
         )

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import compiled, roofline
-from fastrel import Explainer, InputError
+from fastrel import Explainer, InputError, graphed
 from fastrel.backends import BACKENDS
-from fastrel.graphed import Graphed, run
-from fastrel.outputs import logits_index
+from fastrel.graphed import run
 from tests import golden_files as golden
 from tests import models
 
@@ -130,44 +130,46 @@ def test_nothing_between_inputs_and_map_looks_at_values(name: str) -> None:
         explainer.graphed(**given)
 
 
-def _replayed(explainer: Explainer, given: dict[str, torch.Tensor]) -> Graphed:
-    """A Graphed whose graph is replayed by running the program: all of it but the capture, which needs a device."""
-    graphed = Graphed.__new__(Graphed)
-    call = explainer._engine.enter((), {name: x.clone() for name, x in given.items()})
-    graphed._model, graphed._inputs, graphed._classes = explainer.model, call.tensors, None
-    graphed._spec, values = call.captured.out_spec, call.values
-    graphed._program = explainer._engine.program(call.entry, explainer.options, (logits_index(call.captured),))
-    graphed._names = [call.names[one.input] for one in graphed._program.maps]
-    graphed._images = [values[len(call.captured.owners) + one.input] for one in graphed._program.maps]
+@pytest.fixture
+def no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Explainer.graphed` with a graph that is replayed by computing again into the same places: no device is needed."""
 
-    class Graph:
-        def replay(self) -> None:
-            graphed._results = run(graphed._program, values, None)
+    def record(compute: Any, device: torch.device) -> Any:
+        with torch.no_grad():
+            results = compute()
 
-    graphed._graph = Graph()
-    return graphed
+        def replay() -> None:
+            with torch.no_grad():
+                again = compute()
+            for place, new in zip(pytree.tree_leaves(results), pytree.tree_leaves(again), strict=True):
+                if isinstance(place, torch.Tensor):
+                    place.copy_(new)
+
+        return results, replay
+
+    monkeypatch.setattr(graphed, "record", record)
 
 
-def test_a_graph_takes_keywords_in_any_order() -> None:
+def test_a_graph_takes_keywords_in_any_order(no_graph: None) -> None:
     """A BERT tokenizer returns token_type_ids before attention_mask; the model's signature has them the other way round."""
     model, given = models.build("hf_bert"), models.inputs("hf_bert")
     given["token_type_ids"] = (torch.arange(given["input_ids"].shape[1]) % 2).expand_as(given["input_ids"]).contiguous()
     swapped = {name: given[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
     explainer = Explainer(model, backend="torch")
     expected = explainer(**given)
-    ours = _replayed(explainer, given)(**swapped)
+    ours = explainer.graphed(**given)(**swapped)
     assert torch.equal(ours.logits, expected.logits)
     assert torch.equal(ours.relevance, expected.relevance)
 
 
-def test_a_graph_refuses_other_dtypes_and_what_is_not_finite() -> None:
+def test_a_graph_refuses_other_dtypes_and_what_is_not_finite(no_graph: None) -> None:
     model, given = models.build("timm_vit"), models.inputs("timm_vit")
-    graphed = _replayed(Explainer(model, backend="torch"), given)
+    replayed = Explainer(model, backend="torch").graphed(**given)
     with pytest.raises(InputError, match=r"'float32'\)\] do not fit the captured graph, which takes .*'float64'\)\]"):
-        graphed(given["x"].float())
+        replayed(given["x"].float())
     given["x"][0, 0, 0, 0] = torch.nan
     with pytest.raises(InputError, match="the model's output"):
-        graphed(given["x"])
+        replayed(given["x"])
 
 
 @pytest.mark.gpu
@@ -175,10 +177,10 @@ def test_a_graph_refuses_other_dtypes_and_what_is_not_finite() -> None:
 def test_a_graph_replays_the_same_explanation() -> None:
     model, given = models.build("timm_vit").float().cuda(), models.inputs("timm_vit")["x"].float().cuda()
     explainer = Explainer(model)
-    graphed = explainer.graphed(given, targets=2)
+    replayed = explainer.graphed(given, targets=2)
     for images in (given, given.flip(0)):
         expected = explainer(images, target=[[1, 2]] * len(images))
-        assert torch.equal(graphed(images, target=[[1, 2]] * len(images)).relevance, expected.relevance)
+        assert torch.equal(replayed(images, target=[[1, 2]] * len(images)).relevance, expected.relevance)
 
 
 def test_the_roofline_predicts_and_says_so() -> None:
