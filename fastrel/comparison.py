@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import types as types_
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrel.graph.ambient import plainly
 from fastrel.graph.capture import LOCK, Captured
@@ -16,6 +20,12 @@ from fastrel.graph.results import plain
 
 #: How far outputs may lie apart, relative to the largest: operators are the same, but some fuse in another order.
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+
+#: Operators by which code takes numbers out of tensors.
+_LOOKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+#: Library code that looks at numbers only to choose between ways to compute the same: a mask that hides nothing is left out.
+_HARMLESS = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
 
 #: Outputs whose largest value is below this are compared with it.
 SMALL = 1e-2
@@ -39,11 +49,35 @@ def run_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         return model(*args, **kwargs)
 
 
+class Looking(TorchDispatchMode):
+    """Notes whether code looks at the numbers in tensors (`if x.mean() > 0`, `.item()`), which may decide what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator as it is."""
+        if func in _LOOKS and not self.looked:
+            frame: types_.FrameType | None = sys._getframe(1)
+            while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastrel"):
+                frame = frame.f_back
+            self.looked = frame is not None and frame.f_globals.get("__name__") not in _HARMLESS
+        return func(*args, **(kwargs or {}))
+
+
 def difference(
-    model: nn.Module, captured: Captured, values: list[Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    captured: Captured,
+    values: list[Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    looking: Looking | None = None,
 ) -> str | None:
-    """Where the outputs of a captured graph and of the model part on these inputs; None if they are equal."""
-    expected = _tensors(run_model(model, args, kwargs))
+    """Where the outputs of a captured graph and of the model part on these inputs; None if they are equal. `looking` is told whether
+    the model looks at numbers."""
+    with looking or contextlib.nullcontext():
+        expected = _tensors(run_model(model, args, kwargs))
     graph = _module(captured, captured.outputs)
     with plainly():
         found = _tensors(graph(*values))

@@ -1,12 +1,15 @@
 """Engine: a model, what was captured of it, and the programs made of that. Everything that explains stands on it.
 
 A captured graph is a cache, never an authority: it is used where its guards hold and while its fingerprint matches, and its
-outputs are compared with the model's own the first time that it runs, and the first time that it runs on a batch of one.
+outputs are compared with the model's own the first time that it runs, the first time that it runs on a batch of one or on inputs
+laid out in another way; some more times where the model writes to something that it may read again; and at every call where it
+looks at the numbers in its tensors, since these may decide what it does.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from fastrel import backends
 from fastrel import precision as precision_
-from fastrel.comparison import difference, run_model
+from fastrel.comparison import Looking, difference, run_model
 from fastrel.errors import CaptureError
 from fastrel.graph.ambient import outside_inference
 from fastrel.graph.capture import LOCK, Captured, Signature, capture, in_order
@@ -40,6 +43,13 @@ CAPTURES = 16
 MANY = 5
 
 
+#: For how many calls after the first a model is compared that writes to itself or to what is around it.
+WRITES = 3
+
+#: What calls share that one comparison with the model holds for: the sizes of a batch of one (or None), which inputs are contiguous.
+Kind = tuple[tuple[torch.Size, ...] | None, tuple[bool, ...]]
+
+
 @dataclass(eq=False)
 class Entry:
     """A captured graph with what it is valid for, and the programs made of it."""
@@ -48,12 +58,16 @@ class Entry:
     captured: Captured
     fingerprint: Fingerprint
     programs: dict[Any, Program] = field(default_factory=dict)
-    #: Whether its outputs were found equal to the model's: for a batch of one of some sizes, and (None) for others.
-    compared: dict[tuple[torch.Size, ...] | None, bool] = field(default_factory=dict)
+    #: Whether its outputs were found equal to the model's, by kind of call.
+    compared: dict[Kind, bool] = field(default_factory=dict)
+    #: For how many more calls one comparison is not enough.
+    doubts: float = 0
 
-    def kind(self, tensors: Sequence[Tensor]) -> tuple[torch.Size, ...] | None:
-        """What must have been compared for these inputs: captured as two, a batch of one is not what the guards speak of."""
-        return tuple(x.shape for x in tensors) if self.captured.guards.is_single(tensors) else None
+    def kind(self, tensors: Sequence[Tensor]) -> Kind:
+        """What must have been compared for these inputs: captured as two, a batch of one is not what the guards speak of; neither do
+        they speak of strides."""
+        sizes = tuple(x.shape for x in tensors) if self.captured.guards.is_single(tensors) else None
+        return sizes, tuple(x.is_contiguous() for x in tensors)
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, live: bool = True) -> None:
         self.model, self.live = unwrapped(model), live
+        self._given = model
         self._entries: list[Entry] = []  # the most recently used first
         self._lock = threading.RLock()
         self._warned = False
@@ -98,6 +113,7 @@ class Engine:
             InputError: the model rejects these inputs, or they hold NaN.
             CaptureError: torch.export cannot capture the model, or what it captured is not the model.
         """
+        unwrapped(self._given)  # hooks on a wrapper are refused
         kwargs = in_order(self.model, args, kwargs)
         signature, leaves = Signature.of(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -112,7 +128,7 @@ class Engine:
             with LOCK, self._lock:
                 found = self._find(signature, tensors) or self._captured(signature, args, kwargs, tensors)
         entry, owned = found
-        if not entry.compared.get(entry.kind(tensors), False):
+        if not entry.compared.get(entry.kind(tensors), False) or (entry.doubts and self.live):
             with LOCK, self._lock:
                 entry, owned = self._compared(entry, owned, args, kwargs, leaves, tensors)
         return Call(entry, owned + leaves, tensors, names)
@@ -146,7 +162,7 @@ class Engine:
             if entry.signature != signature or not entry.captured.guards.accept(tensors):
                 continue
             if entry.compared.get(entry.kind(tensors)) is False:
-                continue  # the model treats a batch of one in another way
+                continue  # the model treats these in another way
             if self.live and not entry.fingerprint.matches():
                 continue
             owned = entry.captured.parameters(self.model)
@@ -169,6 +185,8 @@ class Engine:
         except CaptureError:
             self._try_model(args, kwargs)
             raise
+        finally:
+            fingerprint.undo()
         if batch_varies and not captured.guards.accept(tensors):
             # The model computes with the size of the batch as a number of Python's, and a batch of one was captured as two.
             return self._captured(signature, args, kwargs, tensors, batch_varies=False)
@@ -193,6 +211,7 @@ class Engine:
                 f"the captured graph does not take inputs of sizes {[tuple(x.shape) for x in tensors]}; "
                 "dimension 0 of every tensor input must be the batch"
             )
+        fingerprint.reads(captured.read_of(owned))
         with outside_inference():
             return entry, [_ordinary(value) for value in owned]
 
@@ -205,21 +224,25 @@ class Engine:
             CaptureError: they are not equal; the message says where.
         """
         kind = entry.kind(tensors)
-        if entry.compared.get(kind):
+        if entry.compared.get(kind) and not (entry.doubts and self.live):
             return entry, owned
+        looking, before = Looking(), bool(entry.compared)
         try:
-            found = difference(self.model, entry.captured, owned + leaves, args, kwargs)
+            found = difference(self.model, entry.captured, owned + leaves, args, kwargs, looking)
         except (RuntimeError, IndexError, ValueError):
             self._try_model(args, kwargs)
             raise
-        if not entry.compared and entry.fingerprint.ignore_what_the_model_writes() and found is None:
+        entry.doubts = math.inf if looking.looked else max(0, entry.doubts - 1)
+        if not before and entry.fingerprint.ignore_what_the_model_writes() and found is None:
             # What it wrote, it may read at the next call.
+            entry.doubts = max(entry.doubts, WRITES)
             found = difference(self.model, entry.captured, owned + leaves, args, kwargs)
         entry.compared[kind] = found is None
         if found is None:
             return entry, owned
-        if kind is not None:
-            entry, owned = self._captured(entry.signature, args, kwargs, tensors, batch_varies=False)
+        if kind[0] is not None or before:
+            # Another batch than that of the capture, or other numbers.
+            entry, owned = self._captured(entry.signature, args, kwargs, tensors, batch_varies=kind[0] is None)
             return self._compared(entry, owned, args, kwargs, leaves, tensors)
         self._entries = [other for other in self._entries if other is not entry]
         raise CaptureError(f"the captured graph of {type(self.model).__name__} is not the model: {found}")

@@ -111,11 +111,12 @@ class Prediction:
 
     def trace(self, target: Target = None) -> list[BlockTrace]:
         """What passed through every block; for predictions by a program that was made to trace."""
-        seeds = class_seeds(self.logits, self._program.leaves[0], target)
         with plainly():
-            _, _, records = self._program.reverse(_arguments(self._program, seeds, self._saved or ()))
+            seeds = self.seeds(target)
+            program, saved = self._prepared(seeds, trace=True)
+            _, _, records = program.reverse(_arguments(program, seeds, saved))
         found: dict[int, dict[str, Tensor]] = {}
-        for (block, name), value in zip(self._program.record_names, records, strict=True):
+        for (block, name), value in zip(program.record_names, records, strict=True):
             found.setdefault(block, {})[name] = value
         names = BlockTrace.__dataclass_fields__
         return [BlockTrace(**{name: found[block].get(name) for name in names}) for block in sorted(found)]  # type: ignore
@@ -196,11 +197,11 @@ class Prediction:
         with torch.inference_mode(False):
             return function_seeds(self._outputs, self._rebuild, target, self._call.batch)
 
-    def _prepared(self, seeds: Seeds) -> tuple[Program, Sequence[Any]]:
+    def _prepared(self, seeds: Seeds, trace: bool = False) -> tuple[Program, Sequence[Any]]:
         """The program that explains the seeded outputs, and what it saved of this prediction."""
         if seeds.outputs == self._program.leaves and self._saved is not None:
             return self._program, self._saved
-        program = self._engine.program(self._call.entry, self._options, seeds.outputs)
+        program = self._engine.program(self._call.entry, self._options, seeds.outputs, trace)
         return program, self._run_forward(program)[1]
 
     def _along_path(self, seeds: Seeds) -> Tensor:

@@ -1,18 +1,22 @@
 """The model as it is at the moment of the call, or a refusal: guards, changes, threads, versions, ambient modes."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import io
 import logging
+import os
 import pickle
 import threading
+import time
 import types
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -631,6 +635,7 @@ def test_many_models_in_many_threads_while_they_predict_elsewhere() -> None:
         while not done.is_set():
             with torch.no_grad():
                 assert torch.allclose(models[i](x), expected[i], rtol=1e-10)
+            time.sleep(0.005)  # lest the others wait for Python alone
 
     for _ in range(ROUNDS):
         done.clear()
@@ -842,6 +847,7 @@ class Slots:
 
 SETTINGS: dict[str, Any] = {"value": 1.0, "inner": {"value": 1.0}}
 SPACE = types.SimpleNamespace(value=1.0)
+NUMBERS = torch.ones(2, dtype=torch.float64)
 
 
 def by_default(x: Tensor, factor: float = 1.0) -> Tensor:
@@ -870,6 +876,13 @@ AROUND: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[Any, pytest.M
     "an argument of a partial": (lambda m, x: m.partial(x), lambda m, p: m.partial.args[0].update(value=3.0)),
     "the order of modules": (lambda m, x: m.several["b"](x) if next(iter(m.several)) == "a" else x, lambda m, p: _reorder(m)),
     "the code of a function": (lambda m, x: by_default(x), lambda m, p: p.setattr(by_default, "__code__", threefold.__code__)),
+    "a number taken out of a tensor": (lambda m, x: x * m.number.item(), lambda m, p: m.number.fill_(3.0)),
+    "numbers taken out of a tensor": (lambda m, x: x * m.number.tolist(), lambda m, p: m.number.fill_(3.0)),
+    "a number out of an object's tensor": (lambda m, x: x * m.slots.value.item(), lambda m, p: m.slots.value.fill_(3.0)),
+    "a number out of a global tensor": (lambda m, x: x * NUMBERS.tolist()[0], lambda m, p: NUMBERS.mul_(3.0)),
+    "an object's tensor": (lambda m, x: x * m.scale.tensor, lambda m, p: setattr(m.scale, "tensor", 3 * m.scale.tensor)),
+    "a numpy array": (lambda m, x: x * float(m.array[0]), lambda m, p: m.array.__setitem__(0, 3.0)),
+    "a variable of the environment": (lambda m, x: x * float(os.environ.get("SCALE", "1")), lambda m, p: p.setenv("SCALE", "3")),
     "a default of a function": (lambda m, x: by_default(x), lambda m, p: p.setattr(by_default, "__defaults__", (3.0,))),
 }  # fmt: skip
 
@@ -879,7 +892,10 @@ def test_what_the_code_reads_around_itself_is_a_part_of_the_model(name: str, mon
     read, change = AROUND[name]
     model: Any = made(lambda m, x: m.head(read(m, m.encoder(x)).mean(1)))
     model.slots, model.scale, model.queue = Slots(), Scale(), collections.deque([1.0])
-    model.scale.own = 1
+    model.scale.own, model.scale.tensor = 1, torch.ones((), dtype=torch.float64)
+    model.number, model.array = torch.ones((), dtype=torch.float64), np.ones(2)
+    if name == "a number out of an object's tensor":
+        model.slots.value = torch.ones((), dtype=torch.float64)
     model.partial = partial(lambda settings, x: x * settings["value"], {"value": 1.0})
     model.several = nn.ModuleDict({"a": nn.Identity(), "b": nn.Tanh()})
     explainer, given = fastrel.Explainer(model), ids(2, 7)
@@ -922,6 +938,87 @@ def test_a_model_that_remembers_its_last_call_is_refused() -> None:
 
     with pytest.raises(fastrel.CaptureError, match="is not the model"):
         fastrel.Explainer(made(remembering))(ids(2, 7), target=1)
+
+
+def test_a_model_that_keeps_its_first_result_is_refused() -> None:
+    kept: dict[str, Tensor] = {}
+    model: Any = made(lambda m, x: m.head(kept.setdefault("first", m.encoder(x).mean(1))))
+    explainer = fastrel.Explainer(model)
+    with pytest.raises(fastrel.FastrelError):
+        for seed in range(2):
+            explainer(torch.randint(0, 9, (2, 7), generator=torch.Generator().manual_seed(seed)), target=1)
+
+
+def tripled_if_large(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and float(x.sum()) > 30:
+        y = 3 * y
+    return m.head(y)
+
+
+def tripled_unless_it_fails(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    with contextlib.suppress(Exception):
+        if x.sum().item() > 30:
+            y = 3 * y
+    return m.head(y)
+
+
+@pytest.mark.parametrize("branch", [tripled_if_large, tripled_unless_it_fails])
+def test_a_model_that_looks_at_numbers_is_compared_at_every_call(branch: Callable[..., Tensor]) -> None:
+    """What it does not show torch.export, it did not do on the first inputs either."""
+    model = made(lambda m, x: branch(m, x, m.encoder(x).mean(1)))
+    explainer, small, large = fastrel.Explainer(model), torch.ones(2, 7, dtype=torch.long), torch.full((2, 7), 5)
+    for _ in range(2):
+        torch.testing.assert_close(explainer(small, target=1).logits, model(small))
+    with pytest.raises(fastrel.CaptureError, match="is not the model"):
+        explainer(large, target=1)
+    torch.testing.assert_close(explainer(small, target=1).logits, model(small))
+
+
+def test_inputs_laid_out_in_another_way_are_compared() -> None:
+    model = made(lambda m, x: m.head(m.encoder(x).mean(1)) * (1 if x.is_contiguous() else 3))
+    explainer, given = fastrel.Explainer(model), ids(3, 7)
+    explainer(given, target=1)
+    with pytest.raises(fastrel.CaptureError, match="is not the model"):
+        explainer(given.T.contiguous().T, target=1)
+    torch.testing.assert_close(explainer(given, target=1).logits, model(given))
+
+
+def test_code_that_holds_a_parameter_goes_on_with_it() -> None:
+    model: Any = made(lambda m, x: m.head(m.encoder(x).mean(1)))
+    weight, bias = model.head.weight, model.head.bias
+    model.head.forward = lambda x: F.linear(x, 2 * weight, bias)
+    explainer, given = fastrel.Explainer(model), ids(2, 7)
+    explainer(given, target=1)
+    model.load_state_dict({name: x + 0.5 for name, x in model.state_dict().items()}, assign=True)
+    torch.testing.assert_close(explainer(given, target=1).logits, model(given))
+
+
+def test_hooks_keep_nothing_of_a_capture() -> None:
+    model: Any = made(lambda m, x: m.head(m.encoder(x).mean(1)))
+    everything: list[Any] = []
+    named: dict[str, Any] = {}
+    first: dict[str, Any] = {}
+    model.kept = []
+    model.encoder.register_forward_hook(lambda module, given, out: everything.append((module, out)))
+    model.encoder.register_forward_hook(lambda module, given, out: named.update(encoder=out))
+    model.encoder.register_forward_hook(lambda module, given, out: first.setdefault("encoder", out) is None)
+    model.encoder.register_forward_hook(lambda module, given, out: model.kept.append(out))
+    explainer, given = fastrel.Explainer(model), ids(2, 7)
+    torch.testing.assert_close(explainer(given, target=1).logits, model(given))
+    found = [*(out for _, out in everything), *named.values(), *first.values(), *model.kept]
+    assert {type(x) for x in found} == {Tensor}
+    entries = len(explainer._engine._entries)
+    explainer(given, target=1)
+    assert len(explainer._engine._entries) == entries == 1
+
+
+def test_hooks_on_a_wrapper_are_refused() -> None:
+    model = made(lambda m, x: m.head(m.encoder(x).mean(1)))
+    wrapper = nn.DataParallel(model)
+    explainer = fastrel.Explainer(wrapper)
+    wrapper.register_forward_hook(lambda module, given, out: 2 * out)
+    with pytest.raises(fastrel.InputError, match="forward hooks on the DataParallel around"):
+        explainer(ids(2, 7), target=1)
 
 
 def test_a_batch_of_one_is_compared_at_every_length() -> None:

@@ -141,6 +141,11 @@ class Captured:
             values.append(value)
         return values
 
+    def read_of(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Which of the values of parameters, buffers and attributes the graph reads."""
+        nodes = (node for node in self.graph.nodes if node.op == "placeholder")
+        return [value for value, node in zip(values, nodes, strict=False) if node.users]
+
 
 def find(model: nn.Module, path: tuple[str, ...]) -> Any:
     """What lies at a path of attributes, module names, keys and positions; None where there is nothing."""
@@ -388,16 +393,15 @@ def _check_batch(guards: Guards, inputs: Sequence[fx.Node], outputs: Sequence[An
 
 def _tensor_attributes(model: nn.Module) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Tensors among the attributes of modules, also in lists, tuples and dicts: id, and path."""
+    seen: set[int] = set()
     for name, module in model.named_modules():
+        seen.update((id(module._parameters), id(module._buffers), id(module._modules)))
         todo: list[Any] = [(tuple(name.split(".")) if name else (), key, x) for key, x in module.__dict__.items()]
-        for _ in range(3):
-            inner: list[Any] = []
-            for place, key, x in todo:
-                path = (*place, str(key))
-                if isinstance(x, Tensor):
-                    yield id(x), path
-                elif isinstance(x, dict) and key not in ("_parameters", "_buffers", "_modules"):
-                    inner += [(path, k, y) for k, y in x.items()]
-                elif isinstance(x, (list, tuple)):
-                    inner += [(path, i, y) for i, y in enumerate(x)]
-            todo = inner
+        while todo:
+            place, key, x = todo.pop()
+            path = (*place, str(key))
+            if isinstance(x, Tensor):
+                yield id(x), path
+            elif isinstance(x, (dict, list, tuple)) and id(x) not in seen:
+                seen.add(id(x))
+                todo += [(path, k, y) for k, y in (x.items() if isinstance(x, dict) else enumerate(x))]

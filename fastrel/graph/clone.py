@@ -9,17 +9,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastrel.errors import InputError
+
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, types.FunctionType, types.BuiltinFunctionType)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile` and data-parallel wrappers."""
+    """The module inside `torch.compile` and data-parallel wrappers.
+
+    Raises:
+        InputError: hooks on a wrapper, which are no part of the module inside.
+    """
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
+        if model._forward_hooks or model._forward_pre_hooks:
+            raise InputError(
+                f"there are forward hooks on the {type(model).__name__} around {type(inner).__name__}; fastrel explains the module "
+                "inside, so register them there"
+            )
         model = inner
 
 

@@ -3,21 +3,26 @@
 A graph froze the model's modules, forwards, hooks, attributes and ties, and what its code reads around itself: globals, closures,
 the functions of modules and attributes of objects that it names, and dicts and lists among these.
 `Fingerprint.matches()` asks, at every call, whether all of it is still the same: first object by object, which takes about a
-millisecond for a large model, and only where an object was replaced, by meaning. Values of parameters, buffers and tensor
-attributes are not part of it; they are read live.
+millisecond for a large model, and only where an object was replaced, by meaning. Values of parameters, buffers and other tensors
+that the graph reads are not part of it; they are read live. Tensors beside these (code took a number out of them) and numpy arrays
+are constants of the graph, and their values are part of it.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+import os
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from fastrel.graph.clone import is_own
@@ -44,6 +49,9 @@ _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forwar
 #: Of larger containers (vocabularies, say) only the length counts.
 LARGE = 2048
 
+#: Of larger numpy arrays (bytes) only the object and its shape count.
+LARGE_ARRAY = 2**20
+
 _Key = tuple[int, Any]
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _NUMBERS = (str, bytes, int, float, complex, bool, type(None))
@@ -56,17 +64,30 @@ class Fingerprint:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._volatile: frozenset[_Key] = frozenset()
+        self._read: frozenset[int] = frozenset()
         self._watch = _Watch(model, self._volatile)
         self._meaning = _Meaning(self._volatile).of(model)
 
     def matches(self) -> bool:
         """Whether the model is still what it was."""
+        if not self._watch.code_unchanged(self._read):
+            return False
         if self._watch.unchanged():
             return True
-        if not self._watch.code_unchanged() or _Meaning(self._volatile).of(self._model) != self._meaning:
+        if not self._watch.held_elsewhere <= _own_tensors(self._model):
+            return False  # code goes on with a parameter that is the model's no more
+        if _Meaning(self._volatile).of(self._model) != self._meaning:
             return False
         self._watch = _Watch(self._model, self._volatile)  # other objects that mean the same
         return True
+
+    def reads(self, tensors: Iterable[Tensor]) -> None:
+        """To be called when the graph is there: the tensors that it reads at every call, which may be written to."""
+        self._read = frozenset(map(id, tensors))
+
+    def undo(self) -> None:
+        """To be called right after the capture: takes out what hooks and forwards kept of it in the user's lists and dicts."""
+        self._watch.undo()
 
     def ignore_what_the_model_writes(self) -> bool:
         """To be called right after the model ran: attributes that it replaced itself (a kept attention map) do not count; whether
@@ -84,6 +105,12 @@ class _Watch:
 
     def __init__(self, model: nn.Module, volatile: frozenset[_Key]) -> None:
         self._volatile = volatile
+        self._own = _own_tensors(model)
+        #: Parameters and buffers that objects and code hold beside the modules.
+        self.held_elsewhere: set[int] = set()
+        self._tensors: list[tuple[Tensor, int | None]] = []
+        self._arrays: list[tuple[np.ndarray[Any, Any], bytes]] = []
+        self._environ: dict[str, str] | None = None
         self._seen: set[int] = set()
         self._followed: set[int] = set()
         self._mentioned: set[_Key] = set()
@@ -116,15 +143,18 @@ class _Watch:
                 for d, n, keys, values in self._dicts
             )
             and all(len(x) == len(kept) and all(map(is_, x, kept)) for x, kept in self._sequences)
-            and self.code_unchanged()
         )
 
-    def code_unchanged(self) -> bool:
-        """Whether classes, and the globals and closures that their functions read, are what they were."""
+    def code_unchanged(self, read: frozenset[int]) -> bool:
+        """Whether classes, and the globals and closures that their functions read, are what they were; and the values of constants,
+        but for tensors that are read at every call."""
         return (
             all(all(map(is_, map(d.get, keys), values)) for d, keys, values in self._code)
             and all(len(d) == n or _plain(d) == plain for d, n, plain in self._grown)
             and all(cell.cell_contents is value for cell, value in self._cells)
+            and all(_version(x) == version or id(x) in read for x, version in self._tensors)
+            and all(x.tobytes() == kept for x, kept in self._arrays)
+            and (self._environ is None or dict(os.environ) == self._environ)
             and all(all(map(is_, _made_of(function), parts)) for function, parts in self._functions)
             and all(_holds(x, kept) for x, kept in self._around)
             and all(
@@ -145,13 +175,33 @@ class _Watch:
                 yield from ((id(d), key) for key in changed)
         yield from ((id(x), None) for x, kept in self._sequences if len(x) != len(kept) or not all(map(is_, x, kept)))
         yield from ((id(x), None) for x in self._empty if x)
+        yield from ((id(x), None) for x, version in self._tensors if _version(x) != version)
+        yield from ((id(x), None) for x, kept in self._arrays if x.tobytes() != kept)
         yield from ((id(x), None) for x, kept in self._around if not _holds(x, kept))
+
+    def undo(self) -> None:
+        """Take out what a capture left in lists, dicts and attributes."""
+        for d, _, keys, values in self._dicts:
+            _without_fakes(d, dict(zip(keys, values, strict=True)))
+        for x, kept in self._around:
+            _without_fakes(x, dict(zip(*kept, strict=True)) if type(x) is dict else dict(enumerate(*kept)))
+        for x, items in self._sequences:
+            _without_fakes(x, dict(enumerate(items)))
+        for x in self._empty:
+            _without_fakes(x, {})
 
     def _enter(self, x: Any) -> list[Any]:
         """Watch one object; what hangs on it."""
-        if isinstance(x, (*_CONSTANTS, Tensor)) or id(x) in self._seen or is_own(x) or (id(x), None) in self._volatile:
+        if isinstance(x, _CONSTANTS) or id(x) in self._seen or is_own(x) or (id(x), None) in self._volatile:
             return []
         self._seen.add(id(x))
+        if isinstance(x, (Tensor, np.ndarray)):
+            self._values(x)
+            return []
+        if isinstance(x, nn.Module):
+            self._seen.update((id(x._parameters), id(x._buffers)))
+            self._mapping(x._parameters)
+            self._mapping(x._buffers)
         if isinstance(x, dict):
             return self._mapping(x)
         if isinstance(x, _CONTAINERS):
@@ -176,6 +226,17 @@ class _Watch:
             self._defaults(type(x))
         self._attributes.add(id(attributes))
         return [*self._mapping(attributes), *held]
+
+    def _values(self, x: Any) -> None:
+        """Watch the numbers in a tensor or an array, but for parameters and buffers."""
+        if (id(x), None) in self._volatile:
+            return
+        if isinstance(x, np.ndarray) and x.nbytes <= LARGE_ARRAY:
+            self._arrays.append((x, x.tobytes()))
+        elif isinstance(x, Tensor) and id(x) in self._own:
+            self.held_elsewhere.add(id(x))
+        elif isinstance(x, Tensor):
+            self._tensors.append((x, _version(x)))
 
     def _slotted(self, x: Any) -> list[Any]:
         """Watch what an object holds in slots."""
@@ -235,6 +296,8 @@ class _Watch:
             self._followed.add(id(one))
             self._functions.append((one, _made_of(one)))
             mentioned = _names(one.__code__)
+            if self._environ is None and not mentioned.isdisjoint(("environ", "getenv")):
+                self._environ = dict(os.environ)
             names = tuple(name for name in mentioned if name in one.__globals__)
             values = tuple(one.__globals__[name] for name in names)
             self._code.append((one.__globals__, names, values))
@@ -252,9 +315,12 @@ class _Watch:
         seen: set[int] = set()
         while todo:
             x = todo.pop()
-            if isinstance(x, (nn.Module, Tensor, types.FunctionType, *_NUMBERS)) or id(x) in seen or is_own(x):
+            if isinstance(x, (nn.Module, types.FunctionType, *_NUMBERS)) or id(x) in seen or is_own(x):
                 continue
             seen.add(id(x))
+            if isinstance(x, (Tensor, np.ndarray)):
+                self._values(x)
+                continue
             if type(x) in (dict, list, set, tuple):
                 if (id(x), None) not in self._volatile:
                     self._around.append((x, _kept(x)))
@@ -267,7 +333,34 @@ class _Watch:
             names = [name for name in mentioned if name in attributes]
             self._name(x, names)
             inner = [attributes[name] for name in names]
-            todo += [value for value in inner if isinstance(value, (types.ModuleType, dict, list, set, tuple))]
+            followed = (types.ModuleType, dict, list, set, tuple, Tensor, np.ndarray)
+            todo += [value for value in inner if isinstance(value, followed)]
+
+
+def _own_tensors(model: nn.Module) -> set[int]:
+    """Which tensors are parameters and buffers."""
+    return {id(x) for module in model.modules() for held in (module._parameters, module._buffers) for x in held.values()}
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
+
+
+def _without_fakes(x: Any, before: Mapping[Any, Any]) -> None:
+    """Put a container's entries from before in the place of fake tensors, or nothing."""
+    entries = list(x.items() if isinstance(x, Mapping) else enumerate(x))
+    fakes = [(key, value) for key, value in entries if any(isinstance(y, FakeTensor) for y in pytree.tree_leaves(value))]
+    for key, value in reversed(fakes):
+        if isinstance(x, set):
+            x.discard(value)
+        elif (
+            isinstance(x, (dict, list, collections.deque))
+            and key in before
+            and (isinstance(x, dict) or len(x) == len(before))
+        ):
+            x[key] = before[key]
+        elif isinstance(x, (dict, list, collections.deque)):
+            del x[key]
 
 
 def _plain(attributes: Mapping[str, Any]) -> int:
@@ -317,6 +410,7 @@ class _Meaning:
     def __init__(self, volatile: frozenset[_Key]) -> None:
         self._volatile = volatile
         self._numbers: dict[int, int] = {}
+        self._of_module = True
 
     def of(self, x: Any) -> Any:
         """The description of one object; seen again, only its number, which tells ties from copies."""
@@ -332,7 +426,10 @@ class _Meaning:
         if isinstance(x, functools.partial):
             return "partial", self.of(x.func), self.of(x.args), self.of(x.keywords)
         if isinstance(x, Tensor):
-            return type(x), x.dtype, x.device, tuple(x.shape)
+            # A graph finds the tensors of modules by their names, others are themselves.
+            return (type(x), x.dtype, x.device, tuple(x.shape)) if self._of_module else _Same(x)
+        if isinstance(x, np.ndarray):
+            return np.ndarray, x.dtype.str, x.shape, x.tobytes() if x.nbytes <= LARGE_ARRAY else _Same(x)
         if isinstance(x, dict):
             return dict, self._items(x)
         if isinstance(x, _CONTAINERS):
@@ -340,7 +437,10 @@ class _Meaning:
         attributes = getattr(x, "__dict__", None)
         if isinstance(x, (*_CONSTANTS, types.FunctionType)) or not isinstance(attributes, dict) or is_own(x):
             return _Same(x)
-        return _Same(type(x)), self._items(attributes)
+        outer, self._of_module = self._of_module, isinstance(x, nn.Module)
+        items = self._items(attributes)
+        self._of_module = outer
+        return _Same(type(x)), items
 
     def _items(self, d: Mapping[Any, Any]) -> Any:
         if len(d) > LARGE:

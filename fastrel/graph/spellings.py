@@ -55,6 +55,32 @@ def _transposed(insert: Any, x: fx.Node, **_: Any) -> fx.Node:
     return insert(aten.transpose.int, x, -2, -1)
 
 
+@_spelling(aten.t.default)
+def _t(insert: Any, x: fx.Node, **_: Any) -> fx.Node | None:
+    return insert(aten.transpose.int, x, 0, 1) if x.meta["val"].dim() == 2 else None
+
+
+@_spelling(aten.numpy_T.default)
+def _reversed(insert: Any, x: fx.Node, **_: Any) -> fx.Node:
+    return insert(aten.permute.default, x, list(reversed(range(x.meta["val"].dim()))))
+
+
+@_spelling(aten.swapaxes.default, aten.swapdims.default)
+def _swapped(insert: Any, x: fx.Node, a: int, b: int, **_: Any) -> fx.Node:
+    return insert(aten.transpose.int, x, a, b)
+
+
+@_spelling(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
+def _moved(insert: Any, x: fx.Node, source: Any, destination: Any, **_: Any) -> fx.Node:
+    count = x.meta["val"].dim()
+    goes = {
+        d % count: s % count
+        for s, d in zip(*(([a] if isinstance(a, int) else a) for a in (source, destination)), strict=True)
+    }
+    rest = iter(sorted(set(range(count)) - set(goes.values())))
+    return insert(aten.permute.default, x, [goes[i] if i in goes else next(rest) for i in range(count)])
+
+
 @_spelling(aten.hstack.default)
 def _hstack(insert: Any, parts: Sequence[fx.Node], **_: Any) -> fx.Node:
     return insert(aten.cat.default, parts, min(1, parts[0].meta["val"].dim() - 1))
