@@ -158,11 +158,12 @@ class Engine:
 
     def _find(self, signature: Signature, tensors: list[Tensor]) -> tuple[Entry, list[Any]] | None:
         """A graph that is valid for these inputs and the model as it is, and the values of its parameters."""
-        for entry in self._entries:
-            if entry.signature != signature or not entry.captured.guards.accept(tensors):
-                continue
-            if entry.compared.get(entry.kind(tensors)) is False:
-                continue  # the model treats these in another way
+        fitting = [x for x in self._entries if x.signature == signature and x.captured.guards.accept(tensors)]
+        known = [entry.compared.get(entry.kind(tensors)) for entry in fitting]
+        for entry in [
+            *(entry for entry, equal in zip(fitting, known, strict=True) if equal),
+            *(entry for entry, equal in zip(fitting, known, strict=True) if equal is None),
+        ]:  # those that were not found equal treat these inputs in another way
             if self.live and not entry.fingerprint.matches():
                 continue
             owned = entry.captured.parameters(self.model)

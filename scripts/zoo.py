@@ -275,7 +275,7 @@ SEVERAL: dict[str, Callable[[], Case]] = {
         "LxmertForQuestionAnswering", lambda out: out.question_answering_score[:, 1], **_WORDS, l_layers=1, x_layers=1, r_layers=1, visual_feat_dim=8, num_qa_labels=4
     )(input_ids=_ids, visual_feats=lambda: torch.randn(2, 4, 8), visual_pos=lambda: torch.rand(2, 4, 4)),
     "BridgeTower": _both("BridgeTowerForImageAndTextRetrieval", None, text_config={**_WORDS, "hidden_size": 64}, vision_config={**_EYES, "hidden_size": 64}, hidden_size=64, num_attention_heads=2, num_hidden_layers=2),
-    "FLAVA": _both("FlavaModel", lambda out: out.multimodal_embeddings[:, 0].pow(2).sum(1), text_config=_WORDS, image_config=_EYES, multimodal_config=_TOWER, hidden_size=32, projection_dim=16),
+    "FLAVA": _both("FlavaModel", lambda out: out.multimodal_embeddings[:, 0, 3], text_config=_WORDS, image_config=_EYES, multimodal_config=_TOWER, hidden_size=32, projection_dim=16),
     "OWL-ViT": _both("OwlViTModel", _pairs, text_config=_WORDS, vision_config=_EYES, projection_dim=16),
     "CLIPSeg": _both("CLIPSegModel", _pairs, text_config=_WORDS, vision_config=_EYES, projection_dim=16),
     "LayoutLMv3": lambda: _made(

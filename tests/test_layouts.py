@@ -74,6 +74,41 @@ def test_patches_have_one_grid_however_they_are_cut(cut: str, pictures: Tensor) 
     assert found.heatmap().shape == (2, 12, 20)
 
 
+#: The same tokens [B, T, D] from what the convolution gives [B, D, gh, gw].
+TURNS: dict[str, Callable[[Tensor], Tensor]] = {
+    "movedim": lambda y: y.movedim(1, 3).flatten(1, 2),
+    "movedim of several": lambda y: y.movedim((2, 3), (1, 2)).flatten(1, 2),
+    "moveaxis": lambda y: torch.moveaxis(y, 1, -1).flatten(1, 2),
+    "swapaxes": lambda y: y.flatten(2).swapaxes(-1, -2),
+    "swapdims": lambda y: y.flatten(2).swapdims(2, 1),
+    "t": lambda y: torch.stack([one.flatten(1).t() for one in y.unbind(0)]) if y.shape[0] == 1 else y.flatten(2).mT,
+    "T": lambda y: y.flatten(2).permute(2, 1, 0).T.mT.contiguous(),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_dimensions_are_followed_however_they_are_turned(turn: str, pictures: Tensor) -> None:
+    model, plain = Patches(None).double().eval(), Patches(None).double().eval()
+    model.forward = lambda x: model.body(TURNS[turn](model.convolution(x)))  # type: ignore[method-assign]
+    expected = fastrel.Explainer(plain)(pictures, target=1)
+    torch.testing.assert_close(fastrel.Explainer(model)(pictures, target=1).patches, expected.patches)
+
+
+@pytest.mark.parametrize(("window", "padding"), [(PATCH, "valid"), (3, "same"), (4, "same"), ((4, 3), "same")])
+def test_padding_in_words_is_padding_in_numbers(window: Any, padding: str, pictures: Tensor) -> None:
+    model = Patches(None).double().eval()
+    stride = PATCH if padding == "valid" else 1
+    model.convolution = nn.Conv2d(3, D, window, stride, padding).double()
+    before = nn.Conv2d(D, D, 3, padding=padding).double()
+    model.forward = lambda x: model.body(before(model.convolution(x)).flatten(2).mT)  # type: ignore[method-assign]
+    explainer = fastrel.Explainer(model)
+    report = explainer.verify(pictures, target=1)
+    assert report.ok, str(report)
+    assert not report.generic
+    found = explainer(pictures, target=1)
+    assert found.patches.shape[1:] == before(model.convolution(pictures)).shape[2:]
+
+
 def test_a_norm_over_patches_hides_no_grid(pictures: Tensor) -> None:
     patches = fastrel.Explainer(Patches(CUTS["rearranged"], norm=True).double().eval())(pictures, target=1)
     columns = fastrel.Explainer(Patches(CUTS["rearranged, columns first"], norm=True).double().eval())(pictures, target=1)

@@ -339,6 +339,8 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
     inputs: list[fx.Node] = []
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     attributes = dict(_tensor_attributes(model))
+    # A forward that was put on the model speaks of the model's own modules, not of those of the clone: torch takes aliases of these.
+    named = {_place(x): tuple(name.split(".")) for name, x in (*model.named_parameters(), *model.named_buffers())}
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
         if spec.kind is InputKind.USER_INPUT:
             inputs.append(node)
@@ -348,7 +350,8 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
             owners.append(tuple(spec.target.split(".")))
         else:
             constant = program.constants[spec.target]
-            owners.append(attributes.get(id(constant), constant) if isinstance(constant, Tensor) else constant)
+            path = attributes.get(id(constant)) or named.get(_place(constant)) if isinstance(constant, Tensor) else None
+            owners.append(path or constant)
     output = next(iter(reversed(graph.nodes)))
     # What the model writes into its own inputs is no output.
     results = zip(output.args[0], signature.output_specs, strict=True)
@@ -389,6 +392,11 @@ def _check_batch(guards: Guards, inputs: Sequence[fx.Node], outputs: Sequence[An
                     f"the samples lie along dimension {dim} of input {node.name}, and fastrel takes them along the first; "
                     "explain a module that takes [B, T, …] and transposes it for the model"
                 )
+
+
+def _place(x: Tensor) -> Any:
+    """Where a tensor's numbers are, and how they lie there; an empty one is itself."""
+    return (x.data_ptr(), x.shape, x.stride(), x.dtype) if x.numel() and x.device.type != "meta" else id(x)
 
 
 def _tensor_attributes(model: nn.Module) -> Iterator[tuple[int, tuple[str, ...]]]:

@@ -30,19 +30,25 @@ def _spelling(*targets: Any) -> Callable[[Spelling], Spelling]:
 
 def spell_out(graph: fx.Graph, active: Callable[[fx.Node], bool]) -> bool:
     """Write all such operators of activations as what they are made of; whether there was any."""
-    found = False
+    found, written = False, set[fx.Node]()
+
+    def is_active(x: fx.Node) -> bool:
+        return x in written or active(x)
+
     for node in list(graph.nodes):
         spelling = SPELLINGS.get(node.target)
-        if spelling is None or not any(active(x) for x in node.all_input_nodes):
+        if spelling is None or not any(is_active(x) for x in node.all_input_nodes):
             continue
 
         def insert(target: Any, *args: Any, node: fx.Node = node) -> fx.Node:
             new = insert_call(graph, target, *args)
             new.meta |= {name: x for name, x in node.meta.items() if name != "val"}
+            if any(is_active(x) for x in new.all_input_nodes):
+                written.add(new)
             return new
 
         with graph.inserting_before(node):
-            result = spelling(insert, *node.args, active=active, **node.kwargs)
+            result = spelling(insert, *node.args, active=is_active, **node.kwargs)
         if result is not None:
             node.replace_all_uses_with(result)
             graph.erase_node(node)
@@ -89,6 +95,22 @@ def _hstack(insert: Any, parts: Sequence[fx.Node], **_: Any) -> fx.Node:
 @_spelling(aten.tile.default)
 def _tile(insert: Any, x: fx.Node, times: Sequence[int], **_: Any) -> fx.Node:
     return insert(aten.repeat.default, x, [1] * (x.meta["val"].dim() - len(times)) + list(times))
+
+
+@_spelling(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
+def _padded_in_words(
+    insert: Any, x: fx.Node, weight: fx.Node, bias: Any = None, stride: Any = 1, padding: str = "valid", dilation: Any = 1,
+    groups: int = 1, **_: Any,
+) -> fx.Node:  # fmt: skip
+    """valid: none. same: around, and what is odd at the end."""
+    window = weight.meta["val"].shape[2:]
+    stride, each = ([x] * len(window) if isinstance(x, int) else list(x) for x in (stride, dilation))
+    total = [d * (int(k) - 1) if padding == "same" else 0 for d, k in zip(each, window, strict=True)]
+    odd = [n % 2 for n in total]
+    if any(odd):
+        x = insert(aten.constant_pad_nd.default, x, [side for n in reversed(odd) for side in (0, n)])
+    target = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}[len(window)]
+    return insert(target, x, weight, bias, stride, [n // 2 for n in total], each, groups)
 
 
 @_spelling(aten.copy.default)
