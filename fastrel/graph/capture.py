@@ -295,17 +295,23 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ba
                 "Check that model(*inputs) runs in eval mode; data-dependent control flow cannot be captured.",
                 details="\n".join([*said, str(error)]),
             ) from error
+        finally:
+            _forget()
 
 
 def _release(graph: fx.Graph) -> None:
     """Let go of what torch keeps of a tracing: the sizes' ShapeEnv holds fake tensors whose sizes, in C++, hold it, which no garbage
-    collector sees, and functions of ShapeEnv remember their arguments without a limit."""
+    collector sees."""
     values = [value for node in graph.nodes for value in pytree.tree_leaves(node.meta.get("val"))]
     sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape]
     known: set[Any] = {size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)}  # type: ignore[attr-defined]
     for shape_env in known:
         shape_env.tracked_fakes = None
         shape_env.fake_tensor_cache.clear()
+
+
+def _forget() -> None:
+    """Let functions of ShapeEnv forget their arguments, which they remember without a limit."""
     for member in vars(ShapeEnv).values():
         if forget := getattr(member, "cache_clear", None):
             forget()
