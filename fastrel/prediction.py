@@ -179,7 +179,8 @@ class Prediction:
             raise
         except RuntimeError as error:
             name = type(self._engine.model).__name__
-            raise UnsupportedModelError(f"cannot explain {name}, a rule failed on it: {error}") from error
+            rule = program.rule_of(error) or "an operator"
+            raise UnsupportedModelError(f"cannot explain {name}, the rule of {rule} does not take it: {error}") from error
 
     def seeds(self, target: Target) -> Seeds:
         """Where the reverse pass starts for a target.

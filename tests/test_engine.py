@@ -1,6 +1,7 @@
 """The transformed program against the reference, autograd and itself."""
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fastrel
-from fastrel import reference
+from fastrel import reference, rules
 from fastrel.reference.rollout import gradient_relevance, rollout
+from fastrel.transform.lanes import Lane
 from tests import golden_files as golden
 from tests import models
 from tests.small import ids, made
@@ -191,6 +193,20 @@ def test_what_a_graph_fails_on_is_said_of_the_inputs() -> None:
         with pytest.raises(fastrel.InputError, match=r"rejects these inputs: index out of range.* to 1000000"):
             explainer(**beyond, target=0)
         explainer(**given, target=0)
+
+
+def test_a_rule_that_fails_while_it_runs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = rules.RULES[torch.ops.aten.gelu.default]
+
+    def failing(t: Any, node: torch.fx.Node, out: Any) -> None:
+        plain(t, node, out._replace(grad=Lane(t.emit.call(torch.ops.aten.reshape.default, out.grad.node, [7]))))
+
+    monkeypatch.setitem(rules.RULES, torch.ops.aten.gelu.default, failing)
+    model = made(lambda m, x: m.head(m.encoder(x).mean(1)))
+    with pytest.raises(
+        fastrel.UnsupportedModelError, match=r"the rule of aten.gelu.default .* in encoder.blocks.1.mlp.1 does"
+    ):
+        fastrel.Explainer(model, backend="torch")(ids(2, 7), target=1)
 
 
 def test_a_prediction_explained_once_says_so() -> None:

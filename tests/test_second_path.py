@@ -328,6 +328,7 @@ def written_norm(x: Tensor) -> Tensor:
 DEPTHWISE = torch.linspace(-1, 1, 24).double().view(8, 1, 3)
 TURNED = torch.linspace(-1, 1, 192).double().sin().view(8, 8, 3)
 WEIGHTS = torch.tensor([0.2, 1.0, 0.0, 0.5, 2.0]).double().view(5, 1)
+KEPT = (WEIGHTS.mean() < WEIGHTS).long()
 TOKENS = torch.linspace(-2, 2, 25).double().cos().view(5, 5)
 AROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "RMSNorm written out": written_rms,
@@ -345,6 +346,8 @@ AROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "sum over tokens": lambda x: x - 0.1 * x.sum(1, keepdim=True),
     "standard deviation over tokens": lambda x: x + x.std(1, keepdim=True),
     "weighted mean over tokens": lambda x: x + (x * WEIGHTS).sum(1, keepdim=True) / WEIGHTS.sum(),
+    "mean over tokens that an integer mask keeps": lambda x: x + (x * KEPT).sum(1, keepdim=True) / KEPT.sum(),
+    "mean over tokens that a mask keeps": lambda x: x + (x * KEPT.bool()).sum(1, keepdim=True) / KEPT.bool().sum(),
     "logsumexp over tokens": lambda x: x + x.logsumexp(1, keepdim=True),
     "maximum of two": lambda x: torch.maximum(x, x.flip(-1)),
     "a product by einsum": lambda x: torch.einsum("btd,de->bte", x, TURNED[..., 0]),

@@ -16,7 +16,7 @@ def logsumexp(x: Tensor, rel: Tensor, dims: Sequence[int]) -> Tensor:
 def token_weights(x: Tensor, weight: Tensor | None, dims: Sequence[int], features: Sequence[int]) -> Tensor:
     """The share of each token in Σ over `dims` of x = weight ⊙ (what is summed): |weight| where it is a constant, else equal
     parts; tokens that are 0 in every feature have none. Size 1 in `features`; shares sum to 1 over `dims`."""
-    size = x if weight is None else weight.expand_as(x).abs()
+    size = x if weight is None else weight.expand_as(x).to(x.dtype).abs()
     if weight is None:
         size = (x != 0).to(x.dtype).amax(tuple(features), keepdim=True) if features else (x != 0).to(x.dtype)
     elif features:

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
+from fastrel.graph.nodes import describe
+
 aten = torch.ops.aten
 
 
@@ -34,6 +36,8 @@ class Emitter:
         self._sizes: dict[str, fx.Node] = {}
         self._inserted: dict[fx.Node, tuple[fx.Node, int]] = {}
         self._last_placeholder: fx.Node | None = None
+        #: The captured node whose rule writes now.
+        self.source: fx.Node | None = None
 
     def placeholder(self, name: str) -> fx.Node:
         """A new input of the reverse graph."""
@@ -51,6 +55,8 @@ class Emitter:
         key = (fn, _freeze(args))
         if key not in self._calls:
             self._calls[key] = self._reverse.call_function(fn, args)
+            if self.source is not None:
+                self._calls[key].meta["rule of"] = describe(self.source)
         return self._calls[key]
 
     def parts(self, call: fx.Node, count: int) -> list[fx.Node]:

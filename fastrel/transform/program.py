@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
 
 import torch
@@ -52,3 +53,12 @@ class Program:
     maps: tuple[Map, ...]
     blocks: int
     generic: tuple[str, ...]
+
+    def rule_of(self, error: BaseException) -> str | None:
+        """The captured operator whose rule an error of `reverse` was raised by; None where that is not known."""
+        written = {node.name: node.meta.get("rule of") for node in self.reverse.graph.nodes}
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            name = (frame.line or "").partition(" = ")[0]
+            if frame.filename.startswith("<eval_with_key>") and name in written:
+                return written[name]
+        return None

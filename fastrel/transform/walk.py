@@ -156,6 +156,7 @@ class _Walk:
 
     def _apply(self, node: fx.Node, lanes: Lanes) -> None:
         t = self.t
+        t.emit.source = node
         try:
             (rule_for(node) or generic)(t, node, lanes)
         except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
