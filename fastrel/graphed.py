@@ -103,6 +103,13 @@ class Graphed:
         device = captured.outputs[logits].meta["val"].device
         if isinstance(options.method.reading, (AllMaps, PathIntegral)) or targets < 0:
             raise InputError(f"method {options.method.name!r} with targets={targets} cannot be captured as a CUDA graph")
+        if call.entry.doubts:
+            raise InputError(
+                f"{type(self._model).__name__} looks at numbers or writes to what it may read again, so that every call must be "
+                "compared with it; a CUDA graph cannot"
+            )
+        self._entry = call.entry if engine.live else None
+        self._places = _places(captured.parameters(self._model))
         self._program = engine.explaining(call, options)
         self._spec, self._names = captured.out_spec, [call.names[one.input] + one.branch for one in self._program.maps]
         self._sizes = [image_size(values[len(captured.owners) + one.input], one.picture) for one in self._program.maps]
@@ -114,8 +121,10 @@ class Graphed:
         """Explain inputs of the captured sizes, for as many classes per sample as were captured.
 
         Raises:
-            InputError: inputs or targets of other sizes or dtypes than captured; NaN or infinity in the output or the result.
+            InputError: inputs or targets of other sizes or dtypes than captured; NaN or infinity in the output or the result; the
+                model changed since, but for weights that were written in place (`live=False` does not ask).
         """
+        self._check_model()
         ordered = in_order(self._model, args, kwargs)
         given = [x for x in pytree.tree_leaves((args, ordered)) if isinstance(x, Tensor)]
         check_same_kind(given, self._inputs)
@@ -147,3 +156,17 @@ class Graphed:
         output = pytree.tree_unflatten(outputs, self._spec)
         classes = classes[:, 0] if one else classes
         return Explanation(outputs[self._program.leaves[0]], classes, maps, output, self._program.generic)
+
+    def _check_model(self) -> None:
+        entry = self._entry
+        if entry is None:
+            return
+        if not entry.fingerprint.matches() or _places(entry.captured.parameters(self._model)) != self._places:
+            raise InputError(
+                f"{type(self._model).__name__} changed since its explanation was captured as a CUDA graph; call graphed(...) again"
+            )
+
+
+def _places(weights: Sequence[Tensor] | None) -> list[int] | None:
+    """Where weights lie, which a graph reads there for ever."""
+    return None if weights is None else [x.data_ptr() for x in weights]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,28 @@ def test_a_graph_refuses_other_dtypes_and_what_is_not_finite(no_graph: None) -> 
     given["x"][0, 0, 0, 0] = torch.nan
     with pytest.raises(InputError, match="the model's output"):
         replayed(given["x"])
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "an option": lambda model: setattr(model.attn_pool if model.attn_pool else model.blocks[0].attn, "scale", 0.1),
+    "a hook": lambda model: model.norm.register_forward_hook(lambda module, given, out: 2 * out),
+    "a weight replaced": lambda model: setattr(model.head, "weight", torch.nn.Parameter(2 * model.head.weight.data)),
+    "the memory of a weight replaced": lambda model: setattr(model.head.weight, "data", 2 * model.head.weight.data),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_graph_of_a_model_that_changed_is_refused(change: str, no_graph: None) -> None:
+    model, given = models.build("timm_vit"), models.inputs("timm_vit")
+    replayed = Explainer(model, backend="torch").graphed(**given)
+    with torch.no_grad():
+        model.head.weight += 1
+    assert torch.equal(replayed(**given).relevance, Explainer(model, backend="torch")(**given).relevance)
+    CHANGES[change](model)
+    with pytest.raises(
+        InputError, match=r"changed since its explanation was captured as a CUDA graph; call graphed\(...\) again"
+    ):
+        replayed(**given)
 
 
 @pytest.mark.gpu
