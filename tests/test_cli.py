@@ -344,6 +344,8 @@ def test_every_token_that_a_language_model_goes_on_with_has_its_words(
     bert = str(tiny.bert_folder(folder("bert")))
     assert main(["explain", "--text", "a film", "--model", bert, "--out", str(out), "--generate", "1"]) == 2
     assert "are for language models" in capsys.readouterr().err
+    assert main(["explain", str(tmp_path), "--model", bert, "--out", str(out), "--generate", "1"]) == 2
+    assert "--generate and --continuation go with --text" in capsys.readouterr().err
 
 
 def test_pages_for_the_texts_of_a_table(tmp_path: Path) -> None:

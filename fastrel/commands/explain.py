@@ -61,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
     """Dispatch on what is to be explained; 1 if some items failed, 2 if all did."""
     if options.text is not None:
         return text.run(options)
+    if options.generate or options.continuation is not None:
+        raise InputError("--generate and --continuation go with --text, the text that is gone on with")
     if not options.inputs:
         raise InputError("nothing to explain: give picture files, or --text")
     explain = Explain(**vars(shared.settings(options)))
