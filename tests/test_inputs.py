@@ -168,3 +168,13 @@ def test_torch_prints_nothing_while_it_fails_to_capture() -> None:
 def test_rows_are_kept_where_tokens_are_picked() -> None:
     for name in ("x[:, -1]", "x[:, -2:]", "the last token of each text"):
         assert torch.allclose(whole(encoded(FORWARDS[name]), ids()), torch.tensor(4.0, dtype=torch.float64))
+
+
+def test_an_input_without_dimensions_is_a_number_that_all_samples_share() -> None:
+    model = made(lambda m, x, factor: m.head(m.encoder(x).mean(1) * factor))
+    explainer, given = fastrel.Explainer(model), ids(2, 7)
+    for factor in (2.0, -3.0):
+        found = explainer(given, torch.full((), factor, dtype=torch.float64), target=1)
+        plain = fastrel.Explainer(made(lambda m, x, f=factor: m.head(m.encoder(x).mean(1) * f)))(given, target=1)
+        torch.testing.assert_close(found.logits, plain.logits)
+        torch.testing.assert_close(found.relevance, plain.relevance)

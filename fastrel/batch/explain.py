@@ -74,17 +74,22 @@ class Explain:
             the columns that `fastrel batch` writes, of `fastrel.batch.row.Row`: "map" [N, gh, gw] float32, or (texts) lists of
             "relevance" and "tokens". Where there is an error, maps and logits are NaN or empty and targets -1.
         """
-        given = next((batch[name] for name in ("image", "bytes", "text") if name in batch), None)
-        items = next((batch[name] for name in ("item", "path") if name in batch), None)
-        if items is None:
-            items = range(0 if given is None else len(given))
-        names = [str(name) for name in items]
+        names, given = _items(batch)
         try:
-            loaded, shape = self.loaded, self.shape()
-            rows = self.rows([_decode(name, None if given is None else given[i], loaded) for i, name in enumerate(names)])
+            shape = self.shape()
+            rows = self.rows_of(names, given)
         except Exception as error:  # the model itself; every row says so
             return _columns([Row(name, error=reason(error)) for name in names], None)
         return _columns(rows, shape)
+
+    def rows_of(self, names: Sequence[str], contents: Sequence[Any] | None = None) -> list[Row]:
+        """The rows of items by name, whose contents are given or (None) in files of these names.
+
+        Raises:
+            CaptureError, UnsupportedModelError, InputError: the model cannot be loaded or explained at all.
+        """
+        loaded = self.loaded
+        return self.rows([_decode(name, None if contents is None else contents[i], loaded) for i, name in enumerate(names)])
 
     def moved(self, items: Sequence[Decoded]) -> Batch | None:
         """The samples of a batch on the model's device; None if they make no batch. For `rows`, beforehand."""
@@ -218,6 +223,15 @@ class Explain:
                 classes = None if highest else [loaded.class_index(word) for word in settings.target or ()]
                 self._ready = loaded, settings.explainer(loaded), classes, highest or 0
         return self._ready
+
+
+def _items(batch: Mapping[str, Sequence[Any]]) -> tuple[list[str], Sequence[Any] | None]:
+    """The names of a batch's items, and their contents unless these are in files."""
+    given = next((batch[name] for name in ("image", "bytes", "text") if name in batch), None)
+    items = next((batch[name] for name in ("item", "path") if name in batch), None)
+    if items is None:
+        items = range(0 if given is None else len(given))
+    return [str(name) for name in items], given
 
 
 def _decode(name: str, content: Any, loaded: Loaded) -> Decoded:

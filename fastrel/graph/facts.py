@@ -209,8 +209,9 @@ class Stretch:
 
 
 def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]:
-    """Values that depend on the input through floating-point numbers, or on integers of the input from where these enter."""
-    varying = set(inputs)
+    """Values that depend on the input through floating-point numbers, or on integers of the input from where these enter. An input
+    without dimensions is a number that all samples share, a constant."""
+    varying = {x for x in inputs if not isinstance(x.meta.get("val"), Tensor) or x.meta["val"].dim()}
     active: set[fx.Node] = set()
     for node in nodes:
         if node.op == "placeholder":
