@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # it replaces functions of torch (manual_seed) when it is imported, which would look like a change
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -151,7 +152,7 @@ class _Watch:
         return (
             all(all(map(is_, map(d.get, keys), values)) for d, keys, values in self._code)
             and all(len(d) == n or _plain(d) == plain for d, n, plain in self._grown)
-            and all(cell.cell_contents is value for cell, value in self._cells)
+            and all(_content(cell) is value for cell, value in self._cells)
             and all(_version(x) == version or id(x) in read for x, version in self._tensors)
             and all(x.tobytes() == kept for x, kept in self._arrays)
             and (self._environ is None or dict(os.environ) == self._environ)
@@ -184,7 +185,8 @@ class _Watch:
         for d, _, keys, values in self._dicts:
             _without_fakes(d, dict(zip(keys, values, strict=True)))
         for x, kept in self._around:
-            _without_fakes(x, dict(zip(*kept, strict=True)) if type(x) is dict else dict(enumerate(*kept)))
+            if kept:  # not of large ones
+                _without_fakes(x, dict(zip(*kept, strict=True)) if type(x) is dict else dict(enumerate(*kept)))
         for x, items in self._sequences:
             _without_fakes(x, dict(enumerate(items)))
         for x in self._empty:
@@ -396,6 +398,14 @@ def _filled(cell: types.CellType) -> bool:
         return cell.cell_contents is not None
     except ValueError:
         return False
+
+
+def _content(cell: types.CellType) -> Any:
+    """What a cell holds; the cell itself where it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return cell
 
 
 def _names(code: types.CodeType) -> set[str]:
