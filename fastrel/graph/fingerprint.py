@@ -303,12 +303,10 @@ class _Watch:
             names = tuple(name for name in mentioned if name in one.__globals__)
             values = tuple(one.__globals__[name] for name in names)
             self._code.append((one.__globals__, names, values))
-            for cell in one.__closure__ or ():
-                try:
-                    self._cells.append((cell, cell.cell_contents))
-                except ValueError:  # not filled yet
-                    continue
-            inner = [cell.cell_contents for cell in one.__closure__ or () if _filled(cell)]
+            cells = [(cell, _content(cell)) for cell in one.__closure__ or ()]
+            filled = [(cell, value) for cell, value in cells if value is not cell]
+            self._cells += filled
+            inner = [value for _, value in filled]
             todo += [x for x in (*values, *inner) if isinstance(x, types.FunctionType) and x.__module__ in files]
             self._named([*values, *inner], mentioned)
 
@@ -350,19 +348,22 @@ def _version(x: Tensor) -> int | None:
 
 def _without_fakes(x: Any, before: Mapping[Any, Any]) -> None:
     """Put a container's entries from before in the place of fake tensors, or nothing."""
-    entries = list(x.items() if isinstance(x, Mapping) else enumerate(x))
-    fakes = [(key, value) for key, value in entries if any(isinstance(y, FakeTensor) for y in pytree.tree_leaves(value))]
-    for key, value in reversed(fakes):
-        if isinstance(x, set):
-            x.discard(value)
-        elif (
-            isinstance(x, (dict, list, collections.deque))
-            and key in before
-            and (isinstance(x, dict) or len(x) == len(before))
-        ):
+    if isinstance(x, set):
+        x.difference_update([value for value in x if _holds_fake(value)])
+    if not isinstance(x, (dict, list, collections.deque)):
+        return  # tuples stay what they are
+    entries = list(x.items() if isinstance(x, dict) else enumerate(x))
+    fakes = [key for key, value in entries if before.get(key) is not value and _holds_fake(value)]
+    in_place = isinstance(x, dict) or len(x) == len(before)
+    for key in reversed(fakes):
+        if in_place and key in before:
             x[key] = before[key]
-        elif isinstance(x, (dict, list, collections.deque)):
+        else:
             del x[key]
+
+
+def _holds_fake(x: Any) -> bool:
+    return any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(x))
 
 
 def _plain(attributes: Mapping[str, Any]) -> int:
@@ -391,13 +392,6 @@ def _holds(x: Any, kept: tuple[tuple[Any, ...], ...]) -> bool:
 def _slots(cls: type) -> tuple[str, ...]:
     found = vars(cls).get("__slots__", ())
     return (found,) if isinstance(found, str) else tuple(found)
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 def _content(cell: types.CellType) -> Any:
