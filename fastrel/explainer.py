@@ -125,12 +125,21 @@ class Explainer:
     def __call__(self, *args: Any, target: Target = None, create_graph: bool = False, **kwargs: Any) -> Explanation:
         """Explain `model(*args, **kwargs)`: `predict(...)` and `explain(target)` in one, in less memory.
 
-        With `create_graph`, logits and relevance are differentiable with respect to parameters and inputs, so that a map can be
-        a part of a training loss; everything then runs in plain PyTorch and keeps its intermediate values. The model still
-        predicts as in eval mode.
+        Args:
+            args: the model's inputs, as it takes them itself; dimension 0 of every tensor is the batch B.
+            target: what to explain, as `Prediction.explain` takes it.
+            create_graph: make logits and relevance differentiable with respect to parameters and inputs, so that a map can be a
+                part of a training loss. Everything then runs in plain PyTorch and keeps its intermediate values; the model still
+                predicts as in eval mode.
+            kwargs: further inputs by name.
+
+        Returns:
+            The explanation of B samples: relevance [B, T], or [B, K, T] for K targets per sample.
 
         Raises:
-            As `predict` and `Prediction.explain`.
+            InputError: the model rejects these inputs, they hold NaN, or the target does not fit the output.
+            CaptureError: torch.export cannot capture the model, or its graph gives other outputs than the model.
+            UnsupportedModelError: the model holds something without a relevance rule.
         """
         if create_graph:
             return self._differentiable(args, kwargs, target)
@@ -139,7 +148,12 @@ class Explainer:
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
         """The model's prediction, kept so that it can be explained for any target without another forward pass.
 
-        Inputs are given as to the model itself; dimension 0 of every tensor is the batch.
+        Args:
+            args: the model's inputs, as it takes them itself; dimension 0 of every tensor is the batch B.
+            kwargs: further inputs by name.
+
+        Returns:
+            The prediction: its `logits` are [B, C], and `explain` explains them.
 
         Raises:
             InputError: the model rejects these inputs, or they hold NaN.
@@ -218,8 +232,14 @@ class Explainer:
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Capture for inputs like these ahead of the first call, which then takes no longer than others.
 
+        Args:
+            args: inputs as the calls to come will have them; of numbers only NaN matters, which is refused.
+            kwargs: further inputs by name.
+
         Raises:
-            As `predict`.
+            InputError: the model rejects these inputs, or they hold NaN.
+            CaptureError: torch.export cannot capture the model, or its graph gives other outputs than the model.
+            UnsupportedModelError: the model holds something without a relevance rule.
         """
         self._predicted(self._engine.enter(args, kwargs), self._options)
 
@@ -228,15 +248,29 @@ class Explainer:
         self._engine.reset()
 
     def noise_floor(self, *args: Any, target: Target = None, draws: int = 2, **kwargs: Any) -> Tensor:
-        """How far each map moves when every input and parameter changes by as little as its dtype can tell, [B] or [B, K];
-        see `fastrel.noise`."""
+        """How far each map moves when every input and parameter changes by as little as its dtype can tell; see `fastrel.noise`.
+
+        Args:
+            args: the model's inputs.
+            target: what to explain, as `Prediction.explain` takes it.
+            draws: how many perturbations to try, each another explanation.
+            kwargs: further inputs by name.
+
+        Returns:
+            The largest relative L2 distance over the draws, [B] or [B, K]: 0.01 is a hundredth of the map.
+
+        Raises:
+            InputError: draws < 1; as `predict` and `Prediction.explain`.
+        """
         return self.predict(*args, **kwargs).noise_floor(target, draws)
 
     def graphed(self, *args: Any, targets: int = 0, **kwargs: Any) -> Graphed:
         """Predictions and explanations of inputs of these very sizes as one CUDA graph; see `fastrel.graphed`.
 
         Args:
+            args: the model's inputs, on a CUDA device; sizes and dtypes are those of every later call.
             targets: how many classes per sample will be explained; 0 for the predicted one.
+            kwargs: further inputs by name.
 
         Raises:
             InputError: the model is not on a CUDA device, or this method cannot be captured.
@@ -247,13 +281,27 @@ class Explainer:
         """What runs for inputs like these: the call of the captured graph, and the program that explains its logits.
 
         Raises:
-            As `predict`.
+            InputError: the model rejects these inputs, or they hold NaN.
+            CaptureError: torch.export cannot capture the model, or its graph gives other outputs than the model.
+            UnsupportedModelError: the model holds something without a relevance rule.
         """
         call = self._engine.enter(args, kwargs)
         return call, self._engine.explaining(call, self._options)
 
     def trace(self, *args: Any, target: Target = None, **kwargs: Any) -> list[BlockTrace]:
-        """The attention, gradient and relevance of every block from `start_layer` on; slower, for study and tests."""
+        """The attention, gradient and relevance of every block from `start_layer` on; slower, for study and tests.
+
+        Args:
+            args: the model's inputs.
+            target: what to explain, as `Prediction.explain` takes it.
+            kwargs: further inputs by name.
+
+        Returns:
+            One record per block, the one nearest the input first.
+
+        Raises:
+            InputError: as `predict` and `Prediction.explain`.
+        """
         call = self._engine.enter(args, kwargs)
         program = self._engine.explaining(call, self._options, trace=True)
         return Prediction(self._engine, self._options, call, program).trace(target)
@@ -261,8 +309,18 @@ class Explainer:
     def verify(self, *args: Any, target: Target = None, **kwargs: Any) -> Verification:
         """Check the explanation of `model(*args, **kwargs)` on the model itself; see `fastrel.verification`.
 
+        Args:
+            args: the model's inputs; the first sample is also explained alone and compared with the batch.
+            target: what to explain, as `Prediction.explain` takes it.
+            kwargs: further inputs by name.
+
+        Returns:
+            The report, one line per check when printed. A check that fails is no error but a part of it: look at its `ok`.
+
         Raises:
-            As `predict`; a check that fails is no error but part of the report.
+            InputError: the model rejects these inputs, they hold NaN, or the target does not fit the output.
+            CaptureError: torch.export cannot capture the model, or its graph gives other outputs than the model.
+            UnsupportedModelError: the model holds something without a relevance rule.
         """
         return verify(self._engine, self._options, args, kwargs, target)
 
@@ -271,6 +329,7 @@ class Explainer:
         one's captured graphs, which take seconds to make.
 
         Args:
+            method: a name, or a `fastrel.Method`; None keeps this one's.
             changes: any of rules, start_layer, normalize_rollout, precision, backend, memory, output, grid. What is not named is
                 kept, also a start_layer that was chosen; None goes back to the method's own.
 

@@ -38,12 +38,16 @@ class TokenMap:
         return self.grid
 
     def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:
-        """The patches scaled up bilinearly to `size` (height, width) pixels, default that of the input image.
+        """The patches scaled up bilinearly.
 
-        Returns [B, H, W] or [B, K, H, W]; one such map per frame of a film or slice of a volume, [B, (K,) frames, H, W].
+        Args:
+            size: (height, width) in pixels, or one number for both; default that of the input image.
+
+        Returns:
+            [B, H, W] or [B, K, H, W]; one such map per frame of a film or slice of a volume, [B, (K,) frames, H, W].
 
         Raises:
-            InputError: the tokens of this input do not come from a grid of patches.
+            InputError: the tokens of this input do not come from a grid of patches, or the image's size is not known.
         """
         patches = self.patches
         target = self.image_size if size is None else (size, size) if isinstance(size, int) else tuple(size)

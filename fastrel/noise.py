@@ -36,7 +36,7 @@ def perturbed(call: Call, seed: int) -> Call:
 
 
 def floor(maps: Maps, others: Iterable[Maps]) -> Tensor:
-    """The largest relative L2 distance between maps and perturbed ones, [B] or [B, K].
+    """The largest relative L2 distance between maps and perturbed ones, [B] or [B, K]: 0.01 is a hundredth of the map.
 
     Over the patches of an image; for text over all tokens but the highest, which in a rollout is usually the one that the
     head reads, holding its own 1. Warns where a map moves by more than 1 %: it then shows rounding as much as the model.

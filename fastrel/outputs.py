@@ -61,7 +61,8 @@ def candidates(captured: Captured, output: str | int | None = None) -> list[_Out
     else those of shape [B, C], else [B], else any that holds floating-point numbers; features only where there is nothing else.
 
     Raises:
-        As `logits_index`.
+        InputError: there is no such output.
+        UnsupportedModelError: the model returns no floating-point tensor.
     """
     every = _floats(captured)
     if output is not None:

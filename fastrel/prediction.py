@@ -79,9 +79,14 @@ class Prediction:
                 at less than K times the cost) · a function of the model's output that returns [B] or [B, K] values, for
                 regression, similarities, contrasts (`lambda out: out[:, 3] - out[:, 5]`) or multi-label scores.
 
+        Returns:
+            The explanation: relevance [B, T], or [B, K, T] for K targets per sample, on the model's device and in its dtype
+            (float32 for 16-bit models).
+
         Raises:
             InputError: the target does not fit the output; weights, inputs or outputs changed since the prediction; it was
-                explained once.
+                explained by `explain_once`.
+            UnsupportedModelError: a rule does not take what this model gives it.
         """
         return self._explained(target, once=False)
 
@@ -90,7 +95,18 @@ class Prediction:
         return self._explained(target, once=True, create_graph=create_graph)
 
     def noise_floor(self, target: Target = None, draws: int = 2) -> Tensor:
-        """How far each map moves under perturbations of rounding size, [B] or [B, K]; see `fastrel.noise`."""
+        """How far each map moves under perturbations of rounding size, [B] or [B, K]; see `fastrel.noise`.
+
+        Args:
+            target: what to explain, as `explain` takes it.
+            draws: how many perturbations to try, each a forward and a reverse pass.
+
+        Returns:
+            The largest relative L2 distance over the draws, [B] or [B, K]: 0.01 is a hundredth of the map.
+
+        Raises:
+            InputError: draws < 1; as `explain`.
+        """
         explanation = self.explain(target)
         return self.noise_of(explanation.maps, target if callable(target) else explanation.target, draws)
 

@@ -32,7 +32,14 @@ from fastrel.transform.method import Chain
 
 @dataclass(frozen=True)
 class Check:
-    """One thing checked: `value` must be at most `limit` (None: for information)."""
+    """One thing checked.
+
+    Attributes:
+        name: what was checked; `verify` says what each is.
+        value: how far it is off, mostly a relative distance.
+        limit: what `value` may be at most; None: for information.
+        meaning: for people.
+    """
 
     name: str
     value: float
@@ -52,7 +59,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The report of `Explainer.verify`: checks, what took the generic rule, and the shape of each input's map."""
+    """The report of `Explainer.verify`; prints as a line per check.
+
+    Attributes:
+        checks: what was checked.
+        generic: operators that took the generic rule.
+        blocks: how many attention blocks take part.
+        maps: the shape of each input's map, in words.
+    """
 
     checks: tuple[Check, ...]
     generic: tuple[str, ...]

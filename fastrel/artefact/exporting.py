@@ -51,17 +51,19 @@ def export(
     self-test that `fastrel.load` runs.
 
     Args:
-        inputs, named: as the model takes them; tensors, and constants, which become a part of the program.
+        explainer: what is written: its model, method and options.
+        inputs: as the model takes them; tensors, and constants, which become a part of the program.
         path: ends in .pt2.
         targets: how many classes per sample the self-test explains.
         loaded: what `fastrel.models.load` gave: its preprocessing or tokenizer and its class names go into the file.
         compile: also write PATH.compiled.pt2 for this machine, by AOTInductor; takes minutes, and a C++ compiler.
+        named: further inputs by name.
 
     Returns:
-        the path.
+        The path that was written.
 
     Raises:
-        InputError: a path or options that cannot be; as `Explainer.predict`.
+        InputError: a path or options that cannot be; inputs that the model rejects or that hold NaN.
         UnsupportedModelError: a method that is no graph, or a model whose graph fits one batch size only.
         CaptureError: torch.export cannot capture the program, or it computes something else.
     """

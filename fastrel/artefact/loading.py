@@ -47,11 +47,13 @@ class Artefact:
         """Explain inputs [B, …], given as to the model, by place or by name.
 
         Args:
+            args: inputs by place.
+            kwargs: inputs by name.
             target: None (the predicted class) · an int · [B] · [B, K]. `RANK + r` of `fastrel.artefact.metadata` is the class of
                 rank r of each sample.
 
         Returns:
-            an explanation whose `ok` [B] or [B, K] is false, and whose maps are NaN, where a sample is not finite or a class out
+            An explanation whose `ok` [B] or [B, K] is false, and whose maps are NaN, where a sample is not finite or a class out
             of range; no sample changes another one's map.
 
         Raises:
@@ -76,8 +78,12 @@ class Artefact:
     def predict(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """The logits [B, C] alone, without a reverse pass; by the program that is not compiled.
 
+        Args:
+            args: inputs [B, …], given as to the model, by place.
+            kwargs: the same by name.
+
         Raises:
-            As a call.
+            InputError: inputs of other names, sizes or dtypes than the artefact reads.
         """
         inputs = self._bound(args, kwargs)
         classes = torch.full((len(inputs[0]), self.metadata.targets or 1), RANK, device=inputs[0].device)
@@ -164,7 +170,11 @@ def load(path: str | os.PathLike[str], compiled: bool | None = None) -> Artefact
     """Read what `fastrel.export` wrote, and run its self-test. Needs neither timm nor transformers nor the model's source.
 
     Args:
+        path: of the `.pt2` file; a compiled form is looked for beside it.
         compiled: True: the form compiled for this machine or an error; False: never; None: where it is there and fits.
+
+    Returns:
+        The artefact, to be called like the explainer that it was made of.
 
     Raises:
         InputError: no artefact, or one of a newer format; the compiled form is asked for and does not fit this machine or torch;

@@ -37,7 +37,11 @@ class Explain:
         dataset.map_batches(explain, batch_size=32)                      # Ray Data
 
     Args:
-        model, and by name: the fields of `fastrel.batch.settings.Settings`.
+        model: a name, a folder or `MODULE:FUNCTION`, as `fastrel.models.load` takes it; None: the one that ships with fastrel.
+        options: the fields of `fastrel.batch.settings.Settings` by name.
+
+    Raises:
+        InputError: an option that does not exist.
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
@@ -71,7 +75,7 @@ class Explain:
                 files, PIL images or arrays [H, W, 3] of uint8; or "text": strings. Without these, items are paths.
 
         Returns:
-            the columns that `fastrel batch` writes, of `fastrel.batch.row.Row`: "map" [N, gh, gw] float32, or (texts) lists of
+            The columns that `fastrel batch` writes, of `fastrel.batch.row.Row`: "map" [N, gh, gw] float32, or (texts) lists of
             "relevance" and "tokens". Where there is an error, maps and logits are NaN or empty and targets -1.
         """
         names, given = _items(batch)
@@ -86,7 +90,9 @@ class Explain:
         """The rows of items by name, whose contents are given or (None) in files of these names.
 
         Raises:
-            CaptureError, UnsupportedModelError, InputError: the model cannot be loaded or explained at all.
+            InputError: the model cannot be loaded.
+            CaptureError: the model cannot be captured.
+            UnsupportedModelError: the model cannot be explained.
         """
         loaded = self.loaded
         return self.rows([_decode(name, None if contents is None else contents[i], loaded) for i, name in enumerate(names)])
@@ -105,11 +111,14 @@ class Explain:
         A batch that fails is tried one by one, so that nothing but what is wrong fails.
 
         Args:
+            items: what `fastrel.batch.decoding.decode` made of them.
             moved: what `moved` gave for these items.
             noise: measure the noise floor of every map, which takes three times as long.
 
         Raises:
-            CaptureError, UnsupportedModelError, InputError: the model cannot be loaded or explained at all.
+            InputError: the model cannot be loaded.
+            CaptureError: the model cannot be captured.
+            UnsupportedModelError: the model cannot be explained.
         """
         self._prepared()
         places = [(item, window) for item in items for window in range(len(item.samples))]

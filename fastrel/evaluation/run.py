@@ -78,7 +78,8 @@ def evaluate(
 
     Raises:
         InputError: items of a kind that the subject does not take, or an unknown metric.
-        UnsupportedModelError, CaptureError: the model cannot be explained.
+        CaptureError: the model cannot be captured.
+        UnsupportedModelError: the model cannot be explained.
     """
     if any(not isinstance(item, subject.kind) for item in items):
         raise InputError(f"this model takes {subject.kind.__name__}s, the data holds {type(items[0]).__name__}s")

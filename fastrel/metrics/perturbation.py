@@ -20,7 +20,9 @@ FRACTIONS = tuple(i / 10 for i in range(10))
 class Curve:
     """What is left of the prediction as more is removed.
 
-    fractions [S], starting with 0; correct [S, B] of bool: whether the class is still the highest.
+    Attributes:
+        fractions: share of the pixels removed at each step, [S], each in 0 … 1.
+        correct: whether the class is still the highest, [S, B] of bool.
     """
 
     fractions: np.ndarray
@@ -33,7 +35,7 @@ class Curve:
 
     @property
     def auc(self) -> float:
-        """Area under the accuracy curve by the trapezoidal rule, times 100."""
+        """Area under the accuracy curve by the trapezoidal rule, in percent (accuracy 1 at every fraction from 0 to 0.9 gives 90)."""
         return float(np.trapezoid(self.accuracy, self.fractions) * 100)
 
 
@@ -51,10 +53,16 @@ def perturb(
 
     Args:
         model: images [B, C, H, W] -> logits [B, classes].
+        images: as the model sees them, [B, C, H, W].
         maps: [B, gh, gw] or [B, H, W]; scaled up bilinearly. Equal values are removed in reading order.
         target: the class that counts as right, [B]: the predicted one, or the label.
+        order: "positive": the most relevant pixels first; "negative": the least relevant.
+        fractions: the shares of pixels to remove, each in 0 … 1. The paper's are 0, 0.1, … 0.9.
         baseline: what removed pixels become, as the model sees it: a number, or a tensor that broadcasts to the images
             (a black pixel of normalised images is (0 - mean) / std).
+
+    Returns:
+        Whether each sample is still right at each fraction.
 
     Raises:
         InputError: shapes that do not fit, or fractions outside 0 … 1.

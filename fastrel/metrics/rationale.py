@@ -17,14 +17,34 @@ def _check(scores: np.ndarray, rationale: np.ndarray) -> None:
 
 
 def top_tokens(scores: np.ndarray, k: int) -> np.ndarray:
-    """The k highest tokens, [T] of bool; of equal ones the first."""
+    """The k highest tokens; of equal ones the first.
+
+    Args:
+        scores: [T].
+        k: how many; all if T is smaller.
+
+    Returns:
+        [T] of bool.
+    """
     chosen = np.zeros(len(scores), bool)
     chosen[np.argsort(-scores, kind="stable")[:k]] = True
     return chosen
 
 
 def token_f1(scores: np.ndarray, rationale: np.ndarray, k: int) -> float:
-    """F1 of the k highest tokens against the rationale [T] of bool; 0 where either is empty."""
+    """F1 of the k highest tokens against a rationale.
+
+    Args:
+        scores: [T].
+        rationale: what people marked, [T] of bool.
+        k: how many of the highest tokens count as chosen.
+
+    Returns:
+        In 0 … 1; 0 where nothing is chosen or marked.
+
+    Raises:
+        InputError: shapes that do not fit.
+    """
     _check(scores, rationale)
     chosen = top_tokens(scores, k)
     both = (chosen & rationale).sum()
@@ -32,7 +52,18 @@ def token_f1(scores: np.ndarray, rationale: np.ndarray, k: int) -> float:
 
 
 def average_precision(scores: np.ndarray, rationale: np.ndarray) -> float:
-    """Area under the precision-recall curve (scikit-learn's average precision); NaN for an empty rationale."""
+    """Area under the precision-recall curve (scikit-learn's average precision, which must be installed).
+
+    Args:
+        scores: [T].
+        rationale: what people marked, [T] of bool.
+
+    Returns:
+        In 0 … 1; NaN for an empty rationale.
+
+    Raises:
+        InputError: shapes that do not fit.
+    """
     from sklearn.metrics import average_precision_score
 
     _check(scores, rationale)
@@ -40,13 +71,22 @@ def average_precision(scores: np.ndarray, rationale: np.ndarray) -> float:
 
 
 def spans(tokens: np.ndarray) -> list[Span]:
-    """Runs of True as (start, stop)."""
+    """Runs of True in `tokens`, [T] of bool, as (start, stop), `stop` not included."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], tokens.astype(int), [0]))))
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
 def iou_f1(predicted: Sequence[Span], truth: Sequence[Span], threshold: float = 0.5) -> float:
-    """F1 of spans, a predicted and a true one matching where their intersection over union reaches the threshold."""
+    """F1 of spans, a predicted and a true one matching where their intersection over union reaches the threshold.
+
+    Args:
+        predicted: (start, stop) of each.
+        truth: (start, stop) of each.
+        threshold: in 0 … 1.
+
+    Returns:
+        In 0 … 1; 0 where either is empty.
+    """
 
     def iou(a: Span, b: Span) -> float:
         shared = max(0, min(a[1], b[1]) - max(a[0], b[0]))
@@ -62,13 +102,28 @@ def iou_f1(predicted: Sequence[Span], truth: Sequence[Span], threshold: float = 
 def comprehensiveness(probability: Callable[[np.ndarray], float], scores: np.ndarray, ks: Sequence[int]) -> float:
     """How far the prediction falls without the k highest tokens, averaged over `ks`: higher is better.
 
-    `probability(kept [T] of bool)` is the model's probability of the explained class with only those tokens.
+    Args:
+        probability: kept [T] of bool -> the model's probability of the explained class with only those tokens.
+        scores: [T].
+        ks: how many tokens to take out.
+
+    Returns:
+        In -1 … 1, a difference of probabilities.
     """
     whole = probability(np.ones(len(scores), bool))
     return float(np.mean([whole - probability(~top_tokens(scores, k)) for k in ks]))
 
 
 def sufficiency(probability: Callable[[np.ndarray], float], scores: np.ndarray, ks: Sequence[int]) -> float:
-    """How far the prediction falls with nothing but the k highest tokens, averaged over `ks`: lower is better."""
+    """How far the prediction falls with nothing but the k highest tokens, averaged over `ks`: lower is better.
+
+    Args:
+        probability: kept [T] of bool -> the model's probability of the explained class with only those tokens.
+        scores: [T].
+        ks: how many tokens to keep.
+
+    Returns:
+        In -1 … 1, a difference of probabilities.
+    """
     whole = probability(np.ones(len(scores), bool))
     return float(np.mean([whole - probability(top_tokens(scores, k)) for k in ks]))

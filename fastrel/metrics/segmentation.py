@@ -13,7 +13,13 @@ from fastrel.metrics.pointing import check_shapes
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """Per sample [B]: pixel accuracy; IoU and average precision, each the mean over object and background."""
+    """Scores per sample, each [B] in 0 … 1.
+
+    Attributes:
+        pixel_accuracy: share of pixels on the right side of the threshold.
+        mean_iou: intersection over union, mean of object and background.
+        mean_ap: average precision, mean of object and background.
+    """
 
     pixel_accuracy: np.ndarray
     mean_iou: np.ndarray
@@ -21,10 +27,17 @@ class SegmentationScores:
 
 
 def segmentation(maps: Tensor, masks: Tensor) -> SegmentationScores:
-    """Score maps [B, gh, gw], scaled up bilinearly, against masks [B, H, W] (non-zero: object).
+    """Score maps against masks, as the paper does on ImageNet-Segmentation.
 
     The map's own mean is the threshold. Average precision is that of the map for the object, and of its negative for the
-    background (scikit-learn). A part that a mask does not have (no object, or nothing else) is left out of the means.
+    background. A part that a mask does not have (no object, or nothing else) is left out of the means. Needs scikit-learn.
+
+    Args:
+        maps: [B, gh, gw], of any scale; scaled up bilinearly to the mask.
+        masks: [B, H, W]; what is not 0 is the object.
+
+    Returns:
+        The scores of each sample.
 
     Raises:
         InputError: shapes that do not fit.

@@ -78,7 +78,9 @@ class Method:
     """How an explanation is put together.
 
     Attributes:
-        name, summary, source: for people.
+        name: by which it is asked for, and which results carry.
+        summary: one line for people.
+        source: where it was published.
         cost: the arithmetic in forward passes, all blocks and one target.
         reading: what is read in the end.
         start_layer: the attention block that it starts with, counted from the input; negative from the output.
