@@ -49,7 +49,7 @@ CONCLUSION = """\
   pointing and mAP, and over every other method in pointing, energy and mAP. Attention Grad-CAM has the highest pixel accuracy: its maps are nearly
   empty, and most pixels are background.
 - **The shipped mosaics**: here **AttnLRP wins**, significantly so in energy, mAP and three of the perturbation curves; gradient ⊙
-  attention (without relevance) is level with or slightly better than the default. The model is small (4 blocks) and its pictures are synthetic, but
+  attention (without relevance) is level with or slightly better than the default. The model is small (6 blocks) and its pictures are synthetic, but
   whoever has such a model should try `method="attnlrp"`.
 - **Text**: on SST the default has the highest average precision; the published rules, gradient ⊙ attention and AttnLRP are within the error, and
   everything without gradient is clearly worse. On movie rationales gradient ⊙ attention finds slightly more of the human
