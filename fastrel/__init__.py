@@ -13,6 +13,13 @@ if not (_Path(__file__).parent / "triton_kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
+    from fastrel import batch as batch
+    from fastrel import data as data
+    from fastrel import functional as functional
+    from fastrel import methods as methods
+    from fastrel import metrics as metrics
+    from fastrel import models as models
+    from fastrel import render as render
     from fastrel.artefact.exporting import export
     from fastrel.artefact.loading import Artefact, load
     from fastrel.eager import propagation
@@ -64,14 +71,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> _Any:
-    if name in _HOMES:
-        globals()[name] = found = getattr(_import_module(f"fastrel.{_HOMES[name]}"), name)
-        return found
-    if name.startswith("_") or _find_spec(f"fastrel.{name}") is None:
-        raise AttributeError(f"module 'fastrel' has no attribute {name!r}")
-    return _import_module(f"fastrel.{name}")
+#: Packages that `import fastrel` gives, each imported when it is asked for. Others are found by their names too.
+_PACKAGES = ("batch", "data", "functional", "methods", "metrics", "models", "render")
+
+if not TYPE_CHECKING:  # to a type checker a name that is not there is an error
+
+    def __getattr__(name: str) -> _Any:
+        if name in _HOMES:
+            globals()[name] = found = getattr(_import_module(f"fastrel.{_HOMES[name]}"), name)
+            return found
+        if name.startswith("_") or _find_spec(f"fastrel.{name}") is None:
+            raise AttributeError(f"module 'fastrel' has no attribute {name!r}")
+        return _import_module(f"fastrel.{name}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})

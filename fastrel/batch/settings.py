@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 
-import fastrel
 from fastrel.errors import InputError
 from fastrel.explainer import Explainer
 from fastrel.graph.facts import Memory
@@ -15,6 +14,7 @@ from fastrel.models import Loaded, load
 from fastrel.options import Backend
 from fastrel.precision import Precision
 from fastrel.reference.rules import Rules
+from fastrel.version import __version__
 
 #: Fields that say where and how fast, not what.
 _PLACE = frozenset({"device", "backend", "batch_size", "memory"})
@@ -88,7 +88,7 @@ class Settings:
     def circumstances(self) -> dict[str, Any]:
         """What the numbers depend on by rounding at most."""
         return {
-            "fastrel": fastrel.__version__,
+            "fastrel": __version__,
             "torch": torch.__version__,
             **{name: value for name, value in asdict(self).items() if name in _PLACE},
         }
