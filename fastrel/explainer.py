@@ -129,15 +129,16 @@ class Explainer:
             args: the model's inputs, as it takes them itself; dimension 0 of every tensor is the batch B.
             target: what to explain, as `Prediction.explain` takes it.
             create_graph: make logits and relevance differentiable with respect to parameters and inputs, so that a map can be a
-                part of a training loss. Everything then runs in plain PyTorch and keeps its intermediate values; the model still
-                predicts as in eval mode.
+                part of a training loss; for targets that are classes. Everything then runs in plain PyTorch, in the model's own
+                dtype, and keeps its intermediate values; the model still predicts as in eval mode.
             kwargs: further inputs by name.
 
         Returns:
             The explanation of B samples: relevance [B, T], or [B, K, T] for K targets per sample.
 
         Raises:
-            InputError: the model rejects these inputs, they hold NaN, or the target does not fit the output.
+            InputError: the model rejects these inputs, they hold NaN, or the target does not fit the output; `create_graph` with a
+                function as target or with `integrated_gradients`.
             CaptureError: torch.export cannot capture the model, or its graph gives other outputs than the model.
             UnsupportedModelError: the model holds something without a relevance rule.
         """

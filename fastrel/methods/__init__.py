@@ -111,7 +111,7 @@ METHODS = {
         ),
         Method(
             "integrated_gradients",
-            "gradients averaged on the way from a black image, by captum; pixels",
+            "gradients averaged on the way from an input of zeros, by captum; pixels",
             "Sundararajan et al., ICML 2017",
             cost="100",
             reading=PathIntegral(),
