@@ -93,6 +93,17 @@ def test_a_page_runs(page: str, offline: None, monkeypatch: pytest.MonkeyPatch) 
         exec(compile(block, page, "exec"), vars(module))
 
 
+def test_the_method_page_names_files_that_hold_what_it_says() -> None:
+    text = (ROOT / "docs" / "method.md").read_text()
+    found = re.findall(r"`([\w/]+\.(?:py|cpp|cu))(?:: ([\w, ]+))?`", text)
+    assert len(found) > 20
+    for path, names in found:
+        file = next((file for file in (ROOT / path, ROOT / "fastrel" / path) if file.is_file()), None)
+        assert file, path
+        for name in filter(None, names.split(", ")):
+            assert re.search(rf"\b{name}\b", file.read_text()), f"{path}: {name}"
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
     named = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
