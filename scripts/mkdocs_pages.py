@@ -21,5 +21,6 @@ def on_files(files: Any, config: Any) -> Any:
         text = (ROOT / source).read_text(encoding="utf-8")
         for prefix in ("](../docs/", "](docs/"):
             text = text.replace(prefix, "](")
+        text = text.replace("\\|", "|")  # in code within tables, where this Markdown needs no backslash
         files.append(File.generated(config, page, content=text))
     return files
