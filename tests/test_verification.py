@@ -13,6 +13,7 @@ from fastrel.graph.capture import Captured, capture
 from fastrel.rules import RULES
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes
+from tests.small import ids, made, whole
 from tests.test_properties import Transformer
 
 aten = torch.ops.aten
@@ -154,3 +155,27 @@ def test_it_sees_a_graph_that_is_not_the_model(monkeypatch: pytest.MonkeyPatch) 
     model.blocks[0].mlp.spelling = "gated"
     report = explainer.verify(x, keep)
     assert next(check.name for check in report.checks if not check.ok) == "prediction"
+
+
+def joined(m: Any, first: Tensor, second: Tensor, token: bool = True) -> dict[str, Tensor]:
+    """Two encoders, each projected, behind a class token if there is one, through blocks that look at both."""
+    one, other = m.encoder(first), m.second(second)
+    parts = [m.encoder.position[:1].expand(len(first), 1, -1)] if token else []
+    x = torch.cat([*parts, torch.cat([m.layer(one), m.layer(other)], 1)], 1)
+    return {"first": one, "second": other, "both": m.block(m.block(x))}
+
+
+def test_a_target_may_read_another_output_than_the_one_that_a_class_is_picked_from() -> None:
+    report = fastrel.Explainer(made(joined)).verify(ids(), ids(3, 4), target=lambda out: out["both"][:, 0, 3])
+    assert report.ok, report
+    assert report.blocks == 6
+    assert set(report.maps) == {"first", "second"}
+    alone = fastrel.Explainer(made(joined)).verify(ids(), ids(3, 4), target=lambda out: out["second"][:, 0, 3])
+    assert alone.ok, alone
+    assert alone.blocks == 2
+
+
+def test_encoders_that_are_joined_share_the_row() -> None:
+    model = made(lambda m, first, second: joined(m, first, second, token=False))
+    total = whole(model, ids(), ids(3, 4), target=lambda out: out["both"][:, 0, 3])
+    torch.testing.assert_close(total, torch.full_like(total, 2.0**4))  # each token came by one encoder
