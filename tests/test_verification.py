@@ -179,3 +179,42 @@ def test_encoders_that_are_joined_share_the_row() -> None:
     model = made(lambda m, first, second: joined(m, first, second, token=False))
     total = whole(model, ids(), ids(3, 4), target=lambda out: out["both"][:, 0, 3])
     torch.testing.assert_close(total, torch.full_like(total, 2.0**4))  # each token came by one encoder
+
+
+def spelled(attention: Any, x: Tensor, other: Tensor) -> Tensor:
+    """Attention over another sequence as matrix products."""
+    q, k, v = (attention.heads(layer(y)) for layer, y in ((attention.q, x), (attention.k, other), (attention.v, other)))
+    return attention.o(((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def merged(attention: Any, x: Tensor, other: Tensor) -> Tensor:
+    """The same with heads beside the samples."""
+    layers = ((attention.q, x), (attention.k, other), (attention.v, other))
+    q, k, v = (attention.heads(layer(y)).flatten(0, 1) for layer, y in layers)
+    mixed = torch.bmm(torch.bmm(q, k.mT).div(8**0.5).softmax(-1), v)
+    return attention.o(mixed.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2))
+
+
+def decoded(m: Any, x: Tensor, y: Tensor, cross: Callable[..., Tensor]) -> Tensor:
+    """An encoder, and a decoder that looks at what it gives twice."""
+    x, y = m.encoder(x), m.second(y)
+    for _ in range(2):
+        y = m.block(y + cross(m.cross, y, x))
+    return m.head(y[:, -1])
+
+
+CROSSING: dict[str, Callable[..., Tensor]] = {
+    "fused": lambda attention, x, other: attention(x, other), "spelled out": spelled, "heads beside samples": merged,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [0, -2])
+@pytest.mark.parametrize("same", [False, True], ids=["two texts", "the same text"])
+@pytest.mark.parametrize("cross", CROSSING)
+def test_normalised_rows_add_up_to_one_across_sequences(cross: str, same: bool, start: int) -> None:
+    if same:
+        model, given = made(lambda m, x: decoded(m, x, x, CROSSING[cross])), [ids()]
+    else:
+        model, given = made(lambda m, x, y: decoded(m, x, y, CROSSING[cross])), [ids(), ids(3, 4)]
+    total = whole(model, *given, normalize=True, start=start)
+    torch.testing.assert_close(total, torch.ones_like(total))
