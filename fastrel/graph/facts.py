@@ -146,14 +146,16 @@ class Facts:
         return node.target is aten.scaled_dot_product_attention.default or self._mixes_tokens(node)
 
     def queries(self, attn: fx.Node) -> fx.Node | None:
-        """The queries Q [*, Tq, d] of an attention map made of scores QKᵀ; None where none are found: they were turned, say."""
+        """The queries Q [*, Tq, d] of an attention map [*, Tq, Tk] made of scores QKᵀ; None where none are found: these were turned
+        or have other dimensions."""
         rows, seen, todo = self.sizes.shape(attn)[-2:], {attn}, [attn]
         while todo:
             node = todo.pop(0)
             if node not in self.active or self.sizes.shape(node)[-2:] != rows or _turns(node):
                 continue
             if node.target in (aten.matmul.default, aten.bmm.default):
-                return node.args[0]  # type: ignore[return-value]
+                q: Any = node.args[0]
+                return q if self.sizes.shape(q)[:-1] == self.sizes.shape(attn)[:-1] else None
             todo += [x for x in reads(node) if x not in seen]
             seen.update(todo)
         return None
@@ -237,12 +239,12 @@ class Stretch:
 
 def _turns(node: fx.Node) -> bool:
     """Whether a value is another one with its last two dimensions elsewhere."""
+    ndim = node.meta["val"].dim()
     if node.target is aten.permute.default:
-        order, ndim = node.args[1], node.meta["val"].dim()
-        return [dim % ndim for dim in order[-2:]] != [ndim - 2, ndim - 1]  # type: ignore[index, operator, union-attr]
-    return node.target is aten.transpose.int and any(
-        dim in (-2, -1) or dim >= node.meta["val"].dim() - 2 for dim in node.args[1:]
-    )  # type: ignore[operator]
+        order: Any = node.args[1]
+        return [dim % ndim for dim in order[-2:]] != [ndim - 2, ndim - 1]
+    swapped: Any = node.args[1:] if node.target is aten.transpose.int else ()
+    return any(dim % ndim >= ndim - 2 for dim in swapped)
 
 
 def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]:
