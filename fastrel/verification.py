@@ -28,6 +28,7 @@ from fastrel.prediction import Prediction
 from fastrel.targets import Target, classes_of
 from fastrel.trace import BlockTrace
 from fastrel.transform.method import Chain
+from fastrel.transform.program import Program
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,15 @@ class _Subject:
         return _predict(self.engine, options, self.call).explain(self.target)
 
     @functools.cached_property
+    def program(self) -> Program:
+        """What explains the outputs that the target reads, which need not be those that a class is picked from."""
+        return self.program_of(self.options)
+
+    def program_of(self, options: Options) -> Program:
+        """The same with other options."""
+        return self.engine.program(self.call.entry, options, self.prediction.seeds(self.target).outputs)
+
+    @functools.cached_property
     def widened(self) -> _Subject:
         """The same in float64, by the plain PyTorch backend, on a copy of the model."""
 
@@ -159,14 +169,13 @@ def verify(engine: Engine, options: Options, args: Sequence[Any], kwargs: dict[s
     """
     subject = _Subject.of(engine, options, args, kwargs, target)
     explanation = subject.explanation
-    program = engine.explaining(subject.call, options)
     checks = [check for make in _CHECKS for check in make(subject)]
     shapes = {
         name: f"{tuple(one.relevance.shape[1:])} tokens"
         + (f", on a grid of {' × '.join(map(str, one.grid.shape[-2:]))} patches" if one.grid is not None else "")
         for name, one in explanation.maps.items()
     }
-    return Verification(tuple(checks), program.generic, program.blocks, shapes)
+    return Verification(tuple(checks), subject.program.generic, subject.program.blocks, shapes)
 
 
 def _predict(engine: Engine, options: Options, call: Call, trace: bool = False) -> Prediction:
@@ -267,7 +276,7 @@ def _gradient(subject: _Subject) -> Iterator[Check]:
     try:
         ours = subject.explain(base=base, start_layer=subject.options.method.start_layer)
         options = replace(subject.options, base=base, start_layer=subject.options.method.start_layer)
-        program = subject.engine.program(subject.call.entry, options, subject.prediction.seeds(subject.target).outputs)
+        program = subject.program_of(options)
     except FastrelError as error:
         yield Check("gradient", float("nan"), None, f"not checked: {first_line(error)}")
         return
@@ -338,12 +347,12 @@ def _rows(subject: _Subject) -> Iterator[Check]:
     except FastrelError as error:
         yield Check("rows", float("nan"), None, f"not checked: {first_line(error)}")
         return
-    program = subject.engine.explaining(subject.call, subject.options)
+    blocks = subject.program.blocks
     total, last = (sum(_total(one) for one in found.values()) for found in (maps, raw.maps))
-    expected = 2.0**program.blocks
+    expected = 2.0**blocks
     excess = max(float((total / expected).max()), float(last.max())) - 1  # type: ignore[union-attr]
     lost = 1 - float((total / expected).min())  # type: ignore[union-attr]
-    meaning = f"the rollout of {program.blocks} attention maps adds up to 2ⁿ" + (
+    meaning = f"the rollout of {blocks} attention maps adds up to 2ⁿ" + (
         f", less {lost:.0%} that met constant tokens, blocks without a residual or blocks of other sequences"
         if lost > 1e-3
         else ""

@@ -82,8 +82,10 @@ def ids(batch: int = 3, length: int = 7, seed: int = 1) -> Tensor:
     return torch.randint(1, 50, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def whole(model: nn.Module, *inputs: Tensor, target: Any = None, **named: Tensor) -> Tensor:
-    """What all maps of the unnormalised rollout of attention maps add up to, [B]: 2ⁿ."""
-    explainer = fastrel.Explainer(model, "rollout", normalize_rollout=False, backend="torch")
+def whole(
+    model: nn.Module, *inputs: Tensor, target: Any = None, normalize: bool = False, start: int = 0, **named: Tensor
+) -> Tensor:
+    """What all maps of the rollout of attention maps add up to, [B]: 2ⁿ, or 1 where rows are normalised."""
+    explainer = fastrel.Explainer(model, "rollout", normalize_rollout=normalize, start_layer=start, backend="torch")
     maps = explainer(*inputs, target=target, **named).maps
     return sum(one.relevance.flatten(1).sum(1) for one in maps.values())  # type: ignore[return-value]

@@ -178,3 +178,16 @@ def test_an_input_without_dimensions_is_a_number_that_all_samples_share() -> Non
         plain = fastrel.Explainer(made(lambda m, x, f=factor: m.head(m.encoder(x).mean(1) * f)))(given, target=1)
         torch.testing.assert_close(found.logits, plain.logits)
         torch.testing.assert_close(found.relevance, plain.relevance)
+
+
+def test_a_batch_that_the_model_counts_in_python_is_captured_for_its_size() -> None:
+    def with_class_token(count: Callable[[Tensor], int]) -> nn.Module:
+        def f(m: Any, x: Tensor, encoded: Tensor) -> Any:
+            return encoded, m.block(torch.cat([m.encoder.position[:1].expand(count(x), 1, -1), encoded], 1))
+
+        return made(lambda m, x: f(m, x, m.encoder(x)))
+
+    counting, asking = (fastrel.Explainer(with_class_token(count)) for count in (len, lambda x: x.shape[0]))
+    for batch in (3, 1, 4):
+        found, expected = (one(ids(batch), target=lambda out: out[1][:, 0, 1]).relevance for one in (counting, asking))
+        torch.testing.assert_close(found, expected)

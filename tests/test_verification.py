@@ -13,6 +13,7 @@ from fastrel.graph.capture import Captured, capture
 from fastrel.rules import RULES
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes
+from tests.small import ids, made, whole
 from tests.test_properties import Transformer
 
 aten = torch.ops.aten
@@ -154,3 +155,66 @@ def test_it_sees_a_graph_that_is_not_the_model(monkeypatch: pytest.MonkeyPatch) 
     model.blocks[0].mlp.spelling = "gated"
     report = explainer.verify(x, keep)
     assert next(check.name for check in report.checks if not check.ok) == "prediction"
+
+
+def joined(m: Any, first: Tensor, second: Tensor, token: bool = True) -> dict[str, Tensor]:
+    """Two encoders, each projected, behind a class token if there is one, through blocks that look at both."""
+    one, other = m.encoder(first), m.second(second)
+    parts = [m.encoder.position[:1].expand(len(first), 1, -1)] if token else []
+    x = torch.cat([*parts, torch.cat([m.layer(one), m.layer(other)], 1)], 1)
+    return {"first": one, "second": other, "both": m.block(m.block(x))}
+
+
+def test_a_target_may_read_another_output_than_the_one_that_a_class_is_picked_from() -> None:
+    report = fastrel.Explainer(made(joined)).verify(ids(), ids(3, 4), target=lambda out: out["both"][:, 0, 3])
+    assert report.ok, report
+    assert report.blocks == 6
+    assert set(report.maps) == {"first", "second"}
+    alone = fastrel.Explainer(made(joined)).verify(ids(), ids(3, 4), target=lambda out: out["second"][:, 0, 3])
+    assert alone.ok, alone
+    assert alone.blocks == 2
+
+
+def test_encoders_that_are_joined_share_the_row() -> None:
+    model = made(lambda m, first, second: joined(m, first, second, token=False))
+    total = whole(model, ids(), ids(3, 4), target=lambda out: out["both"][:, 0, 3])
+    torch.testing.assert_close(total, torch.full_like(total, 2.0**4))  # each token came by one encoder
+
+
+def spelled(attention: Any, x: Tensor, other: Tensor) -> Tensor:
+    """Attention over another sequence as matrix products."""
+    q, k, v = (attention.heads(layer(y)) for layer, y in ((attention.q, x), (attention.k, other), (attention.v, other)))
+    return attention.o(((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def merged(attention: Any, x: Tensor, other: Tensor) -> Tensor:
+    """The same with heads beside the samples."""
+    layers = ((attention.q, x), (attention.k, other), (attention.v, other))
+    q, k, v = (attention.heads(layer(y)).flatten(0, 1) for layer, y in layers)
+    mixed = torch.bmm(torch.bmm(q, k.mT).div(8**0.5).softmax(-1), v)
+    return attention.o(mixed.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2))
+
+
+def decoded(m: Any, x: Tensor, y: Tensor, cross: Callable[..., Tensor]) -> Tensor:
+    """An encoder, and a decoder that looks at what it gives twice."""
+    x, y = m.encoder(x), m.second(y)
+    for _ in range(2):
+        y = m.block(y + cross(m.cross, y, x))
+    return m.head(y[:, -1])
+
+
+CROSSING: dict[str, Callable[..., Tensor]] = {
+    "fused": lambda attention, x, other: attention(x, other), "spelled out": spelled, "heads beside samples": merged,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [0, -2])
+@pytest.mark.parametrize("same", [False, True], ids=["two texts", "the same text"])
+@pytest.mark.parametrize("cross", CROSSING)
+def test_normalised_rows_add_up_to_one_across_sequences(cross: str, same: bool, start: int) -> None:
+    if same:
+        model, given = made(lambda m, x: decoded(m, x, x, CROSSING[cross])), [ids()]
+    else:
+        model, given = made(lambda m, x, y: decoded(m, x, y, CROSSING[cross])), [ids(), ids(3, 4)]
+    total = whole(model, *given, normalize=True, start=start)
+    torch.testing.assert_close(total, torch.ones_like(total))

@@ -23,7 +23,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, is_concrete_int
 from torch.nn.modules import transformer
 
 from fastrel.errors import CaptureError, InputError, first_line
@@ -387,7 +387,7 @@ def _check_batch(guards: Guards, inputs: Sequence[fx.Node], outputs: Sequence[An
     """Raise CaptureError where the samples of the outputs lie along another dimension of an input than the first."""
     values = [x.meta.get("val") for x in outputs if isinstance(x, fx.Node)]
     leading = [x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()]
-    varying = {str(size) for size in leading if isinstance(size, torch.SymInt)}
+    varying = {str(size) for size in leading if not is_concrete_int(size)}
     if varying & guards.batch_names:
         return
     for node in inputs:

@@ -125,6 +125,41 @@ class Facts:
             return node.args[1] in ([-1], [len(source) - 1])
         return len(source) == len(reduction) and not reduction[-1]
 
+    def are_same_tokens(self, q: fx.Node, v: fx.Node) -> bool:
+        """Whether queries and values [*, T, d] of attention are of the same tokens: from the same inputs, as many, and by the same
+        attention blocks (in cross-attention, those of a decoder lie on the way to the queries alone)."""
+        lengths = {self.sizes.shape(x)[-2] for x in (q, v)}
+        return len(lengths) == 1 and self.sources[q] == self.sources[v] and self._attended[q] == self._attended[v]
+
+    @functools.cached_property
+    def _attended(self) -> dict[fx.Node, int]:
+        """The attention blocks that lie on the way to each value, as bits."""
+        found: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            if node in self.active:
+                bits = functools.reduce(operator.or_, (found.get(x, 0) for x in reads(node)), 0)
+                found[node] = bits | (1 << self._numbers[node] if self._attends(node) else 0)
+        return found
+
+    def _attends(self, node: fx.Node) -> bool:
+        """Whether a value is what an attention block makes of its values, mixing tokens by a map."""
+        return node.target is aten.scaled_dot_product_attention.default or self._mixes_tokens(node)
+
+    def queries(self, attn: fx.Node) -> fx.Node | None:
+        """The queries Q [*, Tq, d] of an attention map [*, Tq, Tk] made of scores QKᵀ; None where none are found: these were turned
+        or have other dimensions."""
+        rows, seen, todo = self.sizes.shape(attn)[-2:], {attn}, [attn]
+        while todo:
+            node = todo.pop(0)
+            if node not in self.active or self.sizes.shape(node)[-2:] != rows or _turns(node):
+                continue
+            if node.target in (aten.matmul.default, aten.bmm.default):
+                q: Any = node.args[0]
+                return q if self.sizes.shape(q)[:-1] == self.sizes.shape(attn)[:-1] else None
+            todo += [x for x in reads(node) if x not in seen]
+            seen.update(todo)
+        return None
+
     def recomputed(self, memory: Memory) -> Callable[[fx.Node], bool]:
         """Which values the reverse pass computes again instead of keeping them.
 
@@ -160,13 +195,7 @@ class Facts:
             if leaf not in self.active:
                 raise UnsupportedModelError(f"the output {leaf} does not depend on the input")
         relevant = _upstream(leaves)
-        found = [
-            node
-            for node in self.nodes
-            if node in relevant
-            and node in self.active
-            and (node.target is aten.scaled_dot_product_attention.default or self._mixes_tokens(node))
-        ]
+        found = [node for node in self.nodes if node in relevant and node in self.active and self._attends(node)]
         if not found:
             raise UnsupportedModelError(
                 "no attention was found between the input and the prediction; fastrel explains transformers"
@@ -206,6 +235,16 @@ class Stretch:
         blocks = {node: i for i, node in enumerate(found) if i >= start_layer % len(found)}
         above = frozenset(_downstream(facts.nodes, set(blocks), facts.active))
         return cls(tuple(leaves), blocks, len(found), frozenset(facts.active) if everything else above, above)
+
+
+def _turns(node: fx.Node) -> bool:
+    """Whether a value is another one with its last two dimensions elsewhere."""
+    ndim = node.meta["val"].dim()
+    if node.target is aten.permute.default:
+        order: Any = node.args[1]
+        return [dim % ndim for dim in order[-2:]] != [ndim - 2, ndim - 1]
+    swapped: Any = node.args[1:] if node.target is aten.transpose.int else ()
+    return any(dim % ndim >= ndim - 2 for dim in swapped)
 
 
 def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]:

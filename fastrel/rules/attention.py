@@ -173,8 +173,7 @@ def _give_row(
         return t.give(v, row=Row(mixed))
     left: dict[Path, Part] = {}
     # Where keys are other tokens than queries (cross-attention, reduced keys), what is left goes back through the queries.
-    lengths = [t.facts.sizes.shape(x)[-2] for x in (q, v)]
-    across = t.is_active(q) and (t.facts.sources[q] != t.facts.sources[v] or lengths[0] != lengths[1])
+    across = t.is_active(q) and not t.facts.are_same_tokens(q, v)
     for path in inner:
         own = queries.get(path)
         if own is None:
@@ -250,10 +249,22 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
         assert maps[0]
         t.attention_maps.append(maps[0])
         if out.row:
-            _roll(t, node, left, right, rows, out.row, t.emit.call(ops.attention_update, *maps, t.method.update), heads)
+            _roll(
+                t,
+                node,
+                t.facts.queries(left) or left,
+                right,
+                rows,
+                out.row,
+                t.emit.call(ops.attention_update, *maps, t.method.update),
+                heads,
+            )
     ends = is_attention and not carries_scores(t.rules)
     if out.row and block is None:
-        _pass_row(t, node, (right, left), out.row)
+        if not is_attention or any(t.is_active(x) and t.row_shape(x) == t.row_shape(node) for x in (right, left)):
+            _pass_row(t, node, (right, left), out.row)
+        else:
+            t.rollout.end(out.row)  # as fused attention does below the first block that takes part
     t.give(left, _narrowed(t, left, node, grad_a, rows), None if ends else _narrowed(t, left, node, rel_a, rows))
     t.give(right, _narrowed(t, right, node, grad_b), _narrowed(t, right, node, rel_b))
 
