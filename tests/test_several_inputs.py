@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastrel
 from tests.small import ids, made, whole
@@ -43,6 +43,60 @@ def test_texts_that_share_an_embedding_have_a_map_each(name: str) -> None:
     report = explainer.verify(first, second, target=1)
     assert report.ok, report
     torch.testing.assert_close(whole(model, first, second, target=1), torch.full((2,), 4.0).double())
+
+
+class SequenceFirst(nn.Module):
+    """[T, B, D] -> [B, 3], by PyTorch's default layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.TransformerEncoderLayer(16, 2, 32), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).mean(0))
+
+
+class InBatch(nn.Module):
+    """Two pictures, read as one batch of twice as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 3)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        u, v = self.layer(self.patches(torch.cat((a, b))).flatten(2).mT).mean(1).chunk(2)
+        return self.head((u - v).abs())
+
+
+def in_batch(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    return m.wide(m.encoder(torch.cat((a, b)))[:, 0].unflatten(0, (2, -1)).transpose(0, 1).flatten(1))
+
+
+def choices(m: Any, a: Tensor) -> Tensor:
+    return m.score(m.encoder(a.flatten(0, 1))[:, 0]).view(-1, a.shape[1])
+
+
+#: What was explained as if samples lay where they do not, and what is said of it instead.
+ELSEWHERE: dict[str, tuple[nn.Module, Any, str]] = {
+    "sequence first": (SequenceFirst(), (torch.randn(7, 3, 16),), "samples lie along dimension 1 of input x"),
+    "sequence first, as many samples as tokens": (
+        SequenceFirst(),
+        (torch.randn(5, 5, 16),),
+        "samples lie along dimension 1",
+    ),
+    "sequence first, one sample": (SequenceFirst(), (torch.randn(7, 1, 16),), "1 samples however long dimension 0 of x is"),
+    "two texts in the batch": (made(in_batch), (ids(2), ids(2, seed=2)), "map of first has 4 samples and the prediction 2"),
+    "choices in the batch": (made(choices), (ids(8).view(2, 4, 7),), "map of first has 8 samples and the prediction 2"),
+    "two pictures in the batch": (InBatch(), (torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)), "joined along the batch"),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_samples_that_lie_elsewhere_are_refused(name: str) -> None:
+    model, given, message = ELSEWHERE[name]
+    with pytest.raises(fastrel.FastrelError, match=message):
+        fastrel.Explainer(model.eval(), backend="torch")(*given, target=1)
 
 
 def test_maps_of_joined_texts_are_parts_of_the_map_of_one() -> None:
