@@ -164,11 +164,16 @@ class Prediction:
         for where, row, grid in zip(program.maps, rows, grids, strict=True):
             relevance = row.reshape(*row.shape[:2], -1).transpose(0, 1)
             check_finite("the explanation", relevance)
+            name = self._call.names[where.input] + where.branch
+            if len(relevance) != len(self.logits):
+                raise UnsupportedModelError(
+                    f"the map of {name} has {len(relevance)} samples and the prediction {len(self.logits)}: the model puts several "
+                    "texts or pictures of a sample into the batch; explain what reads one of them (a choice, a side) by itself"
+                )
             patches = self._on_grid(relevance) if grid is None else grid.transpose(0, 1)
             if not several:
                 relevance, patches = relevance[:, 0], None if patches is None else patches[:, 0]
             value = self._call.values[len(self._call.captured.owners) + where.input]
-            name = self._call.names[where.input] + where.branch
             found[name] = TokenMap(relevance, patches, image_size(value, where.picture))
         return found
 

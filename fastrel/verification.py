@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from fastrel.prediction import Prediction
 from fastrel.targets import Target, classes_of
 from fastrel.trace import BlockTrace
 from fastrel.transform.method import Chain
-from fastrel.transform.program import Program
+from fastrel.transform.program import Map, Program
 
 
 @dataclass(frozen=True)
@@ -281,14 +282,21 @@ def _gradient(subject: _Subject) -> Iterator[Check]:
         yield Check("gradient", float("nan"), None, f"not checked: {first_line(error)}")
         return
     worst = 0.0
-    for where, one in zip(program.maps, ours.maps.values(), strict=True):
+    for where, own in _by_value(program.maps, ours.maps.values()):
         leaf = _Leaf(subject.call, where.nodes)
         relative = leaf.times_gradient(subject, where.features)
-        own = one.relevance if one.relevance.dim() == 3 else one.relevance[:, None]
+        own = own if own.dim() == 3 else own[:, None]
         expected, size = (x.reshape(own.shape[1], own.shape[0], -1).transpose(0, 1) for x in relative)
         # Relative to the terms: their sum is nearly 0 before a layer norm.
         worst = max(worst, float((own.double() - expected).norm() / size.norm().clamp_min(1e-300)))
     yield Check("gradient", worst, subject.limit(1e-9, 1e-3, 2e-2), "against torch.autograd")
+
+
+def _by_value(wheres: Sequence[Map], maps: Iterable[TokenMap]) -> Iterator[tuple[Map, Tensor]]:
+    """The relevance that was read at each value: of several inputs where these were joined before."""
+    for _, pairs in itertools.groupby(zip(wheres, maps, strict=True), lambda pair: pair[0].nodes):
+        found = list(pairs)
+        yield found[0][0], torch.cat([one.relevance for _, one in found], -1)
 
 
 class _Leaf(fx.Interpreter):

@@ -131,7 +131,9 @@ def page(rows: dict[str, list[tuple[str, str, str]]]) -> str:
         "and DINOv2, two blocks were built. Made by `python scripts/coverage.py`.\n",
         "The method chains attention maps over tokens. Models that have none are refused: factorised, additive or channel attention",
         "(CoaT, EdgeNeXt, EfficientViT-B, MobileViTv2, SwiftFormer), pooling or Fourier mixing (PoolFormer, FNet), lambda layers.",
-        "Where a model has both kinds (XCiT, DaViT), maps over tokens are chained, relevance passes others by the rule of products.\n",
+        "Where a model has both kinds (XCiT, DaViT), maps over tokens are chained, relevance passes others by the rule of products.",
+        "ViLT, Longformer, LED and JetMoE take sizes from numbers of their inputs, which no graph holds (ViLT also draws its patches",
+        "in random order).\n",
         f"- timm, plain ViT-like families: {count(plain)} pass",
         f"- timm, all: {count(timm_groups)} pass",
         *(

@@ -113,6 +113,7 @@ def bert_folder(folder: Path, **config: Any) -> Path:
     """A classifier of texts with 32 positions."""
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
@@ -153,6 +154,7 @@ def clip_folder(folder: Path) -> Path:
     """Pictures with text."""
     from transformers import BertTokenizerFast, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=16)
     part = {**_BERT, "projection_dim": 24}

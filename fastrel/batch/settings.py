@@ -44,8 +44,8 @@ class Settings:
     target: tuple[str, ...] | None = None
     batch_size: int = 8
 
-    def load(self) -> Loaded:
-        """The model with what feeds it.
+    def load(self, pairs: bool = False) -> Loaded:
+        """The model with what feeds it; `pairs`: it may read pictures with texts.
 
         Raises:
             InputError: as `fastrel.models.load`, and for a model of pictures with texts whose classes are not given.
@@ -59,10 +59,11 @@ class Settings:
             long=self.long,
             classes=self.classes,
         )
-        if loaded.kind == "multimodal":
+        if loaded.kind == "multimodal" and not pairs:
             raise InputError(
                 f"{self.model!r} compares pictures with texts: give its classes in words (--classes 'a photo of a cat' 'a photo of "
-                "a dog'), and it classifies pictures; anything else takes a loop of your own with fastrel.Explainer"
+                "a dog'), and it classifies pictures; or explain one pair, fastrel explain PICTURE --text TEXT; anything else "
+                "takes a loop of your own with fastrel.Explainer"
             )
         return loaded
 

@@ -18,7 +18,7 @@ from fastrel.batch.decoding import Decoded
 from fastrel.batch.local import explained
 from fastrel.batch.row import Row
 from fastrel.commands import options as shared
-from fastrel.commands import text
+from fastrel.commands import pairs, text
 from fastrel.commands.drawing import draw, endings, noise_floor
 from fastrel.commands.outputs import Outputs
 from fastrel.data import inputs
@@ -37,6 +37,7 @@ examples:
   fastrel explain cat.jpg --model deit_tiny_patch16_224 --weights deit.pth --target 281 tiger --out maps --npz
   fastrel explain --text "not bad at all" --model ./my-bert --target 0 1 --out map.html
   fastrel explain --text "The capital of France is" --model ./my-gpt2 --generate 5 --out map.html
+  fastrel explain cat.jpg --text "a photo of a cat" --model ./my-clip --out map.html          both maps
   fastrel explain reviews.csv --column text --model ./my-bert --out pages
 """
 _RENDERERS = 2
@@ -45,7 +46,7 @@ _RENDERERS = 2
 def configure(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     shared.inputs(parser, required=False)
-    parser.add_argument("--text", help="a text to explain instead of inputs")
+    parser.add_argument("--text", help="a text to explain instead of inputs, or with one picture")
     text.configure(parser)
     parser.add_argument(
         "--out", required=True, metavar="PATH", help="folder for overlays or pages; with --text an .html file"
@@ -60,7 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Dispatch on what is to be explained; 1 if some items failed, 2 if all did."""
     if options.text is not None:
-        return text.run(options)
+        return pairs.run(options) if options.inputs else text.run(options)
     if options.generate or options.continuation is not None:
         raise InputError("--generate and --continuation go with --text, the text that is gone on with")
     if not options.inputs:

@@ -34,8 +34,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Explain one text and write its page."""
-    if options.inputs:
-        raise InputError(f"give images or --text, not both ({options.inputs[0]!r} was given as an image)")
     out = Path(options.out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"with --text, --out must name an .html file, not {options.out!r}")

@@ -286,6 +286,36 @@ def _convolution(node: fx.Node, labels: Labels) -> Axes:
     return (first, ((shape[1], "feature"),), *(((size, "token"),) for size in shape[2:]))
 
 
+@axes_of(aten.stack.default)
+def _stack(node: fx.Node, labels: Labels) -> Axes | None:
+    """A new dimension: of tokens where these are the parts of one over tokens, else of features (heads, layers, members)."""
+    parts: Any = node.args[0]
+    known = next((part for part in parts if labels.of(part) is not None), None)
+    if known is None:
+        return _widest(node, labels)
+    x, shape = labels.axes[known], labels.shape(node)
+    dim = int(node.args[1]) % len(shape) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    role: Role = "token" if _is_of_tokens(known, labels) else "feature"
+    return (*x[:dim], ((shape[dim], role),), *x[dim:])
+
+
+def _is_of_tokens(part: fx.Node, labels: Labels) -> bool:
+    """Whether a value was made of one token of several, taken by select or unbind."""
+    seen, todo = {part}, [part]
+    while todo:
+        node = todo.pop()
+        whole: Any = node.args[0] if node.args else None
+        taken = node if node.target is aten.select.int else whole if node.target is operator.getitem else None
+        if isinstance(taken, fx.Node) and taken.target in (aten.select.int, aten.unbind.int):
+            x = labels.of(taken.args[0])
+            dim: Any = taken.args[1] if len(taken.args) > 1 else 0
+            return x is not None and any(role == "token" for _, role in x[dim])
+        new = [n for n in node.all_input_nodes if n in labels.axes and n not in seen]
+        seen.update(new)
+        todo += new
+    return False
+
+
 @axes_of(aten.index.Tensor)
 def _index(node: fx.Node, labels: Labels) -> Axes | None:
     """x[mask] of some tokens of every sample, [samples and tokens, …]; other indices as elementwise."""

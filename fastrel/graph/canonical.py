@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from fastrel.graph import axes as axes_
-from fastrel.graph.nodes import insert_call
-from fastrel.graph.patterns import is_attention_value, is_softmax_over_keys
+from fastrel.graph.nodes import arguments, insert_call
+from fastrel.graph.patterns import IDENTITIES, is_attention_value, is_softmax_over_keys
+from fastrel.graph.softmax import softmax_of
 from fastrel.graph.spellings import spell_out
 
 aten = torch.ops.aten
@@ -71,9 +72,98 @@ def _is_empty(x: fx.Node, dim: int) -> bool:
 
 
 @rewrite
+def looked_up(graph: fx.Graph, axes: Labelled) -> bool:
+    """table[ids], table.index_select(0, ids) and one_hot(ids) @ table become embeddings; whether there was any."""
+    found = False
+    for node in list(graph.nodes):
+        table, ids = _look_up(node)
+        if ids is None or table in axes or table.meta["val"].dim() != 2 or not table.meta["val"].is_floating_point():
+            continue
+        with graph.inserting_before(node):
+            inner = ids.args[0] if ids.target in axes_.RESHAPES and ids.meta["val"].dim() == 1 else ids
+            result = _product_like(node, aten.embedding.default, table, inner)
+            if inner is not ids:  # the tokens of all samples in one dimension
+                result = insert_call(graph, aten.flatten.using_ints, result, 0, inner.meta["val"].dim() - 1)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        found = True
+    if found:
+        graph.eliminate_dead_code()
+    return found
+
+
+def _look_up(node: fx.Node) -> tuple[Any, Any]:
+    """The table and the indices of a look-up in another spelling; (None, None) for anything else."""
+    if node.target is aten.index.Tensor and len(node.args[1]) == 1:  # type: ignore[arg-type]
+        table, ids = node.args[0], node.args[1][0]  # type: ignore[index]
+    elif node.target is aten.index_select.default and node.args[1] == 0:
+        table, _, ids = node.args
+    elif node.target in (aten.matmul.default, aten.linear.default) and len(node.args) == 2:
+        ids, table = node.args
+        while isinstance(ids, fx.Node) and (ids.target in IDENTITIES or ids.target is aten.one_hot.default):
+            if ids.target is aten.one_hot.default:
+                return (table, ids.args[0]) if node.target is aten.matmul.default else (None, None)
+            ids = ids.args[0]
+        return None, None
+    else:
+        return None, None
+    whole = isinstance(ids, fx.Node) and ids.meta["val"].dtype in (torch.int32, torch.int64)
+    return (table, ids) if whole and isinstance(table, fx.Node) else (None, None)
+
+
+@rewrite
 def spelled_out(graph: fx.Graph, axes: Labelled) -> bool:
     """Operators that are others in one word become these; whether there was any."""
     return spell_out(graph, axes.__contains__)
+
+
+@rewrite
+def softmax_written_out(graph: fx.Graph, axes: Labelled) -> bool:
+    """exp(x) / Σ exp(x), also divided after the product with values, becomes softmax(x); whether there was any."""
+    found = False
+    for node in list(graph.nodes):
+        if node not in axes:
+            continue
+        with graph.inserting_before(node):
+            result = softmax_of(node, lambda *call, node=node: _product_like(node, *call))
+        if result is not None:
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+            found = True
+    if found:
+        graph.eliminate_dead_code()
+    return found
+
+
+@rewrite
+def sums_of_a_stack(graph: fx.Graph, axes: Labelled) -> bool:
+    """stack([u, v, …], d).sum(d) becomes u + v + …, and a mean that divided by their number; whether there was any."""
+    found = False
+    for node in list(graph.nodes):
+        if node.target not in (aten.sum.dim_IntList, aten.mean.dim) or node not in axes or len(node.args) > 2:
+            continue
+        stacked: Any = node.args[0]
+        if stacked.target is not aten.stack.default:
+            continue
+        parts, dim = arguments(stacked, 0, count=2)
+        over: Any = node.args[1]
+        ndim = stacked.meta["val"].dim()
+        if len(over) != 1 or over[0] % ndim != dim % ndim or axes.get(stacked, ((),) * ndim)[dim][:1] == ():
+            continue
+        if any(role != "feature" for _, role in axes[stacked][dim]):
+            continue  # tokens one by one
+        with graph.inserting_before(node):
+            total = parts[0]
+            for part in parts[1:]:
+                total = _product_like(node, aten.add.Tensor, total, part)
+            if node.target is aten.mean.dim:
+                total = _product_like(node, aten.div.Tensor, total, len(parts))
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+        found = True
+    if found:
+        graph.eliminate_dead_code()
+    return found
 
 
 @rewrite
@@ -133,10 +223,9 @@ def maps_on_the_left(graph: fx.Graph, axes: Labelled) -> bool:
         if node.target not in (aten.matmul.default, aten.bmm.default):
             continue
         v, turned = node.args
-        if not isinstance(turned, fx.Node) or turned.target is not aten.transpose.int:
-            continue
-        attn, ndim = turned.args[0], turned.meta["val"].dim()
-        if {dim % ndim for dim in turned.args[1:]} != {ndim - 2, ndim - 1} or not is_softmax_over_keys(attn):
+        with graph.inserting_before(node):
+            attn = _turned_back(graph, turned, axes)
+        if attn is None:
             continue
         with graph.inserting_before(node):
             values = insert_call(graph, aten.transpose.int, v, -2, -1)
@@ -147,6 +236,24 @@ def maps_on_the_left(graph: fx.Graph, axes: Labelled) -> bool:
         graph.erase_node(node)
         found = True
     return found
+
+
+def _turned_back(graph: fx.Graph, turned: Any, axes: Labelled) -> fx.Node | None:
+    """A of a value Aᵀ, be it a transpose or a softmax of columns; None where that is no map over tokens."""
+    if not isinstance(turned, fx.Node) or turned not in axes:
+        return None
+    ndim = turned.meta["val"].dim()
+    if turned.target is aten.transpose.int:
+        attn: Any = turned.args[0]
+        return (
+            attn if {dim % ndim for dim in turned.args[1:]} == {ndim - 2, ndim - 1} and is_softmax_over_keys(attn) else None
+        )
+    if turned.target is not aten.softmax.int or turned.args[1] % ndim != ndim - 2:
+        return None
+    if any(axes_.is_feature(axis) for axis in axes[turned][-2:]):
+        return None
+    scores = insert_call(graph, aten.transpose.int, turned.args[0], -2, -1)
+    return insert_call(graph, aten.softmax.int, scores, -1)
 
 
 @rewrite

@@ -384,12 +384,19 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
 
 
 def _check_batch(guards: Guards, inputs: Sequence[fx.Node], outputs: Sequence[Any]) -> None:
-    """Raise CaptureError where the samples of the outputs lie along another dimension of an input than the first."""
+    """Raise CaptureError where the samples of the outputs lie along another dimension of an input than the first, or nowhere."""
     values = [x.meta.get("val") for x in outputs if isinstance(x, fx.Node)]
     leading = [x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()]
     varying = {str(size) for size in leading if not is_concrete_int(size)}
     if varying & guards.batch_names:
         return
+    sizes = [x.meta["val"].shape[0] for x in inputs if _has_dims(x)]
+    given = {size.node.hint for size in sizes if isinstance(size, torch.SymInt)}
+    if leading and not varying and given and not given & set(leading):
+        raise CaptureError(
+            f"the outputs have {leading[0]} samples however long dimension 0 of {inputs[0].name} is, and fastrel takes samples along "
+            "it; give one sample as a batch of one, [1, T, …], to a module that turns it into what the model takes"
+        )
     for node in inputs:
         value = node.meta.get("val")
         for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
@@ -398,6 +405,11 @@ def _check_batch(guards: Guards, inputs: Sequence[fx.Node], outputs: Sequence[An
                     f"the samples lie along dimension {dim} of input {node.name}, and fastrel takes them along the first; "
                     "explain a module that takes [B, T, …] and transposes it for the model"
                 )
+
+
+def _has_dims(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _place(x: Tensor) -> Any:

@@ -41,6 +41,7 @@ class Facts:
         sizes: sizes as integers, symbols as primes.
         roots: for values that are pointwise functions of one single activation, that activation; else the value itself.
         sources: the inputs of the model that active values depend on.
+        joined: for inputs of integers that are joined before they are looked up, what they become.
     """
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[fx.Node], batch: set[str]) -> None:
@@ -50,6 +51,8 @@ class Facts:
         self.axes = axes_.label(self.nodes, self.active, self.sizes)
         self.roots = _pointwise_roots(self.nodes, self.active)
         self.sources = _sources(self.nodes, self.active, inputs)
+        self.joined = _joined(self.nodes, inputs)
+        self._in_a_row = _in_a_row(self.nodes, self.active, self.axes, self.sources)
         self._inputs = list(inputs)
         self._numbers = {node: i for i, node in enumerate(self.nodes) if node in self.active}
 
@@ -62,8 +65,12 @@ class Facts:
         return next(node for node in self._inputs if node in self.sources[x])
 
     def sequences(self, x: fx.Node) -> set[Any]:
-        """The sequences of tokens that x is made of: an input each, but inputs over the same tokens ([B, T, …], T alike) are one."""
-        shapes = {node: tuple(str(size) for size in node.meta["val"].shape) for node in self.sources[x]}
+        """The sequences of tokens that x is made of: inputs; but those over the same tokens ([B, T, …], T alike) are one, unless
+        one comes after the other."""
+        if x in self._in_a_row:
+            return set(self.sources[x])
+        sources = {self.joined.get(node, node) for node in self.sources[x]}
+        shapes = {node: tuple(str(size) for size in node.meta["val"].shape) for node in sources}
         return {node if len(shape) > 3 else shape[1:2] for node, shape in shapes.items()}
 
     def are_streams(self, operands: Sequence[fx.Node], blocks: Collection[fx.Node]) -> bool:
@@ -308,6 +315,41 @@ def _sources(
             through = [n for n in reads(node) if n in active]
             known = [every[n] for n in reads(node)] if not through or enters(node) else [found[n] for n in through]
             found[node] = every[node] if node.op == "placeholder" else frozenset().union(*known)
+    return found
+
+
+def _joined(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """For inputs [B, T] of integers that an embedding looks up as cat([first, …, second], 1): that cat."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        cat: Any = node.args[1] if node.target is aten.embedding.default else None
+        if cat is None or cat.target is not aten.cat.default or cat.args[1:] not in ((1,), (-1,)):
+            continue
+        own = [x for x in cat.args[0] if x in inputs]
+        if len(own) > 1 and len(set(own)) == len(own) and cat.meta["val"].dim() == 2:
+            found.update(dict.fromkeys(own, cat))
+    return found
+
+
+def _in_a_row(
+    nodes: Sequence[fx.Node],
+    active: set[fx.Node],
+    axes: dict[fx.Node, axes_.Axes],
+    sources: dict[fx.Node, frozenset[fx.Node]],
+) -> set[fx.Node]:
+    """Values made of tokens of several inputs, one input's after the other's."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node not in active:
+            continue
+        operands = [n for n in reads(node) if n in active]
+        if node.target in (aten.cat.default, aten.stack.default) and node in axes:
+            dim: Any = node.args[1] if len(node.args) > 1 else 0
+            apart = len({sources[n] for n in operands}) > 1 and not axes_.is_feature(axes[node][dim])
+        else:
+            apart = False
+        if apart or any(n in found for n in operands):
+            found.add(node)
     return found
 
 

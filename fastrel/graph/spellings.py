@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -182,35 +183,92 @@ def _tensor_split(insert: Any, x: fx.Node, how: Any, dim: int = 0, **_: Any) -> 
 
 @_spelling(aten.einsum.default)
 def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: Any, **_: Any) -> fx.Node | None:
-    """Two operands with one summed index: a matrix product, or a linear layer where one is a constant matrix."""
-    inputs, arrow, result = equation.replace(" ", "").partition("->")
-    names = inputs.split(",")
-    if len(operands) != 2 or "." in equation or not arrow or any(len(set(name)) < len(name) for name in (*names, result)):
+    """Of one operand sums; of two a matrix product, or a linear layer where one is a constant matrix."""
+    named = _named_dimensions(equation, operands)
+    if named is None or len(operands) > 2:
         return None
+    *names, result = named
+    if len(operands) == 1:
+        return _summed(insert, operands[0], names[0], result, result)
     (a, left), (b, right) = zip(operands, names, strict=True)
     if not active(a) and not set(left) & set(right) & set(result):
         (a, left), (b, right) = (b, right), (a, left)
+    a, left = _alone(insert, a, left, {*right, *result})
+    b, right = _alone(insert, b, right, {*left, *result})
     batch = [c for c in result if c in left and c in right]
     rows, columns = ([c for c in result if c in own and c not in other] for own, other in ((left, right), (right, left)))
     summed = [c for c in left if c in right and c not in result]
-    if len(summed) != 1 or {*left, *right} != {*batch, *rows, *columns, *summed} or len(columns) > 1:
+    if not summed:
         return None
-    if not batch and not active(b) and len(columns) == 1:
+    sizes = {**dict(zip(right, b.meta["val"].shape, strict=True)), **dict(zip(left, a.meta["val"].shape, strict=True))}
+    if not batch and not active(b) and columns:
         turned = _ordered(insert, b, right, [*columns, *summed])
-        product = insert(aten.linear.default, _ordered(insert, a, left, [*rows, *summed]), turned)
-        return _ordered(insert, product, [*rows, *columns], list(result))
-    if len(rows) > 1:
-        return None
+        turned = _merged(insert, _merged(insert, turned, len(columns), len(summed)), 0, len(columns))
+        x = _merged(insert, _ordered(insert, a, left, [*rows, *summed]), len(rows), len(summed))
+        product = _parted(insert, insert(aten.linear.default, x, turned), len(rows), [sizes[c] for c in columns])
+        return None if product is None else _ordered(insert, product, [*rows, *columns], list(result))
+    first = len(batch)
     a = _ordered(insert, a, left, [*batch, *rows, *summed])
     b = _ordered(insert, b, right, [*batch, *summed, *columns])
+    a = _merged(insert, _merged(insert, a, first + len(rows), len(summed)), first, len(rows))
+    b = _merged(insert, _merged(insert, b, first + len(summed), len(columns)), first, len(summed))
     a = a if rows else insert(aten.unsqueeze.default, a, -2)
     b = b if columns else insert(aten.unsqueeze.default, b, -1)
-    product = insert(aten.matmul.default, a, b)
+    whole: fx.Node | None = insert(aten.matmul.default, a, b)
     if not columns:
-        product = insert(aten.squeeze.dim, product, -1)
+        whole = insert(aten.squeeze.dim, whole, -1)
     if not rows:
-        product = insert(aten.squeeze.dim, product, -1 if not columns else -2)
-    return _ordered(insert, product, [*batch, *rows, *columns], list(result))
+        whole = insert(aten.squeeze.dim, whole, -1 if not columns else -2)
+    for names_ in (columns, rows):  # the last first: places before it stay
+        place = first + (len(rows) > 0 if names_ is columns else 0)
+        whole = whole and _parted(insert, whole, place, [sizes[c] for c in names_])
+    return whole and _ordered(insert, whole, [*batch, *rows, *columns], list(result))
+
+
+def _named_dimensions(equation: str, operands: Sequence[fx.Node]) -> list[str] | None:
+    """A name for each dimension of the operands and of the result, the dots and a result that is not written included; None where a
+    dimension has the name of another."""
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    if not arrow:
+        letters = inputs.replace(",", "").replace(".", "")
+        result = "..." * ("." in inputs) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    counts = [x.meta["val"].dim() - len(name) + 3 for x, name in zip(operands, names, strict=True) if "." in name]
+    if len(set(counts)) > 1:
+        return None
+    dots = [c for c in string.ascii_letters if c not in equation][: counts[0] if counts else 0]
+    names = [name.replace("...", "".join(dots)) for name in (*names, result)]
+    shapes = [x.meta["val"].shape for x in operands]
+    for c in dots:  # sizes of 1 stand for any
+        if len({str(shape[name.index(c)]) for shape, name in zip(shapes, names, strict=False) if c in name}) > 1:
+            return None
+    return None if any(len(set(name)) < len(name) for name in names) else names
+
+
+def _summed(insert: Any, x: fx.Node, names: str, kept: Any, wanted: Sequence[str]) -> fx.Node:
+    """x without the dimensions that are not kept, in the order that is wanted."""
+    over = [i for i, c in enumerate(names) if c not in kept]
+    x = insert(aten.sum.dim_IntList, x, over) if over else x
+    return _ordered(insert, x, [c for c in names if c in kept], wanted)
+
+
+def _alone(insert: Any, x: fx.Node, names: str, known: set[str]) -> tuple[fx.Node, str]:
+    """An operand without the dimensions that nothing else has: their sum."""
+    kept = "".join(c for c in names if c in known)
+    return _summed(insert, x, names, kept, kept), kept
+
+
+def _merged(insert: Any, x: fx.Node, start: int, count: int) -> fx.Node:
+    """`count` dimensions as one."""
+    return x if count < 2 else insert(aten.flatten.using_ints, x, start, start + count - 1)
+
+
+def _parted(insert: Any, x: fx.Node, dim: int, sizes: Sequence[Any]) -> fx.Node | None:
+    """A dimension as several; None where more than one size is not known."""
+    if len(sizes) < 2:
+        return x
+    known = [size if isinstance(size, int) else -1 for size in sizes]
+    return insert(aten.unflatten.int, x, dim, known) if known.count(-1) < 2 else None
 
 
 def _ordered(insert: Any, x: fx.Node, names: Sequence[str], wanted: Sequence[str]) -> fx.Node:
@@ -221,3 +279,28 @@ def _ordered(insert: Any, x: fx.Node, names: Sequence[str], wanted: Sequence[str
     if len(moved) == 2:
         return insert(aten.transpose.int, x, *moved)
     return insert(aten.permute.default, x, order)
+
+
+@_spelling(operator.getitem)
+def _part(insert: Any, whole: fx.Node, index: int, **_: Any) -> fx.Node | None:
+    """The variance or the mean of var_mean, each by an operator of its own."""
+    if whole.target not in (aten.var_mean.correction, aten.var_mean.dim):
+        return None
+    given = {a.name: a.default_value for a in whole.target._schema.arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in whole.target._schema.arguments), whole.args, strict=False)) | dict(whole.kwargs)
+    x, dims, keep = given["self"], given["dim"], given["keepdim"]
+    unbiased = given.get("unbiased", given.get("correction", 1) in (None, 1))
+    if dims is None or given.get("correction") not in (None, 0, 1):
+        return None
+    return insert(aten.mean.dim, x, dims, keep) if index else insert(aten.var.dim, x, dims, unbiased, keep)
+
+
+@_spelling(aten.matmul.default, aten.bmm.default)
+def _weighted(insert: Any, weights: fx.Node, x: fx.Node, *, active: Any, **_: Any) -> fx.Node | None:
+    """A constant row [.., 1, T] times values [.., T, D] is their weighted sum: pooling by a mask."""
+    if active(weights) or not active(x) or x.meta["val"].dim() < 3 or weights.meta["val"].dim() < 2:
+        return None
+    if weights.meta["val"].shape[-2] != 1:
+        return None
+    product = insert(aten.mul.Tensor, x, insert(aten.transpose.int, weights, -2, -1))
+    return insert(aten.sum.dim_IntList, product, [x.meta["val"].dim() - 2], True)

@@ -219,6 +219,11 @@ def getitem(t: Context, node: fx.Node, out: Lanes) -> None:
         lengths = [part.shape[dim] for part in whole.meta["val"]]
         if all(isinstance(length, int) for length in lengths):
             return _narrow(t, node, x, out, dim, sum(lengths[:index]), lengths[index])
+        if any(role == "batch" for _, role in t.axes(x)[dim]):
+            raise UnsupportedModelError(
+                f"{describe(whole)} parts samples that the model joined along the batch; call its encoder for each input by itself, "
+                "which gives the same numbers"
+            )
     if whole.target in PICKS and index == 0:
         return pick(t, node, whole, out)
     raise UnsupportedModelError(f"no relevance rule for {describe(whole)}")

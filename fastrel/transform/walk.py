@@ -80,7 +80,15 @@ def transform(
     found = _Walk(t).run()
     found = sorted(_met(t, found), key=lambda one: captured.inputs.index(t.facts.source(one.node)))
     grids = [on_grid(t, one.node, one.row) for one in found]
-    emit.output(([samples_first(t, one.node, one.row) for one in found], grids, [node for _, node in t.records]))
+    rows = [samples_first(t, one.node, one.row) for one in found]
+    parts = [_parts(t, one, row) for one, row in zip(found, rows, strict=True)]
+    emit.output(
+        (
+            [row for own in parts for _, row in own],
+            [grid for grid, own in zip(grids, parts, strict=True) for _ in own],
+            [node for _, node in t.records],
+        )
+    )
     forward, reverse = emit.modules(captured.outputs)
     return Program(
         forward,
@@ -91,13 +99,14 @@ def transform(
         tuple(name for name, _ in t.records),
         tuple(
             Map(
-                captured.inputs.index(captured.facts.source(one.node)),
+                captured.inputs.index(source),
                 tuple(x.name for x in (one.node, *one.others)),
                 tuple(t.features(one.node)),
-                picture_of(t.facts, t.facts.source(one.node)),
+                picture_of(t.facts, source),
                 branch,
             )
-            for one, branch in zip(found, _branches(t, found), strict=True)
+            for one, branch, own in zip(found, _branches(t, found), parts, strict=True)
+            for source, _ in own
         ),
         len(stretch.blocks),
         tuple(dict.fromkeys(t.generic)),
@@ -203,6 +212,31 @@ def _met(t: Context, found: Sequence[_Found]) -> list[_Found]:
         )
         for several in by_tokens.values()
     ]
+
+
+def _parts(t: Context, one: _Found, row: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The inputs that a map is over, each with its part of the row [K, B, T]: one, unless inputs were joined before they were looked
+    up. Tokens that the model puts between them (CLS, a separator) belong to the input before, those at the start to the first."""
+    source = t.facts.source(one.node)
+    joined: Any = t.facts.joined.get(source)
+    if joined is None or str(one.node.meta["val"].shape[1]) != str(joined.meta["val"].shape[1]):
+        return [(source, row)]
+    lengths: dict[fx.Node, Any] = {}
+    before: Any = 0
+    for x in joined.args[0]:
+        length = t.emit.size(x, 1)
+        if x in t.facts.joined:
+            lengths[x], before = t.emit.arith("add", before, length), 0
+        elif lengths:
+            last = next(reversed(lengths))
+            lengths[last] = t.emit.arith("add", lengths[last], length)
+        else:
+            before = t.emit.arith("add", before, length)
+    found, start = [], 0
+    for x, length in lengths.items():
+        found.append((x, t.emit.call(aten.narrow.default, row, 2, start, length)))
+        start = t.emit.arith("add", start, length)
+    return found
 
 
 def _branches(t: Context, found: Sequence[_Found]) -> list[str]:

@@ -1,0 +1,80 @@
+"""A softmax that is written out: exp(x − m) / Σ exp(x − m), whatever m, exp of a log-softmax, a product divided by the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastrel.graph import axes as axes_
+from fastrel.graph.patterns import IDENTITIES
+
+aten = torch.ops.aten
+
+_MOVES = {*IDENTITIES, *axes_.RESHAPES, aten.expand.default, aten.expand_as.default}
+
+
+def softmax_of(node: fx.Node, insert: Callable[..., fx.Node]) -> fx.Node | None:
+    """The same value by a softmax, written by `insert(target, *args)`; None where the node is none that was written out."""
+    if node.target is aten.exp.default:
+        log: Any = node.args[0]
+        if log.target is aten.log_softmax.int:
+            return insert(aten.softmax.int, log.args[0], log.args[1])
+        return None
+    if node.target is not aten.div.Tensor or not all(isinstance(x, fx.Node) for x in node.args) or node.kwargs:
+        return None
+    top, below = (_plain(x) for x in node.args)
+    total = _without_moves(below)
+    if total.target is not aten.sum.dim_IntList:
+        return None
+    dims: Any = total.args[1]
+    summed = _plain(total.args[0])
+    ndim = summed.meta["val"].dim()
+    if summed.target is not aten.exp.default or len(dims) != 1:
+        return None
+    dim = dims[0] % ndim
+    if _is_same(top, summed) and _is_one_along(below, top, dim):
+        return insert(aten.softmax.int, _unshifted(summed.args[0], dim), dim)
+    if top.target in (aten.matmul.default, aten.bmm.default) and dim == ndim - 1:
+        weights, values = top.args
+        if _is_same(_plain(weights), summed) and _is_one_along(below, weights, dim):
+            return insert(top.target, insert(aten.softmax.int, _unshifted(summed.args[0], dim), -1), values)
+    return None
+
+
+def _plain(x: Any) -> fx.Node:
+    while x.target in IDENTITIES:
+        x = x.args[0]
+    return x
+
+
+def _without_moves(x: fx.Node) -> fx.Node:
+    while x.target in _MOVES:
+        x = x.args[0]  # type: ignore[assignment]
+    return x
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two values are one, if need be computed twice."""
+    if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return bool(a is b or (not isinstance(a, fx.Node) and a == b))
+    if a.op != "call_function" or a.target is not b.target or len(a.args) != len(b.args) or a.kwargs != b.kwargs:
+        return False
+    return all(_is_same(x, y) for x, y in zip(a.args, b.args, strict=True))
+
+
+def _is_one_along(x: fx.Node, whole: Any, dim: int) -> bool:
+    """Whether x has the sizes of another value, but 1 in a dimension."""
+    expected = [1 if i == dim else size for i, size in enumerate(whole.meta["val"].shape)]
+    return [str(size) for size in x.meta["val"].shape] == [str(size) for size in expected]
+
+
+def _unshifted(x: Any, dim: int) -> fx.Node:
+    """x without what was taken away from all entries alike, to which a softmax is blind: their maximum."""
+    while x.target in (*IDENTITIES, aten.sub.Tensor) and not x.kwargs:
+        if x.target is aten.sub.Tensor and not (isinstance(x.args[1], fx.Node) and _is_one_along(x.args[1], x, dim)):
+            break
+        x = x.args[0]
+    return x

@@ -1,0 +1,109 @@
+"""Models of several token sequences: each input has its own map, also where one embedding reads them all."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastrel
+from tests.small import ids, made, whole
+
+
+def separated(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    """[CLS] a [SEP] b [SEP], made inside."""
+    cls, sep = torch.full_like(a[:, :1], 2), torch.full_like(a[:, :1], 3)
+    return m.head(m.encoder(torch.cat((cls, a, sep, b, sep), 1))[:, 0])
+
+
+def fixed(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    """Positions for 7 tokens, so that both inputs have that length for ever."""
+    parts = [m.encoder.embed(x) + m.encoder.position[:7] for x in (a, b)]
+    return m.head(m.encoder.blocks(torch.cat(parts, 1))[:, 0])
+
+
+#: A model of two texts, and how many tokens it adds to the map of each.
+JOINED: dict[str, tuple[Callable[..., Tensor], tuple[int, int]]] = {
+    "ids joined before the embedding": (lambda m, a, b: m.head(m.encoder(torch.cat((a, b), 1))[:, 0]), (0, 0)),
+    "ids joined with separators": (separated, (2, 1)),
+    "embeddings joined, lengths fixed": (fixed, (0, 0)),
+    "two towers of one encoder": (lambda m, a, b: m.wide(torch.cat((m.encoder(a)[:, 0], m.encoder(b)[:, 0]), -1)), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_texts_that_share_an_embedding_have_a_map_each(name: str) -> None:
+    model, added = made(JOINED[name][0]), JOINED[name][1]
+    first, second = ids(2, 7), ids(2, 7 if "fixed" in name else 5, seed=2)
+    explainer = fastrel.Explainer(model, backend="torch")
+    maps = explainer(first, second, target=1).maps
+    shapes = {key: one.relevance.shape[1] for key, one in maps.items()}
+    assert shapes == {"first": 7 + added[0], "second": second.shape[1] + added[1]}
+    report = explainer.verify(first, second, target=1)
+    assert report.ok, report
+    torch.testing.assert_close(whole(model, first, second, target=1), torch.full((2,), 4.0).double())
+
+
+class SequenceFirst(nn.Module):
+    """[T, B, D] -> [B, 3], by PyTorch's default layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.TransformerEncoderLayer(16, 2, 32), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).mean(0))
+
+
+class InBatch(nn.Module):
+    """Two pictures, read as one batch of twice as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 3)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        u, v = self.layer(self.patches(torch.cat((a, b))).flatten(2).mT).mean(1).chunk(2)
+        return self.head((u - v).abs())
+
+
+def in_batch(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    return m.wide(m.encoder(torch.cat((a, b)))[:, 0].unflatten(0, (2, -1)).transpose(0, 1).flatten(1))
+
+
+def choices(m: Any, a: Tensor) -> Tensor:
+    return m.score(m.encoder(a.flatten(0, 1))[:, 0]).view(-1, a.shape[1])
+
+
+#: What was explained as if samples lay where they do not, and what is said of it instead.
+ELSEWHERE: dict[str, tuple[nn.Module, Any, str]] = {
+    "sequence first": (SequenceFirst(), (torch.randn(7, 3, 16),), "samples lie along dimension 1 of input x"),
+    "sequence first, as many samples as tokens": (
+        SequenceFirst(),
+        (torch.randn(5, 5, 16),),
+        "samples lie along dimension 1",
+    ),
+    "sequence first, one sample": (SequenceFirst(), (torch.randn(7, 1, 16),), "1 samples however long dimension 0 of x is"),
+    "two texts in the batch": (made(in_batch), (ids(2), ids(2, seed=2)), "map of first has 4 samples and the prediction 2"),
+    "choices in the batch": (made(choices), (ids(8).view(2, 4, 7),), "map of first has 8 samples and the prediction 2"),
+    "two pictures in the batch": (InBatch(), (torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)), "joined along the batch"),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_samples_that_lie_elsewhere_are_refused(name: str) -> None:
+    model, given, message = ELSEWHERE[name]
+    with pytest.raises(fastrel.FastrelError, match=message):
+        fastrel.Explainer(model.eval(), backend="torch")(*given, target=1)
+
+
+def test_maps_of_joined_texts_are_parts_of_the_map_of_one() -> None:
+    """The same model that is given the joined text itself."""
+    join = made(JOINED["ids joined before the embedding"][0])
+    alone = made(lambda m, a: m.head(m.encoder(a)[:, 0]))
+    first, second = ids(2, 7), ids(2, 5, seed=2)
+    maps = fastrel.Explainer(join)(first, second, target=[[0, 1], [2, 1]]).maps
+    expected = fastrel.Explainer(alone)(torch.cat((first, second), 1), target=[[0, 1], [2, 1]]).relevance
+    torch.testing.assert_close(torch.cat([one.relevance for one in maps.values()], -1), expected)

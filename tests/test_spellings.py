@@ -1,0 +1,406 @@
+"""Home-made transformers: one function has one map however it is spelled, and the map finds the evidence that was planted."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastrel
+
+D, HEADS, LENGTH = 16, 2, 6
+SIZE = D // HEADS
+
+#: The token that speaks for class 1, and where it stands in each sample.
+EVIDENCE, PLACES = 7, [4, 1, 3]
+
+
+class Block(nn.Module):
+    """Weights of a block that hand on, besides noise, what the evidence adds: the direction `u`."""
+
+    def __init__(self, u: Tensor) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+        self.up, self.down, self.gate = nn.Linear(D, 2 * D), nn.Linear(2 * D, D), nn.Linear(D, 2 * D)
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            for layer in (self.v, self.o):
+                layer.weight.add_(2 * torch.outer(u, u))
+
+
+class Planted(nn.Module):
+    """Token ids [B, T] -> logits [B, 3]; `spelled` replaces parts of the plain spelling below."""
+
+    def __init__(self, **spelled: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        u = torch.tensor([1.0, -1.0]).repeat(D // 2) / math.sqrt(D)
+        table = 0.3 * torch.randn(20, D)
+        table[EVIDENCE] += 6 * u
+        self.table, self.head, self.pool = nn.Parameter(table), nn.Linear(D, 3), nn.Linear(D, 1)
+        with torch.no_grad():
+            self.head.weight[1] += 4 * u
+        self.blocks = nn.ModuleList(Block(u) for _ in range(2))
+        self.spelled = {**PLAIN, **spelled}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        say = self.spelled
+        x = say["embedding"](self, ids)
+        for block in self.blocks:
+            x = say["residual"](x, say["attention"](block, say["norm"](block.norm1, x)))
+            x = say["residual"](x, say["MLP"](block, say["norm"](block.norm2, x)))
+        return say["head"](self, say["readout"](self, x))
+
+
+def heads(x: Tensor) -> Tensor:
+    """[B, T, D] -> [B, h, T, d]."""
+    return x.unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+
+
+def tokens(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def of_heads(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Block, Tensor], Tensor]:
+    """Attention by a function of queries, keys and values [B, h, T, d]."""
+    return lambda w, x: w.o(tokens(attend(heads(w.q(x)), heads(w.k(x)), heads(w.v(x)))))
+
+
+def merged(w: Block) -> tuple[Tensor, Tensor]:
+    layers = (w.q, w.k, w.v)
+    return torch.cat([x.weight for x in layers]), torch.cat([x.bias for x in layers])
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT / SIZE**0.5
+
+
+def written_softmax(s: Tensor) -> Tensor:
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return e / e.sum(-1, keepdim=True)
+
+
+def shifted_by_einsum(s: Tensor) -> Tensor:
+    e = s.exp()
+    return e / torch.einsum("bhqk->bhq", e)[..., None]
+
+
+def one_by_one(w: Block, x: Tensor) -> Tensor:
+    q, k, v, found = w.q(x), w.k(x), w.v(x), []
+    for at in range(0, D, SIZE):
+        one = slice(at, at + SIZE)
+        found.append(scores(q[..., one], k[..., one]).softmax(-1) @ v[..., one])
+    return w.o(torch.cat(found, -1))
+
+
+def einsum_of_weights(w: Block, x: Tensor) -> Tensor:
+    q, k, v = (
+        torch.einsum("btd,hed->bhte", x, y.weight.view(HEADS, SIZE, D)) + y.bias.view(HEADS, 1, SIZE)
+        for y in (w.q, w.k, w.v)
+    )
+    attn = (torch.einsum("bhqd,bhkd->bhqk", q, k) / SIZE**0.5).softmax(-1)
+    out = torch.einsum("bhqk,bhkd->bqhd", attn, v)
+    return torch.einsum("bqhd,ehd->bqe", out, w.o.weight.view(D, HEADS, SIZE)) + w.o.bias
+
+
+def sequence_first(w: Block, x: Tensor) -> Tensor:
+    """[T, B, D] inside, as nn.MultiheadAttention and fairseq have it."""
+    x = x.transpose(0, 1)
+    length, batch, _ = x.shape
+    q, k, v = (y(x).view(length, batch * HEADS, SIZE).transpose(0, 1) for y in (w.q, w.k, w.v))
+    out = torch.bmm(torch.bmm(q * SIZE**-0.5, k.transpose(1, 2)).softmax(-1), v)
+    return w.o(out.transpose(0, 1).reshape(length, batch, D)).transpose(0, 1)
+
+
+def multihead(w: Block, x: Tensor) -> Tensor:
+    weight, bias = merged(w)
+    x = x.transpose(0, 1)
+    found, _ = F.multi_head_attention_forward(
+        x, x, x, D, HEADS, weight, bias, None, None, False, 0.0, w.o.weight, w.o.bias, training=False, need_weights=False
+    )
+    return found.transpose(0, 1)
+
+
+def merged_qkv(w: Block, x: Tensor) -> Tensor:
+    q, k, v = F.linear(x, *merged(w)).unflatten(-1, (3, HEADS, SIZE)).permute(2, 0, 3, 1, 4)
+    return w.o(tokens(F.scaled_dot_product_attention(q, k, v)))
+
+
+def merged_chunk(w: Block, x: Tensor) -> Tensor:
+    q, k, v = (heads(y) for y in F.linear(x, *merged(w)).chunk(3, dim=-1))
+    return w.o(tokens(scores(q, k).softmax(-1) @ v))
+
+
+def merged_split_by_addmm(w: Block, x: Tensor) -> Tensor:
+    weight, bias = merged(w)
+    qkv = torch.addmm(bias, x.flatten(0, 1), weight.T).view(*x.shape[:2], 3 * D)
+    q, k, v = (y.view(*x.shape[:2], HEADS, SIZE).permute(0, 2, 1, 3) for y in qkv.split(D, 2))
+    return w.o((torch.matmul(scores(q, k).softmax(-1), v)).permute(0, 2, 1, 3).contiguous().view(*x.shape))
+
+
+def keys_and_values(w: Block, x: Tensor) -> Tensor:
+    k, v = F.linear(x, torch.cat((w.k.weight, w.v.weight)), torch.cat((w.k.bias, w.v.bias))).tensor_split(2, -1)
+    return w.o(tokens(scores(heads(w.q(x)), heads(k)).softmax(-1) @ heads(v)))
+
+
+def convolved(w: Block, x: Tensor) -> Tensor:
+    """Projections as 1 × 1 convolutions, values [B, D, T]."""
+    q, k, v = (F.conv1d(x.mT, y.weight[..., None], y.bias).unflatten(1, (HEADS, SIZE)) for y in (w.q, w.k, w.v))
+    attn = (torch.einsum("bhdq,bhdk->bhqk", q, k) * SIZE**-0.5).softmax(-1)
+    out = torch.einsum("bhqk,bhdk->bhdq", attn, v).flatten(1, 2)
+    return F.conv1d(out, w.o.weight[..., None], w.o.bias).mT
+
+
+def repeated_keys(w: Block, x: Tensor) -> Tensor:
+    q, k, v = heads(w.q(x)), heads(w.k(x)), heads(w.v(x))
+    k, v = (torch.cat([y[:, i : i + 1] for i in range(HEADS)], 1) for y in (k, v))
+    return w.o(tokens(F.scaled_dot_product_attention(q, k, v, torch.zeros(1, 1, 1, 1, dtype=x.dtype))))
+
+
+def masked(w: Block, x: Tensor) -> Tensor:
+    """A mask that hides nothing."""
+    keep = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+    s = scores(heads(w.q(x)), heads(w.k(x))).masked_fill(~keep, -math.inf)
+    return w.o(tokens(s.softmax(-1) @ heads(w.v(x))))
+
+
+def by_bmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (y.flatten(0, 1) for y in (q, k, v))
+    return torch.bmm((torch.bmm(q, k.mT) / SIZE**0.5).softmax(-1), v).unflatten(0, (-1, HEADS))
+
+
+def by_baddbmm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (y.flatten(0, 1) for y in (q, k, v))
+    s = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, alpha=SIZE**-0.5)
+    return torch.bmm(s.softmax(-1), v).unflatten(0, (-1, HEADS))
+
+
+def by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.einsum("bhqd,bhkd->bhqk", q, k) / SIZE**0.5
+    return torch.einsum("bhqk,bhkd->bhqd", s.softmax(-1), v)
+
+
+def by_dots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.einsum("...qd,...kd->...qk", q, k) / SIZE**0.5
+    return torch.einsum("...qk,...kd->...qd", s.softmax(-1), v)
+
+
+ATTENTION: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "products": of_heads(lambda q, k, v: scores(q, k).softmax(-1) @ v),
+    "matmul": of_heads(lambda q, k, v: torch.matmul(torch.softmax(torch.matmul(q, k.transpose(-2, -1)).div(SIZE**0.5), -1), v)),
+    "queries scaled first": of_heads(lambda q, k, v: (q * SIZE**-0.5 @ k.mT).softmax(-1) @ v),
+    "both scaled": of_heads(lambda q, k, v: ((q * SIZE**-0.25) @ (k * SIZE**-0.25).mT).softmax(-1) @ v),
+    "map on the right": of_heads(lambda q, k, v: (v.mT @ scores(k, q).softmax(-2)).mT),
+    "exp and sum": of_heads(lambda q, k, v: written_softmax(scores(q, k)) @ v),
+    "exp and einsum": of_heads(lambda q, k, v: shifted_by_einsum(scores(q, k)) @ v),
+    "divided after the product": of_heads(lambda q, k, v: scores(q, k).exp() @ v / scores(q, k).exp().sum(-1, keepdim=True)),
+    "log-softmax": of_heads(lambda q, k, v: scores(q, k).log_softmax(-1).exp() @ v),
+    "einsum": of_heads(by_einsum),
+    "einsum with dots": of_heads(by_dots),
+    "softmax of columns": of_heads(lambda q, k, v: torch.einsum("bhkq,bhkd->bhqd", scores(k, q).softmax(2), v)),
+    "heads with the batch": of_heads(by_bmm),
+    "baddbmm": of_heads(by_baddbmm),
+    "heads one by one": one_by_one,
+    "heads stacked": of_heads(lambda q, k, v: torch.stack([scores(q[:, i], k[:, i]).softmax(-1) @ v[:, i] for i in range(HEADS)], 1)),
+    "einsum of weights": einsum_of_weights,
+    "sequence first": sequence_first,
+    "multi_head_attention_forward": multihead,
+    "merged qkv": merged_qkv,
+    "merged qkv, chunks": merged_chunk,
+    "merged qkv, addmm": merged_split_by_addmm,
+    "merged keys and values": keys_and_values,
+    "convolutions": convolved,
+    "keys taken apart": repeated_keys,
+    "a mask of nothing": masked,
+}  # fmt: skip
+
+
+def gelu_by_erf(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def by_addmm(w: Block, x: Tensor) -> Tensor:
+    h = F.gelu(torch.addmm(w.up.bias, x.view(-1, D), w.up.weight.t()))
+    return torch.addmm(w.down.bias, h, w.down.weight.t()).view(x.shape)
+
+
+def einsum_of_layers(w: Block, x: Tensor) -> Tensor:
+    h = F.gelu(torch.einsum("btd,fd->btf", x, w.up.weight) + w.up.bias)
+    return torch.einsum("btf,df->btd", h, w.down.weight) + w.down.bias
+
+
+def by_conv1d(w: Block, x: Tensor) -> Tensor:
+    h = F.gelu(F.conv1d(x.mT, w.up.weight[..., None], w.up.bias))
+    return F.conv1d(h, w.down.weight[..., None], w.down.bias).mT
+
+
+def by_conv2d(w: Block, x: Tensor) -> Tensor:
+    h = F.gelu(F.conv2d(x.mT[..., None], w.up.weight[..., None, None], w.up.bias))
+    return F.conv2d(h, w.down.weight[..., None, None], w.down.bias)[..., 0].mT
+
+
+def merged_gate(w: Block, x: Tensor) -> Tensor:
+    both = F.linear(x, torch.cat((w.up.weight, w.gate.weight)), torch.cat((w.up.bias, w.gate.bias)))
+    up, gate = both.chunk(2, -1)
+    return w.down(F.silu(gate) * up)
+
+
+MLP: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "linear": lambda w, x: w.down(F.gelu(w.up(x))),
+    "gelu written out": lambda w, x: w.down(gelu_by_erf(w.up(x))),
+    "matmul": lambda w, x: F.gelu(x @ w.up.weight.T + w.up.bias) @ w.down.weight.T + w.down.bias,
+    "einsum": einsum_of_layers,
+    "addmm": by_addmm,
+    "convolutions": by_conv1d,
+    "convolutions of pictures": by_conv2d,
+    "token by token": lambda w, x: torch.stack([w.down(F.gelu(w.up(one))) for one in x.unbind(1)], 1),
+}  # fmt: skip
+GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "gated": lambda w, x: w.down(F.silu(w.gate(x)) * w.up(x)),
+    "gated, written out": lambda w, x: w.down(w.up(x) * (w.gate(x) * w.gate(x).sigmoid())),
+    "gated, merged": merged_gate,
+}  # fmt: skip
+
+
+def written_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def norm_by_var(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    var, mean = torch.var_mean(x, -1, unbiased=False, keepdim=True)
+    return (x - mean) * torch.rsqrt(var + norm.eps) * norm.weight + norm.bias
+
+
+def norm_by_std(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    std = (x.var(-1, keepdim=True, correction=0) + norm.eps) ** 0.5
+    return norm.weight * ((x - x.sum(-1, keepdim=True) / D) / std) + norm.bias
+
+
+NORM: dict[str, Callable[[nn.LayerNorm, Tensor], Tensor]] = {
+    "layer": lambda norm, x: norm(x),
+    "function": lambda norm, x: F.layer_norm(x, (D,), norm.weight, norm.bias, norm.eps),
+    "groups": lambda norm, x: F.group_norm(x.flatten(0, 1), 1, norm.weight, norm.bias, norm.eps).view(x.shape),
+}
+#: Relevance meets the mean that is taken away, which is no operator in a layer norm.
+WRITTEN: dict[str, Callable[[nn.LayerNorm, Tensor], Tensor]] = {
+    "written out": written_norm,
+    "variance": norm_by_var,
+    "deviation": norm_by_std,
+}
+RMS: dict[str, Callable[[nn.LayerNorm, Tensor], Tensor]] = {
+    "RMS": lambda norm, x: F.rms_norm(x, (D,), norm.weight, norm.eps),
+    "RMS, written out": lambda norm, x: norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps),
+    "RMS, square root": lambda norm, x: x / torch.sqrt((x * x).sum(-1, keepdim=True) / D + norm.eps) * norm.weight,
+}
+
+RESIDUAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda x, y: x + y,
+    "the other way": lambda x, y: y + x,
+    "torch.add": lambda x, y: torch.add(x, y, alpha=1),
+    "in place": lambda x, y: y.add_(x),
+    "stacked": lambda x, y: torch.stack((x, y)).sum(0),
+}
+
+EMBEDDING: dict[str, Callable[[Planted, Tensor], Tensor]] = {
+    "embedding": lambda m, ids: F.embedding(ids, m.table),
+    "index": lambda m, ids: m.table[ids],
+    "index_select": lambda m, ids: m.table.index_select(0, ids.flatten()).view(*ids.shape, D),
+    "one-hot": lambda m, ids: F.one_hot(ids, 20).to(m.table.dtype) @ m.table,
+}
+
+FIRST: dict[str, Callable[[Planted, Tensor], Tensor]] = {
+    "first": lambda m, x: x[:, 0],
+    "first, select": lambda m, x: x.select(1, 0),
+    "first, narrow": lambda m, x: x.narrow(1, 0, 1).squeeze(1),
+    "first, unbind": lambda m, x: x.unbind(1)[0],
+    "first, split": lambda m, x: x.split([1, LENGTH - 1], 1)[0].flatten(1),
+    "first, index_select": lambda m, x: x.index_select(1, torch.tensor([0])).squeeze(1),
+    "first, gather": lambda m, x: x.gather(1, torch.zeros(len(x), 1, D, dtype=torch.long))[:, 0],
+    "first, sequence first": lambda m, x: x.transpose(0, 1)[0],
+}
+
+
+def masked_mean(_: Planted, x: Tensor) -> Tensor:
+    keep = torch.ones(x.shape[:2], dtype=x.dtype)
+    return (x * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
+
+
+MEAN: dict[str, Callable[[Planted, Tensor], Tensor]] = {
+    "mean": lambda m, x: x.mean(1),
+    "mean, sum": lambda m, x: x.sum(1) / x.shape[1],
+    "mean, einsum": lambda m, x: torch.einsum("btd->bd", x) / x.size(1),
+    "mean, pooling": lambda m, x: F.adaptive_avg_pool1d(x.mT, 1).squeeze(-1),
+    "mean, masked": masked_mean,
+    "mean, product": lambda m, x: (torch.full((1, x.shape[1]), 1 / x.shape[1], dtype=x.dtype) @ x)[:, 0],
+    "mean, sequence first": lambda m, x: x.permute(1, 0, 2).mean(dim=0),
+}  # fmt: skip
+MAX: dict[str, Callable[[Planted, Tensor], Tensor]] = {
+    "max": lambda m, x: x.amax(1),
+    "max, with indices": lambda m, x: x.max(1).values,
+    "max, pooling": lambda m, x: F.adaptive_max_pool1d(x.mT, 1).squeeze(-1),
+    "max, top of one": lambda m, x: x.topk(1, dim=1).values[:, 0],
+    "max, sorted": lambda m, x: x.sort(1, descending=True).values[:, 0],
+}
+POOLED: dict[str, Callable[[Planted, Tensor], Tensor]] = {
+    "pooled by attention": lambda m, x: (m.pool(x).softmax(1) * x).sum(1),
+    "pooled by attention, product": lambda m, x: (m.pool(x).softmax(1).mT @ x)[:, 0],
+    "pooled by attention, einsum": lambda m, x: torch.einsum("bt,btd->bd", m.pool(x)[..., 0].softmax(-1), x),
+    "pooled by attention, bmm": lambda m, x: torch.bmm(m.pool(x).squeeze(-1).softmax(-1).unsqueeze(1), x).squeeze(1),
+}
+
+HEAD: dict[str, Callable[[Planted, Tensor], Tensor]] = {
+    "linear": lambda m, x: m.head(x),
+    "product": lambda m, x: x @ m.head.weight.T + m.head.bias,
+    "einsum": lambda m, x: torch.einsum("bd,cd->bc", x, m.head.weight) + m.head.bias,
+    "one class at a time": lambda m, x: torch.stack([x @ w + b for w, b in zip(m.head.weight, m.head.bias, strict=True)], 1),
+    "addmm": lambda m, x: torch.addmm(m.head.bias, x, m.head.weight.t()),
+}  # fmt: skip
+
+PLAIN: dict[str, Any] = {
+    "attention": of_heads(F.scaled_dot_product_attention), "MLP": MLP["linear"], "norm": NORM["layer"], "residual": RESIDUAL["sum"],
+    "embedding": EMBEDDING["embedding"], "readout": FIRST["first"], "head": HEAD["linear"],
+}  # fmt: skip
+
+#: The part of the model, and spellings of one function; the first is what the others must agree with.
+TABLE: list[tuple[str, dict[str, Any]]] = [
+    ("attention", {"fused": PLAIN["attention"], **ATTENTION}),
+    ("MLP", MLP), ("MLP", GATED), ("norm", NORM), ("norm", WRITTEN), ("norm", RMS), ("residual", RESIDUAL), ("embedding", EMBEDDING),
+    ("readout", FIRST), ("readout", MEAN), ("readout", MAX), ("readout", POOLED), ("head", HEAD),
+]  # fmt: skip
+CASES = [(part, name, group) for part, group in TABLE for name in group]
+
+
+def ids() -> Tensor:
+    """Other tokens occur once in a sample, so that a maximum over tokens has one place."""
+    generator = torch.Generator().manual_seed(1)
+    found = torch.stack([8 + torch.randperm(12, generator=generator)[:LENGTH] for _ in PLACES])
+    return found.index_put((torch.arange(len(PLACES)), torch.tensor(PLACES)), torch.tensor(EVIDENCE))
+
+
+def explained(part: str, spelling: Any) -> fastrel.Explanation:
+    return fastrel.Explainer(Planted(**{part: spelling}).double().eval(), backend="torch")(ids(), target=1)
+
+
+@functools.cache
+def expected(part: str, name: str) -> fastrel.Explanation:
+    """The explanation of the first spelling of a group."""
+    (spelling,) = [group[name] for found, group in TABLE if found == part and name in group]
+    return explained(part, spelling)
+
+
+@pytest.mark.parametrize(("part", "name", "group"), CASES, ids=[f"{part}-{name}" for part, name, _ in CASES])
+def test_one_function_has_one_map_that_finds_the_evidence(part: str, name: str, group: dict[str, Any]) -> None:
+    plain = expected(part, next(iter(group)))
+    found = explained(part, group[name]) if name != next(iter(group)) else plain
+    torch.testing.assert_close(found.logits, plain.logits, rtol=1e-10, atol=1e-12)
+    highest = found.relevance[:, 1:].argmax(1) + 1  # the first token, where it is read, keeps most for itself
+    assert highest.tolist() == PLACES
+    assert not found.report, found.report
+    torch.testing.assert_close(found.relevance, plain.relevance, rtol=1e-8, atol=1e-10)
