@@ -8,6 +8,7 @@ looks at the numbers in its tensors, since these may decide what it does.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import threading
@@ -212,7 +213,7 @@ class Engine:
                 f"the captured graph does not take inputs of sizes {[tuple(x.shape) for x in tensors]}; "
                 "dimension 0 of every tensor input must be the batch"
             )
-        fingerprint.reads(captured.read_of(owned))
+        fingerprint.reads(functools.partial(captured.found_by_name, self.model))
         with outside_inference():
             return entry, [_ordinary(value) for value in owned]
 
