@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import types as types_
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Looking(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator as it is."""
         if func in _LOOKS and not self.looked:
-            frame: types_.FrameType | None = sys._getframe(1)
+            frame: FrameType | None = sys._getframe(1)
             while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastrel"):
                 frame = frame.f_back
             self.looked = frame is not None and frame.f_globals.get("__name__") not in _HARMLESS

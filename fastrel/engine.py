@@ -43,7 +43,6 @@ CAPTURES = 16
 #: How many captures of one kind of call are a reason to say so.
 MANY = 5
 
-
 #: For how many calls after the first a model is compared that writes to itself or to what is around it.
 WRITES = 3
 
@@ -129,7 +128,7 @@ class Engine:
             with LOCK, self._lock:
                 found = self._find(signature, tensors) or self._captured(signature, args, kwargs, tensors)
         entry, owned = found
-        if not entry.compared.get(entry.kind(tensors), False) or (entry.doubts and self.live):
+        if not self._is_settled(entry, tensors):
             with LOCK, self._lock:
                 entry, owned = self._compared(entry, owned, args, kwargs, leaves, tensors)
         return Call(entry, owned + leaves, tensors, names)
@@ -160,11 +159,10 @@ class Engine:
     def _find(self, signature: Signature, tensors: list[Tensor]) -> tuple[Entry, list[Any]] | None:
         """A graph that is valid for these inputs and the model as it is, and the values of its parameters."""
         fitting = [x for x in self._entries if x.signature == signature and x.captured.guards.accept(tensors)]
-        known = [entry.compared.get(entry.kind(tensors)) for entry in fitting]
-        for entry in [
-            *(entry for entry, equal in zip(fitting, known, strict=True) if equal),
-            *(entry for entry, equal in zip(fitting, known, strict=True) if equal is None),
-        ]:  # those that were not found equal treat these inputs in another way
+        known = [(entry.compared.get(entry.kind(tensors)), entry) for entry in fitting]
+        for equal, entry in sorted(known, key=lambda one: not one[0]):  # those that were found equal first
+            if equal is False:
+                continue  # the model treats these inputs in another way
             if self.live and not entry.fingerprint.matches():
                 continue
             owned = entry.captured.parameters(self.model)
@@ -176,6 +174,10 @@ class Engine:
             with outside_inference():
                 return entry, [_ordinary(value) for value in owned]
         return None
+
+    def _is_settled(self, entry: Entry, tensors: list[Tensor]) -> bool:
+        """Whether the graph needs no comparison with the model at this call."""
+        return entry.compared.get(entry.kind(tensors), False) and not (entry.doubts and self.live)
 
     def _captured(
         self, signature: Signature, args: Any, kwargs: Any, tensors: list[Tensor], batch_varies: bool = True
@@ -225,9 +227,9 @@ class Engine:
         Raises:
             CaptureError: they are not equal; the message says where.
         """
-        kind = entry.kind(tensors)
-        if entry.compared.get(kind) and not (entry.doubts and self.live):
+        if self._is_settled(entry, tensors):
             return entry, owned
+        kind = entry.kind(tensors)
         looking, before = Looking(), bool(entry.compared)
         try:
             found = difference(self.model, entry.captured, owned + leaves, args, kwargs, looking)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastrel.errors import InputError
+from fastrel.outputs import logits_in
 
 
 def logits_of(output: Any) -> Tensor:
@@ -17,10 +18,7 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         InputError: there are none.
     """
-    if isinstance(output, Tensor):
-        found: Any = output
-    else:
-        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    found = logits_in(output)
     if not isinstance(found, Tensor) or found.dim() != 3:
         shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
         raise InputError(f"a language model returns logits [B, T, V]; this one returned {shape}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,13 @@ class _Output:
 
     def __str__(self) -> str:
         return f"{self.name} [{', '.join(str(size) if isinstance(size, int) else 'B' for size in self.shape)}]"
+
+
+def logits_in(output: Any) -> Any:
+    """The logits in what a model returned: the one tensor, else what is called so; None where nothing is."""
+    if isinstance(output, Tensor):
+        return output
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
 
 
 def logits_index(captured: Captured, output: str | int | None = None) -> int:

@@ -81,7 +81,7 @@ TURNS: dict[str, Callable[[Tensor], Tensor]] = {
     "moveaxis": lambda y: torch.moveaxis(y, 1, -1).flatten(1, 2),
     "swapaxes": lambda y: y.flatten(2).swapaxes(-1, -2),
     "swapdims": lambda y: y.flatten(2).swapdims(2, 1),
-    "t": lambda y: torch.stack([one.flatten(1).t() for one in y.unbind(0)]) if y.shape[0] == 1 else y.flatten(2).mT,
+    "t": lambda y: y.flatten(2).flatten(1).t().t().view(y.shape[0], D, -1).mT,
     "T": lambda y: y.flatten(2).permute(2, 1, 0).T.mT.contiguous(),
 }
 

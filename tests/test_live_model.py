@@ -1022,6 +1022,17 @@ def test_hooks_keep_nothing_of_a_capture() -> None:
     assert len(explainer._engine._entries) == entries == 1
 
 
+NAMES = [str(i) for i in range(3000)]
+
+
+def test_code_may_name_large_lists() -> None:
+    model, given = made(lambda m, x: m.head(m.encoder(x).mean(1) * (len(NAMES) > 0))), ids(2, 7)
+    explainer = fastrel.Explainer(model)
+    for _ in range(2):
+        torch.testing.assert_close(explainer(given, target=1).logits, model(given))
+    assert len(explainer._engine._entries) == 1
+
+
 def test_hooks_on_a_wrapper_are_refused() -> None:
     model = made(lambda m, x: m.head(m.encoder(x).mean(1)))
     wrapper = nn.DataParallel(model)

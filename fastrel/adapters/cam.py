@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastrel.adapters.common import explainer_of
 from fastrel.errors import InputError
 from fastrel.explainer import Explainer
+from fastrel.outputs import logits_in
 
 
 class RelevanceCAM:
@@ -22,7 +24,7 @@ class RelevanceCAM:
     """
 
     def __init__(self, model: nn.Module | Explainer, **options: Any) -> None:
-        self.explainer = model.using(**options) if isinstance(model, Explainer) else Explainer(model, **options)
+        self.explainer = explainer_of(model, options)
 
     def __call__(self, input_tensor: Tensor, targets: Sequence[Callable[[Tensor], Tensor]] | None = None) -> np.ndarray:
         """Heatmaps [B, H, W], each from 0 to 1, as `show_cam_on_image` takes them.
@@ -38,7 +40,7 @@ class RelevanceCAM:
             raise InputError(f"{len(targets)} targets for {len(input_tensor)} pictures; give one for each")
 
         def scores(output: Any) -> Tensor:
-            logits = output if isinstance(output, Tensor) else output.logits
+            logits = logits_in(output)
             return torch.stack([target(one) for target, one in zip(targets or (), logits, strict=True)])
 
         heat = self.explainer(input_tensor, target=None if targets is None else scores).heatmap().float().cpu().numpy()

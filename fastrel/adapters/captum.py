@@ -8,10 +8,12 @@ import torch
 from captum.attr import Attribution
 from torch import Tensor, nn
 
+from fastrel.adapters.common import explainer_of
 from fastrel.errors import InputError
 from fastrel.explainer import Explainer
 from fastrel.inputs import input_names
 from fastrel.maps import TokenMap
+from fastrel.outputs import logits_in
 
 
 class Relevance(Attribution):
@@ -23,7 +25,7 @@ class Relevance(Attribution):
     """
 
     def __init__(self, model: nn.Module | Explainer, **options: Any) -> None:
-        self.explainer = model.using(**options) if isinstance(model, Explainer) else Explainer(model, **options)
+        self.explainer = explainer_of(model, options)
         super().__init__(self.explainer.model)
 
     def attribute(
@@ -79,7 +81,7 @@ def _target(target: Any) -> Any:
         return target
 
     def entries(output: Any) -> Tensor:
-        logits = output if isinstance(output, Tensor) else output.logits
+        logits = logits_in(output)
         samples = torch.arange(len(logits), device=logits.device)
         chosen: list[Any] = [target] if isinstance(target, tuple) else target
         return logits[(samples, *(torch.tensor(one, device=logits.device) for one in zip(*chosen, strict=True)))]

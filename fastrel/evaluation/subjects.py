@@ -15,6 +15,7 @@ from fastrel.data import ImageItem, TextItem
 from fastrel.errors import InputError
 from fastrel.explainer import Explainer
 from fastrel.models import Loaded, Sample
+from fastrel.outputs import logits_in
 
 
 class ImageMap(NamedTuple):
@@ -88,7 +89,7 @@ class ImageSubject:
         """The model's logits [B, classes] for x [B, C, H, W], which may be on another device; float32, on the model's."""
         with torch.no_grad():
             output = self.loaded.model(x.to(self.loaded.device, self.loaded.dtype))
-        return (output if isinstance(output, Tensor) else output.logits).float()
+        return logits_in(output).float()
 
     def explain(
         self, explainer: Explainer, items: Sequence[ImageItem], samples: Sequence[Sample], predicted: bool

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # it replaces functions of torch (manual_seed) when it is imported, which would look like a change
 from torch import Tensor, nn
 
 from fastrel.graph.clone import is_own
@@ -22,7 +23,6 @@ from fastrel.graph.reach import CONTAINERS, IGNORED, NUMBERS, Reach, own_tensors
 from fastrel.graph.watched import ALL, LARGE, LARGE_ARRAY, Key
 
 _CONSTANTS = (*NUMBERS, type, types.ModuleType, types.BuiltinFunctionType, types.FunctionType)
-
 
 #: Names by which code asks how it is run: a capture may be shown something else than a call.
 _HOW = frozenset(
@@ -42,9 +42,9 @@ class Fingerprint:
     def matches(self) -> bool:
         """Whether the model is still what it was."""
         reach = self._reach
-        if not all(place.same() for place in reach.around):
+        if not reach.around.same():
             return False
-        if all(place.same() for place in reach.held):
+        if reach.held.same():
             return True
         if not reach.elsewhere <= own_tensors(self._model).keys():
             return False  # code goes on with a parameter that is the model's no more
@@ -56,17 +56,17 @@ class Fingerprint:
     def reads(self, by_name: Callable[[], Iterable[Tensor]]) -> None:
         """To be called when the graph is there: what gives the tensors that it finds on the model by their names, at every call."""
         self._by_name = by_name
-        if all(place.same() for place in (*self._reach.around, *self._reach.held)):
+        if self._reach.around.same() and self._reach.held.same():
             self._describe()
 
     def undo(self) -> None:
         """To be called right after the capture: takes out what hooks and forwards kept of it."""
-        for place in (*self._reach.held, *self._reach.around):
-            place.restore()
+        self._reach.held.restore()
+        self._reach.around.restore()
 
     def ignore_what_the_model_writes(self) -> bool:
-        """To be called right after the model ran: what it replaced itself (a kept attention map) does not count; whether there is any."""
-        written = {key for place in (*self._reach.held, *self._reach.around) for key in place.changed()}
+        """To be called right after the model ran: what it replaced itself (a kept attention map) does not count. Whether it did."""
+        written = {*self._reach.held.changed(), *self._reach.around.changed()}
         if written:
             self._volatile |= written
             self._describe()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
+import itertools
 import os
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from fastrel.graph.watched import (
     Memory,
     Names,
     Numbers,
-    Place,
+    Places,
     Slots,
     content,
 )
@@ -78,9 +79,9 @@ _DYNAMIC = frozenset({"getattr", "__dict__", "vars", "attrgetter"})
 _UNNAMED = frozenset(
     f"__{name}__"
     for name in (
-        "call", "getattr", "getattribute", "getitem", "missing", "contains", "iter", "next", "len", "bool", "float", "int", "index", "enter",
-        "exit", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "neg", "eq", "ne", "lt", "le", "gt", "ge",
-        "torch_function",
+        "call", "getattr", "getattribute", "getitem", "missing", "contains", "iter", "next", "len", "bool", "float", "int", "index",
+        "enter", "exit", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "neg", "eq", "ne", "lt", "le",
+        "gt", "ge", "torch_function",
     )
 ) | {"forward"}  # fmt: skip
 
@@ -103,55 +104,56 @@ class Reach:
 
     def __init__(self, model: nn.Module, volatile: frozenset[Key]) -> None:
         self._volatile = volatile
-        self.held: list[Place] = []
-        self.around: list[Place] = []
+        self.held, self.around = Places(), Places()
         self.names: set[str] = set()
         self.elsewhere: set[int] = set()
         self._own = own_tensors(model)
         self._by_place = {x.data_ptr(): x for x in self._own.values() if x.numel()}
         self._seen: dict[int, Any] = {}
-        self._named: set[Key] = set()
-        self._attributes: list[tuple[dict[str, Any], list[Place]]] = []
+        self._attributes: list[tuple[dict[str, Any], Places]] = []
         self._classes: list[type] = []
-        self._namespaces: list[Mapping[str, Any]] = []
+        self._spaces: list[Mapping[str, Any]] = []  # of modules of Python and classes
         self._enter_all([*_GLOBAL_HOOKS, model], self.held)
         self._follow_names()
         self._watch_names()
 
     def _follow_names(self) -> None:
         """Enter what code names in namespaces and classes, until nothing new is named."""
-        known = -1
-        while known != len(self._named) + len(self.names) + len(self._seen):
-            known = len(self._named) + len(self.names) + len(self._seen)
-            for space in [*self._namespaces, *map(vars, self._classes)]:
-                new = [n for n in (self.names | _UNNAMED).intersection(space) if (id(space), n) not in self._named]
-                self._named.update((id(space), name) for name in new)
-                self._enter_all([_behind(space[name]) for name in new], self.around)
+        done: frozenset[str] = frozenset()
+        searched = 0
+        while len(self._spaces) > searched or not self.names <= done:
+            names, spaces = _UNNAMED | self.names, list(self._spaces)
+            new = names - done
+            for i, space in enumerate(spaces):
+                named = (new if i < searched else names).intersection(space)
+                self._enter_all([_behind(space[name]) for name in named], self.around)
+            done, searched = names, len(spaces)
 
     def _watch_names(self) -> None:
         """Watch namespaces and classes, and the attributes of objects that code may mean."""
-        for space in self._namespaces:
-            self.around.append(Names(space, self._lasting(space, self.names.intersection(space))))
+        used = _UNNAMED | self.names
+        for space in self._spaces:
+            self.around.add(Names(space, self._lasting(space, used.intersection(space))))
         for cls in self._classes:
-            used = self.names | _UNNAMED
-            self.around.append(Names(vars(cls), used.intersection(vars(cls))))
-            self.around.append(Absent(vars(cls), [name for name in used if name not in vars(cls) and hasattr(cls, name)]))
+            inherited = used.intersection(itertools.chain.from_iterable(map(vars, cls.__mro__[1:]))).difference(vars(cls))
+            self.around.add(Absent(vars(cls), inherited))
         known = None if self.names & _DYNAMIC else self.names | _RUN_BY_TORCH
         for d, places in self._attributes:
             keys = self._lasting(d, [key for key in d if key not in IGNORED])
             if known is None or len(keys) > LARGE:
-                places.append(Names(d, keys if len(keys) <= LARGE else (), whole=(id(d), ALL) not in self._volatile))
+                places.add(Names(d, keys if len(keys) <= LARGE else (), whole=(id(d), ALL) not in self._volatile))
             else:
-                places.append(Names(d, [key for key in keys if key in known]))
-                places.append(Absent(d, self._lasting(d, known.difference(d))))
+                places.add(Names(d, [key for key in keys if key in known]))
+                places.add(Absent(d, self._lasting(d, known.difference(d))))
         if not self.names.isdisjoint(("environ", "getenv")):
-            self.around.append(Environment(os.environ, [n for n in self.names if n in os.environ or n.isupper()]))
+            self.around.add(Environment(os.environ, [n for n in self.names if n in os.environ or n.isupper()]))
 
-    def _lasting(self, d: Mapping[Any, Any], keys: Any) -> list[Any]:
+    def _lasting(self, d: Mapping[Any, Any], keys: Iterable[Any]) -> list[Any]:
         """Those of the keys that the model does not write itself."""
-        return [key for key in keys if (id(d), key) not in self._volatile]
+        return [key for key in keys if (id(d), key) not in self._volatile] if self._volatile else list(keys)
 
-    def _enter_all(self, todo: list[Any], places: list[Place]) -> None:
+    def _enter_all(self, todo: list[Any], places: Places) -> None:
+        """Watch objects and all that hangs on them."""
         while todo:
             x = todo.pop()
             if id(x) in self._seen or x is MISSING or isinstance(x, (*NUMBERS, types.BuiltinFunctionType)) or is_own(x):
@@ -159,10 +161,10 @@ class Reach:
             self._seen[id(x)] = x
             todo += self._enter(x, places)
 
-    def _enter(self, x: Any, places: list[Place]) -> list[Any]:
+    def _enter(self, x: Any, places: Places) -> list[Any]:
         """Watch one object; what hangs on it."""
         if isinstance(x, types.ModuleType):
-            self._namespaces.append(vars(x))
+            self._spaces.append(vars(x))
             return []
         if isinstance(x, type):
             return self._class(x)
@@ -173,30 +175,31 @@ class Reach:
         if isinstance(x, functools.partial):
             return [x.func, x.args, x.keywords]
         if isinstance(x, np.ndarray):
-            self.around += [Numbers(x)] if (id(x), ALL) not in self._volatile else []
+            if (id(x), ALL) not in self._volatile:
+                self.around.add(Numbers(x))
             return []
         if isinstance(x, Tensor):
             self._tensor(x)
             return []
         if isinstance(x, dict):
             keys = self._lasting(x, x) if len(x) <= LARGE else []
-            places.append(Names(x, keys, whole=(id(x), ALL) not in self._volatile))
+            places.add(Names(x, keys, whole=(id(x), ALL) not in self._volatile))
             return [x[key] for key in keys]
         if isinstance(x, CONTAINERS):
             if (id(x), ALL) in self._volatile:
                 return []
-            places.append(Items(x))
+            places.add(Items(x))
             return list(x) if len(x) <= LARGE else []
         return self._object(x, places)
 
-    def _object(self, x: Any, places: list[Place]) -> list[Any]:
+    def _object(self, x: Any, places: Places) -> list[Any]:
         cls = type(x)
         if _is_foreign(cls) and not isinstance(x, _ENTERED) and not cls.__module__.startswith("torch.nn"):
             return []  # a logger, a lock, an optimizer
         found: list[Any] = [cls]
         names = [name for base in cls.__mro__ for name in slots(base) if (id(x), name) not in self._volatile]
         if names:
-            places.append(Slots(x, names))
+            places.add(Slots(x, names))
             found += [getattr(x, name, MISSING) for name in names]
         attributes = getattr(x, "__dict__", None)
         if not isinstance(attributes, dict):
@@ -205,7 +208,7 @@ class Reach:
         if isinstance(x, nn.Module):
             for held in (x._parameters, x._buffers):
                 self._seen[id(held)] = held
-                places.append(Names(held, held, whole=True))
+                places.add(Names(held, held, whole=True))
                 found += [one for one in held.values() if id(one) not in self._own]
         return found + [attributes[key] for key in self._lasting(attributes, attributes) if key not in IGNORED]
 
@@ -213,6 +216,7 @@ class Reach:
         if cls is nn.Module or (_is_foreign(cls) and not issubclass(cls, nn.Module)):
             return []
         self._classes.append(cls)
+        self._spaces.append(vars(cls))
         return list(cls.__bases__)
 
     def _tensor(self, x: Tensor) -> None:
@@ -222,23 +226,24 @@ class Reach:
         elif x.layout is torch.strided and x.device.type != "meta" and x.numel():
             original = self._by_place.get(x.data_ptr())
             self.elsewhere |= set() if original is None else {id(original)}
-            self.around.append(Memory(x, original))
+            self.around.add(Memory(x, original))
 
     def _function(self, function: types.FunctionType) -> list[Any]:
         """Watch what a function's code reads from around it; what that is."""
         foreign = _is_foreign(function)
         if foreign and not function.__module__.startswith("torch.nn.modules."):
             return []
-        self.around.append(Code(function))
+        self.around.add(Code(function))
         mentioned = mentioned_in(function.__code__)
         self.names |= mentioned
         space = function.__globals__
         here = self._lasting(space, mentioned.intersection(space))
         if foreign:  # what torch's layers call may be another one: F.gelu
             return [space[name] for name in here if isinstance(space[name], types.ModuleType)]
-        self.around.append(Names(space, here))
+        self.around.add(Names(space, here))
         cells = [cell for cell in function.__closure__ or () if (id(cell), ALL) not in self._volatile]
-        self.around += map(Cell, cells)
+        for cell in cells:
+            self.around.add(Cell(cell))
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         return [*map(content, cells), *(space[name] for name in here), *defaults]
 

@@ -79,10 +79,8 @@ def _swapped(insert: Any, x: fx.Node, a: int, b: int, **_: Any) -> fx.Node:
 @_spelling(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
 def _moved(insert: Any, x: fx.Node, source: Any, destination: Any, **_: Any) -> fx.Node:
     count = x.meta["val"].dim()
-    goes = {
-        d % count: s % count
-        for s, d in zip(*(([a] if isinstance(a, int) else a) for a in (source, destination)), strict=True)
-    }
+    sources, places = ([dims] if isinstance(dims, int) else dims for dims in (source, destination))
+    goes = {place % count: dim % count for dim, place in zip(sources, places, strict=True)}
     rest = iter(sorted(set(range(count)) - set(goes.values())))
     return insert(aten.permute.default, x, [goes[i] if i in goes else next(rest) for i in range(count)])
 

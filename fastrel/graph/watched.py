@@ -7,6 +7,7 @@ capture left there (`restore`).
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,7 +46,10 @@ class Names:
 
     def __init__(self, d: Mapping[Any, Any], keys: Iterable[Any], whole: bool = False) -> None:
         self.of, self.keys = d, tuple(keys)
-        self.values = tuple(d.get(key, MISSING) for key in self.keys)
+        self.get = (
+            functools.partial(dict.get, d) if isinstance(d, dict) else d.get
+        )  # a registry's own `get` may look elsewhere
+        self.values = tuple(self.get(key, MISSING) for key in self.keys)
         self.count = len(d) if whole else None
         self.ordered = whole and len(self.keys) == len(d)
 
@@ -54,14 +58,14 @@ class Names:
         d, keys = self.of, self.keys
         return (
             (self.count is None or len(d) == self.count)
-            and all(map(is_, map(d.get, keys, itertools.repeat(MISSING)), self.values))
+            and all(map(is_, map(self.get, keys, itertools.repeat(MISSING)), self.values))
             and (not self.ordered or all(map(is_, d, keys)))
         )
 
     def changed(self) -> Iterator[Key]:
         """Where it does not."""
         for key, value in zip(self.keys, self.values, strict=True):
-            if self.of.get(key, MISSING) is not value:
+            if self.get(key, MISSING) is not value:
                 yield id(self.of), key
         if self.count is not None and len(self.of) != self.count:
             yield id(self.of), ALL
@@ -70,12 +74,15 @@ class Names:
         """Put back what a capture replaced, and take out what it added."""
         d: Any = self.of
         before = dict(zip(self.keys, self.values, strict=True))
-        looked_at = list(d) if self.count is not None else self.keys
-        for key in [key for key in looked_at if key in d and holds_fake(d[key])]:
-            if before.get(key, MISSING) is MISSING:
+        looked_at = [(key, self.get(key, MISSING)) for key in (list(d) if self.count is not None else self.keys)]
+        for key, now in looked_at:
+            value = before.get(key, MISSING)
+            if now is value or not holds_fake(now):
+                continue
+            if value is MISSING:
                 del d[key]
             else:
-                d[key] = before[key]
+                d[key] = value
 
 
 class Absent:
@@ -255,6 +262,85 @@ class Environment:
 
 
 Place = Names | Absent | Items | Slots | Cell | Code | Numbers | Memory | Environment
+
+
+class Places:
+    """Many places, asked together: a large model has thousands, nearly all of them dicts and lists, which a few passes over flat
+    lists compare."""
+
+    def __init__(self) -> None:
+        self.all: list[Place] = []
+
+    def add(self, place: Place) -> None:
+        """Watch one more."""
+        self.all.append(place)
+
+    @functools.cached_property
+    def _flat(self) -> _Flat:
+        return _Flat(self.all)
+
+    def same(self) -> bool:
+        """Whether all hold what they did."""
+        return self._flat.same() and all(place.same() for place in self._flat.others)
+
+    def changed(self) -> Iterator[Key]:
+        """Where they do not."""
+        return itertools.chain.from_iterable(place.changed() for place in self.all)
+
+    def restore(self) -> None:
+        """Put back what a capture replaced, and take out what it added."""
+        for place in self.all:
+            place.restore()
+
+
+class _Flat:
+    """The dicts and containers among some places, in flat lists, and the `others`."""
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self.others: list[Place] = []
+        self._empty: list[Any] = []  # hooks, mostly
+        self._sized: list[Any] = []
+        self._counts: list[int] = []
+        self._dicts: list[dict[Any, Any]] = []
+        self._keys: list[Any] = []
+        self._values: list[Any] = []
+        self._ordered: list[Any] = []
+        self._order: list[Any] = []
+        self._absent: list[Absent] = []
+        for place in places:
+            if isinstance(place, Names) and isinstance(place.of, dict):
+                self._dicts += [place.of] * len(place.keys)
+                self._keys += place.keys
+                self._values += place.values
+                if place.count is not None:
+                    self._size(place.of, place.count, place.keys if place.ordered else ())
+            elif isinstance(place, Items) and not isinstance(place.of, (tuple, frozenset)):
+                self._size(place.of, place.count, place.items)
+            elif isinstance(place, Absent) and isinstance(place.of, dict):
+                self._absent.append(place)
+            elif not (isinstance(place, Items) and isinstance(place.of, (tuple, frozenset))):
+                self.others.append(place)
+        self._places, self._lengths = [place.of for place in self._absent], [place.count for place in self._absent]
+
+    def _size(self, x: Any, count: int, order: Sequence[Any]) -> None:
+        if not count:
+            self._empty.append(x)
+            return
+        self._sized.append(x)
+        self._counts.append(count)
+        if order:
+            self._ordered.append(x)
+            self._order += order
+
+    def same(self) -> bool:
+        """Whether they hold what they did."""
+        return (
+            not any(self._empty)
+            and list(map(len, self._sized)) == self._counts
+            and all(map(is_, itertools.chain.from_iterable(self._ordered), self._order))
+            and all(map(is_, map(dict.get, self._dicts, self._keys, itertools.repeat(MISSING)), self._values))
+            and (list(map(len, self._places)) == self._lengths or all(place.same() for place in self._absent))
+        )
 
 
 def content(cell: types.CellType) -> Any:

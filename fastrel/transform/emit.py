@@ -10,8 +10,6 @@ import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
-from fastrel.graph.nodes import describe
-
 aten = torch.ops.aten
 
 
@@ -36,8 +34,8 @@ class Emitter:
         self._sizes: dict[str, fx.Node] = {}
         self._inserted: dict[fx.Node, tuple[fx.Node, int]] = {}
         self._last_placeholder: fx.Node | None = None
-        #: The captured node whose rule writes now.
-        self.source: fx.Node | None = None
+        #: The captured operator whose rule writes now, as messages name it; None where none does.
+        self.source: str | None = None
 
     def placeholder(self, name: str) -> fx.Node:
         """A new input of the reverse graph."""
@@ -56,7 +54,7 @@ class Emitter:
         if key not in self._calls:
             self._calls[key] = self._reverse.call_function(fn, args)
             if self.source is not None:
-                self._calls[key].meta["rule of"] = describe(self.source)
+                self._calls[key].meta["rule of"] = self.source
         return self._calls[key]
 
     def parts(self, call: fx.Node, count: int) -> list[fx.Node]:

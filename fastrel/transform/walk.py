@@ -120,6 +120,7 @@ class _Walk:
         """
         t, found = self.t, self.found
         for node in (n for n in reversed(t.facts.nodes) if n in t.facts.active):
+            t.emit.source = describe(node)
             lanes = t.collect(node)
             if lanes is None:
                 continue
@@ -131,6 +132,7 @@ class _Walk:
             if self.pixels and node.target is aten.embedding.default:
                 break
             self._apply(node, lanes._replace(row=None) if self.pixels and node not in t.stretch.above else lanes)
+        t.emit.source = None
         if not found:
             raise UnsupportedModelError(
                 "the model takes no floating-point input: read this method at its tokens instead"
@@ -156,7 +158,6 @@ class _Walk:
 
     def _apply(self, node: fx.Node, lanes: Lanes) -> None:
         t = self.t
-        t.emit.source = node
         try:
             (rule_for(node) or generic)(t, node, lanes)
         except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
