@@ -24,10 +24,11 @@ from fastrel.graph.watched import ALL, LARGE, LARGE_ARRAY, Key
 
 _CONSTANTS = (*NUMBERS, type, types.ModuleType, types.BuiltinFunctionType, types.FunctionType)
 
-#: Names by which code asks how it is run: a capture may be shown something else than a call.
-_HOW = frozenset(
-    f"is_{how}" for how in ("compiling", "dynamo_compiling", "torchdynamo_compiling", "exporting", "tracing", "scripting")
-)
+#: Libraries that ask how they are run only to leave out warnings and short cuts to the same numbers.
+_SAME_EITHER_WAY = frozenset({"timm", "torchvision", "transformers"})
+
+#: Names by which code makes arrays or lists of tensors.
+_CONVERTING = frozenset({"tolist", "numpy", "__array__", "array", "asarray"})
 
 
 class Fingerprint:
@@ -75,7 +76,12 @@ class Fingerprint:
     @property
     def asks_how_it_is_run(self) -> bool:
         """Whether the model's code may do something else while it is captured."""
-        return not self._reach.names.isdisjoint(_HOW)
+        return not {name.partition(".")[0] for name in self._reach.askers} <= _SAME_EITHER_WAY
+
+    @property
+    def converts_tensors(self) -> bool:
+        """Whether the model's code may make arrays or lists of tensors."""
+        return not self._reach.names.isdisjoint(_CONVERTING)
 
     def _describe(self) -> None:
         self._reach = Reach(self._model, self._volatile)

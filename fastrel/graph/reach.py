@@ -75,6 +75,11 @@ _ENTERED = (nn.Module, types.SimpleNamespace, argparse.Namespace)
 #: Names that leave the names of attributes open.
 _DYNAMIC = frozenset({"getattr", "__dict__", "vars", "attrgetter"})
 
+#: Names by which code asks how it is run.
+_HOW = frozenset(
+    f"is_{how}" for how in ("compiling", "dynamo_compiling", "torchdynamo_compiling", "exporting", "tracing", "scripting")
+)
+
 #: Methods that Python calls without naming them, but for those that make and show objects.
 _UNNAMED = frozenset(
     f"__{name}__"
@@ -99,6 +104,7 @@ class Reach:
         held: places on the model, whose content may be replaced by what means the same.
         around: places in code and what it names.
         names: what the code mentions, words in it included.
+        askers: modules of Python whose code asks how it is run, and may do something else while it is captured.
         elsewhere: ids of parameters and buffers that are also held beside the model's modules.
     """
 
@@ -106,6 +112,7 @@ class Reach:
         self._volatile = volatile
         self.held, self.around = Places(), Places()
         self.names: set[str] = set()
+        self.askers: set[str] = set()
         self.elsewhere: set[int] = set()
         self._own = own_tensors(model)
         self._by_place = {x.data_ptr(): x for x in self._own.values() if x.numel()}
@@ -236,6 +243,8 @@ class Reach:
         self.around.add(Code(function))
         mentioned = mentioned_in(function.__code__)
         self.names |= mentioned
+        if not foreign and not mentioned.isdisjoint(_HOW):
+            self.askers.add(function.__module__)
         space = function.__globals__
         here = self._lasting(space, mentioned.intersection(space))
         if foreign:  # what torch's layers call may be another one: F.gelu
