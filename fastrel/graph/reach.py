@@ -33,6 +33,7 @@ from fastrel.graph.watched import (
     Environment,
     Items,
     Key,
+    Kind,
     Memory,
     Names,
     Numbers,
@@ -120,6 +121,7 @@ class Reach:
         self._attributes: list[tuple[dict[str, Any], Places]] = []
         self._classes: list[type] = []
         self._spaces: list[Mapping[str, Any]] = []  # of modules of Python and classes
+        self._behind_code: list[Any] = []
         self._enter_all([*_GLOBAL_HOOKS, model], self.held)
         self._follow_names()
         self._watch_names()
@@ -128,12 +130,14 @@ class Reach:
         """Enter what code names in namespaces and classes, until nothing new is named."""
         done: frozenset[str] = frozenset()
         searched = 0
+        self._enter_all(self._behind_code, self.around)
         while len(self._spaces) > searched or not self.names <= done:
             names, spaces = _UNNAMED | self.names, list(self._spaces)
             new = names - done
             for i, space in enumerate(spaces):
                 named = (new if i < searched else names).intersection(space)
-                self._enter_all([_behind(space[name]) for name in named], self.around)
+                self._behind_code += [_behind(space[name]) for name in named]
+            self._enter_all(self._behind_code, self.around)
             done, searched = names, len(spaces)
 
     def _watch_names(self) -> None:
@@ -176,7 +180,8 @@ class Reach:
         if isinstance(x, type):
             return self._class(x)
         if isinstance(x, types.FunctionType):
-            return self._function(x)
+            self._function(x)
+            return []
         if isinstance(x, types.MethodType):
             return [x.__self__, x.__func__]
         if isinstance(x, functools.partial):
@@ -203,6 +208,7 @@ class Reach:
         cls = type(x)
         if _is_foreign(cls) and not isinstance(x, _ENTERED) and not cls.__module__.startswith("torch.nn"):
             return []  # a logger, a lock, an optimizer
+        self.around.add(Kind(x))
         found: list[Any] = [cls]
         names = [name for base in cls.__mro__ for name in slots(base) if (id(x), name) not in self._volatile]
         if names:
@@ -235,11 +241,11 @@ class Reach:
             self.elsewhere |= set() if original is None else {id(original)}
             self.around.add(Memory(x, original))
 
-    def _function(self, function: types.FunctionType) -> list[Any]:
-        """Watch what a function's code reads from around it; what that is."""
+    def _function(self, function: types.FunctionType) -> None:
+        """Watch what a function's code reads from around it."""
         foreign = _is_foreign(function)
         if foreign and not function.__module__.startswith("torch.nn.modules."):
-            return []
+            return
         self.around.add(Code(function))
         mentioned = mentioned_in(function.__code__)
         self.names |= mentioned
@@ -248,13 +254,14 @@ class Reach:
         space = function.__globals__
         here = self._lasting(space, mentioned.intersection(space))
         if foreign:  # what torch's layers call may be another one: F.gelu
-            return [space[name] for name in here if isinstance(space[name], types.ModuleType)]
+            self._behind_code += [space[name] for name in here if isinstance(space[name], types.ModuleType)]
+            return
         self.around.add(Names(space, here))
         cells = [cell for cell in function.__closure__ or () if (id(cell), ALL) not in self._volatile]
         for cell in cells:
             self.around.add(Cell(cell))
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        return [*map(content, cells), *(space[name] for name in here), *defaults]
+        self._behind_code += [*map(content, cells), *(space[name] for name in here), *defaults]
 
 
 def slots(cls: type) -> tuple[str, ...]:

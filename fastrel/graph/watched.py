@@ -69,6 +69,7 @@ class Names:
                 yield id(self.of), key
         if self.count is not None and len(self.of) != self.count:
             yield id(self.of), ALL
+            yield from ((id(self.of), key) for key in set(self.of).difference(self.keys))
 
     def restore(self) -> None:
         """Put back what a capture replaced, and take out what it added."""
@@ -136,6 +137,24 @@ class Items:
                 x[i] = self.items[i]
             else:
                 del x[i]
+
+
+class Kind:
+    """The class of an object."""
+
+    def __init__(self, x: Any) -> None:
+        self.of, self.cls = x, type(x)
+
+    def same(self) -> bool:
+        """Whether it is what it was."""
+        return type(self.of) is self.cls
+
+    def changed(self) -> Iterator[Key]:
+        """No model writes there."""
+        return iter(())
+
+    def restore(self) -> None:
+        """Nothing to be put back."""
 
 
 class Slots:
@@ -261,7 +280,7 @@ class Environment:
         """Nothing to be put back."""
 
 
-Place = Names | Absent | Items | Slots | Cell | Code | Numbers | Memory | Environment
+Place = Names | Absent | Items | Kind | Slots | Cell | Code | Numbers | Memory | Environment
 
 
 class Places:
@@ -307,6 +326,8 @@ class _Flat:
         self._ordered: list[Any] = []
         self._order: list[Any] = []
         self._absent: list[Absent] = []
+        self._objects: list[Any] = []
+        self._classes: list[type] = []
         for place in places:
             if isinstance(place, Names) and isinstance(place.of, dict):
                 self._dicts += [place.of] * len(place.keys)
@@ -318,6 +339,9 @@ class _Flat:
                 self._size(place.of, place.count, place.items)
             elif isinstance(place, Absent) and isinstance(place.of, dict):
                 self._absent.append(place)
+            elif isinstance(place, Kind):
+                self._objects.append(place.of)
+                self._classes.append(place.cls)
             elif not (isinstance(place, Items) and isinstance(place.of, (tuple, frozenset))):
                 self.others.append(place)
         self._places, self._lengths = [place.of for place in self._absent], [place.count for place in self._absent]
@@ -337,6 +361,7 @@ class _Flat:
         return (
             not any(self._empty)
             and list(map(len, self._sized)) == self._counts
+            and all(map(is_, map(type, self._objects), self._classes))
             and all(map(is_, itertools.chain.from_iterable(self._ordered), self._order))
             and all(map(is_, map(dict.get, self._dicts, self._keys, itertools.repeat(MISSING)), self._values))
             and (list(map(len, self._places)) == self._lengths or all(place.same() for place in self._absent))
