@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrel.graph.ambient import plainly
@@ -21,11 +22,11 @@ from fastrel.graph.results import plain
 #: How far outputs may lie apart, relative to the largest: operators are the same, but some fuse in another order.
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 
-#: Operators by which code takes numbers out of tensors.
-_LOOKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+#: Methods by which code takes all numbers out of a tensor; no operator is run for them.
+_CONVERTS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 
 #: Library code that looks at numbers only to choose between ways to compute the same: a mask that hides nothing is left out.
-_HARMLESS = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
+_HARMLESS = (None, "transformers.masking_utils", "transformers.modeling_attn_mask_utils", "transformers.modeling_utils")
 
 #: Outputs whose largest value is below this are compared with it.
 SMALL = 1e-2
@@ -58,12 +59,38 @@ class Looking(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator as it is."""
-        if func in _LOOKS and not self.looked:
-            frame: FrameType | None = sys._getframe(1)
-            while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastrel"):
-                frame = frame.f_back
-            self.looked = frame is not None and frame.f_globals.get("__name__") not in _HARMLESS
+        if torch.Tag.data_dependent_output in func.tags and not self.looked:
+            self.looked = _asked_by() not in _HARMLESS
         return func(*args, **(kwargs or {}))
+
+
+class _Converting(TorchFunctionMode):
+    """Notes whether code turns tensors into arrays or lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function as it is."""
+        if func in _CONVERTS and not self.looked:
+            self.looked = _asked_by() not in _HARMLESS
+        return func(*args, **(kwargs or {}))
+
+
+def _asked_by() -> str | None:
+    """The module of Python whose code called torch; None where that is torch itself."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastrel"):
+        frame = frame.f_back
+    return None if frame is None else frame.f_globals.get("__name__", "")
+
+
+def converts(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the model turns tensors into arrays or lists, whose numbers may decide what it does."""
+    with _Converting() as mode:
+        run_model(model, args, kwargs)
+    return mode.looked
 
 
 def difference(

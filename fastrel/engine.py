@@ -2,12 +2,13 @@
 
 A captured graph is a cache, never an authority: it is used where its guards hold and while its fingerprint matches, and its
 outputs are compared with the model's own the first time that it runs, the first time that it runs on a batch of one or on inputs
-laid out in another way; some more times where the model writes to something that it may read again; and at every call where it
-looks at the numbers in its tensors, since these may decide what it does.
+laid out in another way; some more times where the model writes to something that it may read again; at every call where it looks
+at the numbers in its tensors, since these may decide what it does; and now and then, since no fingerprint sees everything.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import threading
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from fastrel import backends
 from fastrel import precision as precision_
-from fastrel.comparison import Looking, difference, run_model
+from fastrel.comparison import Looking, converts, difference, run_model
 from fastrel.errors import CaptureError
 from fastrel.graph.ambient import outside_inference
 from fastrel.graph.capture import LOCK, Captured, Signature, capture, in_order
@@ -45,7 +46,10 @@ MANY = 5
 #: For how many calls after the first a model is compared that writes to itself or to what is around it.
 WRITES = 3
 
-#: What calls share that one comparison with the model holds for: the sizes of a batch of one (or None), which inputs are contiguous.
+#: At every how manieth call a graph is compared with the model whatever is known: this bounds what a fingerprint misses.
+NOW_AND_THEN = 64
+
+#: What calls share that one comparison with the model holds for: sizes where they matter (or None), which inputs are contiguous.
 Kind = tuple[tuple[torch.Size, ...] | None, tuple[bool, ...]]
 
 
@@ -61,12 +65,18 @@ class Entry:
     compared: dict[Kind, bool] = field(default_factory=dict)
     #: For how many more calls one comparison is not enough.
     doubts: float = 0
+    #: How many calls it took.
+    calls: int = 0
+
+    def is_single(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are a batch of one, which was captured as two."""
+        return self.captured.guards.is_single(tensors)
 
     def kind(self, tensors: Sequence[Tensor]) -> Kind:
-        """What must have been compared for these inputs: captured as two, a batch of one is not what the guards speak of; neither do
-        they speak of strides."""
-        sizes = tuple(x.shape for x in tensors) if self.captured.guards.is_single(tensors) else None
-        return sizes, tuple(x.is_contiguous() for x in tensors)
+        """What must have been compared for these inputs: captured as two, a batch of one is not what the guards speak of; nor do they
+        speak of what code did because it was captured, or of strides."""
+        sized = self.is_single(tensors) or self.fingerprint.asks_how_it_is_run
+        return tuple(x.shape for x in tensors) if sized else None, tuple(x.is_contiguous() for x in tensors)
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class Engine:
             InputError: the model rejects these inputs, or they hold NaN.
             CaptureError: torch.export cannot capture the model, or what it captured is not the model.
         """
-        unwrapped(self._given)  # hooks on a wrapper are refused
+        self._unwrap()
         kwargs = in_order(self.model, args, kwargs)
         signature, leaves = Signature.of(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -127,6 +137,7 @@ class Engine:
             with LOCK, self._lock:
                 found = self._find(signature, tensors) or self._captured(signature, args, kwargs, tensors)
         entry, owned = found
+        entry.calls += 1
         if not self._is_settled(entry, tensors):
             with LOCK, self._lock:
                 entry, owned = self._compared(entry, owned, args, kwargs, leaves, tensors)
@@ -155,6 +166,13 @@ class Engine:
         with self._lock:
             self._entries = []
 
+    def _unwrap(self) -> None:
+        """Find the model anew in its wrappers, where another one may be."""
+        model = unwrapped(self._given)
+        if model is not self.model:
+            with self._lock:
+                self.model, self._entries = model, []
+
     def _find(self, signature: Signature, tensors: list[Tensor]) -> tuple[Entry, list[Any]] | None:
         """A graph that is valid for these inputs and the model as it is, and the values of its parameters."""
         fitting = [x for x in self._entries if x.signature == signature and x.captured.guards.accept(tensors)]
@@ -176,7 +194,8 @@ class Engine:
 
     def _is_settled(self, entry: Entry, tensors: list[Tensor]) -> bool:
         """Whether the graph needs no comparison with the model at this call."""
-        return entry.compared.get(entry.kind(tensors), False) and not (entry.doubts and self.live)
+        due = self.live and (entry.doubts or entry.calls % NOW_AND_THEN == 0)
+        return entry.compared.get(entry.kind(tensors), False) and not due
 
     def _captured(
         self, signature: Signature, args: Any, kwargs: Any, tensors: list[Tensor], batch_varies: bool = True
@@ -214,7 +233,7 @@ class Engine:
                 f"the captured graph does not take inputs of sizes {[tuple(x.shape) for x in tensors]}; "
                 "dimension 0 of every tensor input must be the batch"
             )
-        fingerprint.reads(captured.read_of(owned))
+        fingerprint.reads(functools.partial(captured.found_by_name, self.model))
         with outside_inference():
             return entry, [_ordinary(value) for value in owned]
 
@@ -231,6 +250,8 @@ class Engine:
         kind = entry.kind(tensors)
         looking, before = Looking(), bool(entry.compared)
         try:
+            if not before and entry.fingerprint.converts_tensors:
+                looking.looked = converts(self.model, args, kwargs)
             found = difference(self.model, entry.captured, owned + leaves, args, kwargs, looking)
         except (RuntimeError, IndexError, ValueError):
             self._try_model(args, kwargs)
@@ -243,9 +264,18 @@ class Engine:
         entry.compared[kind] = found is None
         if found is None:
             return entry, owned
-        if kind[0] is not None or before:
-            # Another batch than that of the capture, or other numbers.
-            entry, owned = self._captured(entry.signature, args, kwargs, tensors, batch_varies=kind[0] is None)
+        single = entry.is_single(tensors)
+        if single or before:
+            # Another batch than that of the capture, or other numbers; or a change that the fingerprint did not see.
+            if entry.calls % NOW_AND_THEN == 0 and not entry.doubts and not single:
+                log.warning(
+                    "%s is no longer what was captured of it, in a way that its fingerprint does not see: %s. It is captured anew; "
+                    "up to %d explanations before this one may be of the model as it was. Call explainer.reset() after such a change",
+                    type(self.model).__name__,
+                    found,
+                    NOW_AND_THEN - 1,
+                )
+            entry, owned = self._captured(entry.signature, args, kwargs, tensors, batch_varies=not single)
             return self._compared(entry, owned, args, kwargs, leaves, tensors)
         self._entries = [other for other in self._entries if other is not entry]
         raise CaptureError(f"the captured graph of {type(self.model).__name__} is not the model: {found}")

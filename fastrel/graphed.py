@@ -18,7 +18,7 @@ from torch import Tensor
 from fastrel.engine import Engine
 from fastrel.errors import InputError
 from fastrel.explanation import Explanation
-from fastrel.graph.capture import in_order
+from fastrel.graph.capture import Signature, in_order
 from fastrel.inputs import check_finite, image_size
 from fastrel.maps import TokenMap
 from fastrel.options import Options
@@ -109,6 +109,7 @@ class Graphed:
                 "compared with it; a CUDA graph cannot"
             )
         self._entry = call.entry if engine.live else None
+        self._signature = call.entry.signature
         self._places = _places(captured.parameters(self._model))
         self._program = engine.explaining(call, options)
         self._spec, self._names = captured.out_spec, [call.names[one.input] + one.branch for one in self._program.maps]
@@ -128,6 +129,10 @@ class Graphed:
         ordered = in_order(self._model, args, kwargs)
         given = [x for x in pytree.tree_leaves((args, ordered)) if isinstance(x, Tensor)]
         check_same_kind(given, self._inputs)
+        if Signature.of(args, ordered)[0] != self._signature:
+            raise InputError(
+                "other constants, keywords, tied inputs or ambient modes than captured; call graphed(...) again with these"
+            )
         if (target is None) != (self._classes is None):
             raise InputError(
                 "a graph captured with targets=0 explains the predicted class; with targets=K it needs target=[B, K]"

@@ -141,10 +141,11 @@ class Captured:
             values.append(value)
         return values
 
-    def read_of(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Which of the values of parameters, buffers and attributes the graph reads."""
+    def found_by_name(self, model: nn.Module) -> list[Tensor]:
+        """The tensors that the graph finds on a model by their names, and reads."""
         nodes = (node for node in self.graph.nodes if node.op == "placeholder")
-        return [value for value, node in zip(values, nodes, strict=False) if node.users]
+        named = [owner for owner, node in zip(self.owners, nodes, strict=False) if isinstance(owner, tuple) and node.users]
+        return [x for x in (find(model, owner) for owner in named) if isinstance(x, Tensor)]
 
 
 def find(model: nn.Module, path: tuple[str, ...]) -> Any:
