@@ -85,7 +85,8 @@ class Fingerprint:
 
     def _describe(self) -> None:
         self._reach = Reach(self._model, self._volatile)
-        self._meaning = _Meaning(self._volatile, self._by_name()).of(self._model)
+        # Of the model's own tensors, a graph finds by their names those that it reads; the others it does not read.
+        self._meaning = _Meaning(self._volatile, [*self._by_name(), *own_tensors(self._model).values()]).of(self._model)
 
 
 class _Meaning:
