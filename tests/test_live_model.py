@@ -14,6 +14,7 @@ import types
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 import fastrel
 import fastrel.methods
+from fastrel import engine
 from fastrel.graph import fingerprint
 from tests.small import ids, made
 
@@ -1050,3 +1052,74 @@ def test_a_batch_of_one_is_compared_at_every_length() -> None:
     for length in (5, 12):
         given = ids(1, length)
         torch.testing.assert_close(explainer(given, target=1).logits, model(given))
+
+
+# What is compared again.
+
+
+def test_what_no_fingerprint_sees_is_found_within_some_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine, "NOW_AND_THEN", 4)
+    (tmp_path / "gain").write_text("1")
+
+    class Reading(Small):
+        def between(self, h: Tensor) -> Tensor:
+            return h * float((tmp_path / "gain").read_text())
+
+    model, x = Reading(), tokens()
+    explainer = fastrel.Explainer(model)
+    assert off(explainer, model, x) < EXACT
+    (tmp_path / "gain").write_text("3")
+    with caplog.at_level(logging.WARNING, logger="fastrel"):
+        wrong = [off(explainer, model, x) > EXACT for _ in range(6)]
+    assert wrong[3:] == [False, False, False]
+    assert "in a way that its fingerprint does not see" in caplog.text
+    assert "up to 3 explanations before this one" in caplog.text
+
+
+def as_numbers_where_it_is_not_captured(h: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return h
+    return h * 3 if max(h.detach().flatten().tolist()) > 100 else h
+
+
+def as_an_array_where_it_is_not_captured(h: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return h
+    return h * 3 if float(h.detach().numpy().max()) > 100 else h
+
+
+@pytest.mark.parametrize("branch", [as_numbers_where_it_is_not_captured, as_an_array_where_it_is_not_captured])
+def test_a_model_that_makes_lists_or_arrays_is_compared_at_every_call(branch: Callable[[Tensor], Tensor]) -> None:
+    class Branching(Small):
+        def between(self, h: Tensor) -> Tensor:
+            return branch(h)
+
+    model = Branching()
+    explainer = fastrel.Explainer(model)
+    assert off(explainer, model, tokens()) < EXACT
+    with pytest.raises(fastrel.CaptureError, match="is not the model"):
+        explainer(1000 * tokens())
+
+
+def test_a_model_that_asks_whether_it_is_captured_is_compared_at_every_size() -> None:
+    class Asking(Small):
+        def between(self, h: Tensor) -> Tensor:
+            return h if torch.compiler.is_compiling() or h.shape[1] < 12 else 3 * h
+
+    model = Asking()
+    explainer = fastrel.Explainer(model)
+    assert off(explainer, model, tokens(2, 8)) < EXACT
+    with pytest.raises(fastrel.CaptureError, match="is not the model"):
+        explainer(tokens(2, 12))
+
+
+def test_another_model_in_a_wrapper_is_that_which_is_explained() -> None:
+    wrapper, x = nn.DataParallel(Small()), tokens()
+    explainer = fastrel.Explainer(wrapper)
+    explainer(x)
+    wrapper.module = Small()
+    with torch.no_grad():
+        wrapper.module.head.weight.mul_(3)
+    assert off(explainer, wrapper.module, x) < EXACT

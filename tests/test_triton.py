@@ -173,6 +173,15 @@ def test_a_graph_refuses_other_dtypes_and_what_is_not_finite(no_graph: None) -> 
         replayed(given["x"])
 
 
+def test_a_graph_refuses_other_modes_and_constants(no_graph: None) -> None:
+    model, given = models.build("hf_bert"), models.inputs("hf_bert")
+    replayed = Explainer(model, backend="torch").graphed(**given, output_hidden_states=False)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="ambient modes than captured"):
+        replayed(**given, output_hidden_states=False)
+    with pytest.raises(InputError, match="other constants, keywords"):
+        replayed(**given, output_hidden_states=True)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "an option": lambda model: setattr(model.attn_pool if model.attn_pool else model.blocks[0].attn, "scale", 0.1),
     "a hook": lambda model: model.norm.register_forward_hook(lambda module, given, out: 2 * out),
