@@ -19,7 +19,7 @@ from fastrel.engine import Engine
 from fastrel.errors import InputError
 from fastrel.explanation import Explanation
 from fastrel.graph.capture import Signature, in_order
-from fastrel.inputs import check_finite, image_size
+from fastrel.inputs import check_finite, image_size, input_names
 from fastrel.maps import TokenMap
 from fastrel.options import Options
 from fastrel.outputs import logits_index
@@ -109,7 +109,7 @@ class Graphed:
                 "compared with it; a CUDA graph cannot"
             )
         self._entry = call.entry if engine.live else None
-        self._signature = call.entry.signature
+        self._signature, self._given = call.entry.signature, call.names
         self._places = _places(captured.parameters(self._model))
         self._program = engine.explaining(call, options)
         self._spec, self._names = captured.out_spec, [call.names[one.input] + one.branch for one in self._program.maps]
@@ -129,7 +129,13 @@ class Graphed:
         ordered = in_order(self._model, args, kwargs)
         given = [x for x in pytree.tree_leaves((args, ordered)) if isinstance(x, Tensor)]
         check_same_kind(given, self._inputs)
-        if Signature.of(args, ordered)[0] != self._signature:
+        signature, _ = Signature.of(args, ordered)
+        # Tensors may be given by position or by name.
+        alike = signature.ambient == self._signature.ambient and signature.same == self._signature.same
+        alike = (
+            alike and signature.leaves == self._signature.leaves and input_names(self._model, args, ordered) == self._given
+        )
+        if signature != self._signature and not (alike and len(given) == len(signature.leaves)):
             raise InputError(
                 "other constants, keywords, tied inputs or ambient modes than captured; call graphed(...) again with these"
             )
