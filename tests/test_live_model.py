@@ -554,12 +554,15 @@ def test_samples_slices_devices_and_print() -> None:
 # Bounded.
 
 
-def test_captures_are_bounded_and_many_of_them_are_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_captures_are_bounded_and_many_of_them_are_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "CAPTURES", 3)
+    monkeypatch.setattr(engine, "MANY", 3)
+
     class Warm(Small):
         def forward(self, t: Tensor, temperature: float) -> Tensor:
             return super().forward(t) / temperature
-
-    from fastrel import engine
 
     model, x = Warm(), tokens()
     explainer = fastrel.Explainer(model)
