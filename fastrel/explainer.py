@@ -51,8 +51,8 @@ class Explainer:
             is computed again when its turn comes, for the time of one more forward pass.
         backend: "auto": per operator the first that can compute it of "triton" and "cuda" on a GPU, "cpp" (C++) on a CPU, and
             "torch", plain PyTorch. One that is named computes everything that it has kernels for, or says why it cannot.
-        live: whether to ask, at every call, that the model still is what was captured, in about a millisecond for a large one.
-            False trusts: after a change other than of weights, call `reset`.
+        live: whether to ask, at every call, that the model still is what was captured, in less than a millisecond, and to
+            compare outputs at every 64th. False trusts: after a change other than of weights, call `reset`.
         output: which output classes are picked from, by its name (a key or field, `decoder.logits`) or place, where the model
             returns several. Default: the one called `logits`, or the only one of shape [B, C]; of several, it asks.
         grid: (rows, columns) of the patches, or (frames, rows, columns), where they cannot be read off the model. The patches
