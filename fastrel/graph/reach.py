@@ -150,7 +150,7 @@ class Reach:
             self.around.add(Absent(vars(cls), inherited))
         known = None if self.names & _DYNAMIC else self.names | _RUN_BY_TORCH
         for d, places in self._attributes:
-            keys = self._lasting(d, [key for key in d if key not in IGNORED])
+            keys = self._lasting(d, [key for key in list(d) if key not in IGNORED])
             if known is None or len(keys) > LARGE:
                 places.add(Names(d, keys if len(keys) <= LARGE else (), whole=(id(d), ALL) not in self._volatile))
             else:
@@ -194,9 +194,9 @@ class Reach:
             self._tensor(x)
             return []
         if isinstance(x, dict):
-            keys = self._lasting(x, x) if len(x) <= LARGE else []
+            keys = self._lasting(x, list(x)) if len(x) <= LARGE else []  # a copy: other threads may write
             places.add(Names(x, keys, whole=(id(x), ALL) not in self._volatile))
-            return [x[key] for key in keys]
+            return [dict.get(x, key, MISSING) for key in keys]
         if isinstance(x, CONTAINERS):
             if (id(x), ALL) in self._volatile:
                 return []
@@ -223,7 +223,9 @@ class Reach:
                 self._seen[id(held)] = held
                 places.add(Names(held, held, whole=True))
                 found += [one for one in held.values() if id(one) not in self._own]
-        return found + [attributes[key] for key in self._lasting(attributes, attributes) if key not in IGNORED]
+        return found + [
+            attributes.get(key, MISSING) for key in self._lasting(attributes, list(attributes)) if key not in IGNORED
+        ]
 
     def _class(self, cls: type) -> list[Any]:
         if cls is nn.Module or (_is_foreign(cls) and not issubclass(cls, nn.Module)):

@@ -300,7 +300,10 @@ class Places:
 
     def same(self) -> bool:
         """Whether all hold what they did."""
-        return self._flat.same() and all(place.same() for place in self._flat.others)
+        try:
+            return self._flat.same() and all(place.same() for place in self._flat.others)
+        except RuntimeError:  # another thread adds to one of them
+            return False
 
     def changed(self) -> Iterator[Key]:
         """Where they do not."""
