@@ -9,10 +9,11 @@ at the numbers in its tensors, since these may decide what it does; and now and 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +66,8 @@ class Entry:
     compared: dict[Kind, bool] = field(default_factory=dict)
     #: For how many more calls one comparison is not enough.
     doubts: float = 0
-    #: How many calls it took.
-    calls: int = 0
+    #: Numbers its calls.
+    calls: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def is_single(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are a batch of one, which was captured as two."""
@@ -137,10 +138,10 @@ class Engine:
             with LOCK, self._lock:
                 found = self._find(signature, tensors) or self._captured(signature, args, kwargs, tensors)
         entry, owned = found
-        entry.calls += 1
-        if not self._is_settled(entry, tensors):
+        due = self.live and next(entry.calls) % NOW_AND_THEN == 0
+        if due or not self._is_settled(entry, tensors):
             with LOCK, self._lock:
-                entry, owned = self._compared(entry, owned, args, kwargs, leaves, tensors)
+                entry, owned = self._compared(entry, owned, args, kwargs, leaves, tensors, due)
         return Call(entry, owned + leaves, tensors, names)
 
     def program(self, entry: Entry, options: Options, outputs: tuple[int, ...], trace: bool = False) -> Program:
@@ -187,15 +188,15 @@ class Engine:
                 continue
             if self._entries[:1] != [entry]:
                 with self._lock:
-                    self._entries = [entry, *(other for other in self._entries if other is not entry)]
+                    if entry in self._entries:  # not forgotten meanwhile
+                        self._entries = [entry, *(other for other in self._entries if other is not entry)]
             with outside_inference():
                 return entry, [_ordinary(value) for value in owned]
         return None
 
     def _is_settled(self, entry: Entry, tensors: list[Tensor]) -> bool:
         """Whether the graph needs no comparison with the model at this call."""
-        due = self.live and (entry.doubts or entry.calls % NOW_AND_THEN == 0)
-        return entry.compared.get(entry.kind(tensors), False) and not due
+        return entry.compared.get(entry.kind(tensors), False) and not (entry.doubts and self.live)
 
     def _captured(
         self, signature: Signature, args: Any, kwargs: Any, tensors: list[Tensor], batch_varies: bool = True
@@ -238,16 +239,24 @@ class Engine:
             return entry, [_ordinary(value) for value in owned]
 
     def _compared(
-        self, entry: Entry, owned: list[Any], args: Any, kwargs: Any, leaves: list[Any], tensors: list[Tensor]
+        self,
+        entry: Entry,
+        owned: list[Any],
+        args: Any,
+        kwargs: Any,
+        leaves: list[Any],
+        tensors: list[Tensor],
+        due: bool = False,
     ) -> tuple[Entry, list[Any]]:
         """The entry, its outputs on these very inputs found equal to the model's own; for a batch of one perhaps another one.
 
         Raises:
             CaptureError: they are not equal; the message says where.
         """
-        if self._is_settled(entry, tensors):
+        if not due and self._is_settled(entry, tensors):
             return entry, owned
         kind = entry.kind(tensors)
+        stale = entry.compared.get(kind, False) and not entry.doubts
         looking, before = Looking(), bool(entry.compared)
         try:
             if not before and entry.fingerprint.converts_tensors:
@@ -267,7 +276,8 @@ class Engine:
         single = entry.is_single(tensors)
         if single or before:
             # Another batch than that of the capture, or other numbers; or a change that the fingerprint did not see.
-            if entry.calls % NOW_AND_THEN == 0 and not entry.doubts and not single:
+            if stale:
+                self._entries = [other for other in self._entries if other is not entry]
                 log.warning(
                     "%s is no longer what was captured of it, in a way that its fingerprint does not see: %s. It is captured anew; "
                     "up to %d explanations before this one may be of the model as it was. Call explainer.reset() after such a change",

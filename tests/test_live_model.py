@@ -1126,3 +1126,24 @@ def test_another_model_in_a_wrapper_is_that_which_is_explained() -> None:
     with torch.no_grad():
         wrapper.module.head.weight.mul_(3)
     assert off(explainer, wrapper.module, x) < EXACT
+
+
+def test_a_graph_that_is_no_longer_the_model_is_used_for_no_kind_of_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "NOW_AND_THEN", 8)
+    (tmp_path / "gain").write_text("1")
+
+    class Reading(Small):
+        def between(self, h: Tensor) -> Tensor:
+            return h * float((tmp_path / "gain").read_text())
+
+    model, several, one = Reading(), tokens(4), tokens(1)
+    explainer = fastrel.Explainer(model)
+    for x in (several, one):
+        assert off(explainer, model, x) < EXACT
+    (tmp_path / "gain").write_text("3")
+    for _ in range(6):
+        explainer(several)
+    assert off(explainer, model, several) < EXACT
+    assert off(explainer, model, one) < EXACT

@@ -5,9 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import logging
 import os
 import sys
 import types
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -259,3 +262,65 @@ def test_a_large_model_is_asked_in_a_few_passes() -> None:
     finally:
         sys.setprofile(None)
     assert calls < 300
+
+
+# Objects that are unlike others.
+
+
+@functools.lru_cache
+def kept_by_a_cache() -> float:
+    return options.strength
+
+
+class Private:
+    __slots__ = ("__strength", "__weakref__")
+
+    def __init__(self) -> None:
+        self.__strength = 1.0
+
+    def set(self, value: float) -> None:
+        self.__strength = value
+
+    def get(self) -> float:
+        return self.__strength
+
+
+class Odd(nn.Module):
+    last: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("adjacency", torch.eye(3).to_sparse())
+        self.private, self.log, self.lazy = Private(), logging.getLogger("tests.reach"), Lazy(a=1)
+        self.weak = weakref.proxy(self.private)
+        self.chain: Any = types.SimpleNamespace()
+        for _ in range(2000):
+            self.chain = types.SimpleNamespace(next=self.chain)
+        self.filters = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        Odd.last = x
+        warnings.warn("once", stacklevel=1)
+        self.log.info("%s", self.filters)
+        return x * kept_by_a_cache() * self.private.get()
+
+
+class Lazy(dict[str, int]):
+    def __getitem__(self, key: str) -> int:
+        raise ImportError(key)
+
+
+def test_odd_objects_are_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Odd().eval()
+    print_ = Fingerprint(model)
+    assert print_.matches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.log.info("makes loggers remember their level")
+        assert print_.matches()
+    print_.undo()
+    model.private.set(2.0)
+    assert not print_.matches()
+    print_ = Fingerprint(model)
+    monkeypatch.setattr(options, "strength", 3.0)
+    assert not print_.matches()

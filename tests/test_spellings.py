@@ -404,3 +404,28 @@ def test_one_function_has_one_map_that_finds_the_evidence(part: str, name: str, 
     assert highest.tolist() == PLACES
     assert not found.report, found.report
     torch.testing.assert_close(found.relevance, plain.relevance, rtol=1e-8, atol=1e-10)
+
+
+def test_places_counted_from_the_end_are_looked_up_there() -> None:
+    """A table of relative positions −T + 1 … T − 1: an embedding takes no negative index."""
+
+    class Relative(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(9, 8), nn.Linear(8, 3)
+            self.bias = nn.Parameter(torch.randn(31, 2))
+            self.double().eval()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            h = self.embed(ids)
+            i = torch.arange(ids.shape[1])
+            bias = self.bias[i[:, None] - i[None, :]].permute(2, 0, 1)
+            q = h.unflatten(-1, (2, 4)).transpose(1, 2)
+            h = h + ((q @ q.transpose(-1, -2) + bias).softmax(-1) @ q).transpose(1, 2).flatten(2)
+            return self.head(h.mean(1))
+
+    model, ids = Relative(), torch.randint(0, 9, (2, 6))
+    explanation = fastrel.Explainer(model)(ids)
+    torch.testing.assert_close(explanation.logits, model(ids))
+    assert explanation.relevance.shape == (2, 6)

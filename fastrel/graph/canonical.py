@@ -79,7 +79,11 @@ def looked_up(graph: fx.Graph, axes: Labelled) -> bool:
         table, ids = _look_up(node)
         if ids is None or table in axes or table.meta["val"].dim() != 2 or not table.meta["val"].is_floating_point():
             continue
+        if ids.meta["val"].dim() < 1:
+            continue
         with graph.inserting_before(node):
+            if node.target is aten.index.Tensor:  # −1 is the last row; an embedding has none
+                ids = insert_call(graph, aten.remainder.Scalar, ids, table.meta["val"].shape[0])
             inner = ids.args[0] if ids.target in axes_.RESHAPES and ids.meta["val"].dim() == 1 else ids
             result = _product_like(node, aten.embedding.default, table, inner)
             if inner is not ids:  # the tokens of all samples in one dimension

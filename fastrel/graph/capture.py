@@ -393,7 +393,7 @@ def _check_batch(guards: Guards, inputs: Sequence[fx.Node], outputs: Sequence[An
         return
     sizes = [x.meta["val"].shape[0] for x in inputs if _has_dims(x)]
     given = {size.node.hint for size in sizes if isinstance(size, torch.SymInt)}
-    if leading and not varying and given and not given & set(leading):
+    if leading and not varying and given and not given & {int(size) for size in leading}:
         raise CaptureError(
             f"the outputs have {leading[0]} samples however long dimension 0 of {inputs[0].name} is, and fastrel takes samples along "
             "it; give one sample as a batch of one, [1, T, …], to a module that turns it into what the model takes"

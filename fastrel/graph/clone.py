@@ -57,7 +57,7 @@ def structural_clone(model: nn.Module) -> nn.Module:
 
 def is_own(x: Any) -> bool:
     """Whether an object is fastrel's own: a model may hold an explainer."""
-    return type(x).__module__.partition(".")[0] == "fastrel" and not isinstance(x, nn.Module)
+    return str(type(x).__module__).partition(".")[0] == "fastrel" and not isinstance(x, nn.Module)
 
 
 def _reachable(model: nn.Module) -> Iterator[Any]:

@@ -321,14 +321,16 @@ def _sources(
 def _joined(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
     """For inputs [B, T] of integers that an embedding looks up as cat([first, …, second], 1): that cat."""
     found: dict[fx.Node, fx.Node] = {}
+    several: set[fx.Node] = set()
     for node in nodes:
         cat: Any = node.args[1] if node.target is aten.embedding.default else None
         if cat is None or cat.target is not aten.cat.default or cat.args[1:] not in ((1,), (-1,)):
             continue
         own = [x for x in cat.args[0] if x in inputs]
         if len(own) > 1 and len(set(own)) == len(own) and cat.meta["val"].dim() == 2:
+            several.update(x for x in own if x in found and list(found[x].args[0]) != list(cat.args[0]))  # type: ignore[arg-type]
             found.update(dict.fromkeys(own, cat))
-    return found
+    return {x: cat for x, cat in found.items() if several.isdisjoint(cat.args[0])}  # type: ignore[arg-type]
 
 
 def _in_a_row(

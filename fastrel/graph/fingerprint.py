@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ import torch._dynamo  # it replaces functions of torch (manual_seed) when it is 
 from torch import Tensor, nn
 
 from fastrel.graph.clone import is_own
-from fastrel.graph.reach import CONTAINERS, IGNORED, NUMBERS, Reach, own_tensors, slots
-from fastrel.graph.watched import ALL, LARGE, LARGE_ARRAY, Key
+from fastrel.graph.reach import CONTAINERS, IGNORED, NUMBERS, Reach, is_elsewhere, own_tensors, slots
+from fastrel.graph.watched import ALL, LARGE, LARGE_ARRAY, Key, held_in
 
 _CONSTANTS = (*NUMBERS, type, types.ModuleType, types.BuiltinFunctionType, types.FunctionType)
 
@@ -49,7 +50,7 @@ class Fingerprint:
             return True
         if not reach.elsewhere <= own_tensors(self._model).keys():
             return False  # code goes on with a parameter that is the model's no more
-        if _Meaning(self._volatile).of(self._model) != self._meaning:
+        if self._meant() != self._meaning:
             return False
         self._describe()  # other objects that mean the same
         return True
@@ -76,7 +77,7 @@ class Fingerprint:
     @property
     def asks_how_it_is_run(self) -> bool:
         """Whether the model's code may do something else while it is captured."""
-        return not {name.partition(".")[0] for name in self._reach.askers} <= _SAME_EITHER_WAY
+        return not {str(name).partition(".")[0] for name in self._reach.askers} <= _SAME_EITHER_WAY
 
     @property
     def converts_tensors(self) -> bool:
@@ -86,7 +87,13 @@ class Fingerprint:
     def _describe(self) -> None:
         self._reach = Reach(self._model, self._volatile)
         # Of the model's own tensors, a graph finds by their names those that it reads; the others it does not read.
-        self._meaning = _Meaning(self._volatile, [*self._by_name(), *own_tensors(self._model).values()]).of(self._model)
+        self._meaning = self._meant([*self._by_name(), *own_tensors(self._model).values()])
+
+    def _meant(self, by_name: Iterable[Tensor] = ()) -> Any:
+        try:
+            return _Meaning(self._volatile, by_name).of(self._model)
+        except RecursionError:  # a long chain of objects: none that is replaced means the same
+            return object()
 
 
 class _Meaning:
@@ -99,6 +106,8 @@ class _Meaning:
 
     def of(self, x: Any) -> Any:
         """The description of one object; seen again, only its number, which tells ties from copies."""
+        if type(x) in weakref.ProxyTypes:
+            return "weak", id(x)
         if isinstance(x, NUMBERS):
             return type(x), x
         if id(x) in self._numbers:
@@ -118,18 +127,20 @@ class _Meaning:
             if (id(x), ALL) in self._volatile:
                 return "volatile"
             return type(x), len(x) if len(x) > LARGE else tuple(self.of(y) for y in x)
-        held = [name for base in type(x).__mro__ for name in slots(base) if (id(x), name) not in self._volatile]
+        held = [one for base in type(x).__mro__ for one in slots(base) if (id(x), one.__name__) not in self._volatile]
         attributes = getattr(x, "__dict__", None)
-        if isinstance(x, _CONSTANTS) or is_own(x) or not (isinstance(attributes, dict) or held):
+        if isinstance(x, _CONSTANTS) or is_own(x) or is_elsewhere(x) or not (isinstance(attributes, dict) or held):
             return _Same(x)
-        described = tuple((name, self.of(getattr(x, name, None))) for name in held)
+        described = tuple((member.__name__, self.of(held_in(x, member))) for member in held)
         return _Same(type(x)), described, self._items(attributes) if isinstance(attributes, dict) else None
 
-    def _items(self, d: Mapping[Any, Any]) -> Any:
+    def _items(self, d: dict[Any, Any]) -> Any:
         if len(d) > LARGE:
             return len(d)
-        watched = [key for key in d if key not in IGNORED and (id(d), key) not in self._volatile]
-        return tuple((key if isinstance(key, (str, int)) else _Same(key), self.of(d[key])) for key in watched)
+        items = [
+            (key, value) for key, value in list(dict.items(d)) if key not in IGNORED and (id(d), key) not in self._volatile
+        ]
+        return tuple((key if isinstance(key, (str, int)) else _Same(key), self.of(value)) for key, value in items)
 
 
 class _Tensor:

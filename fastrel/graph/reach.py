@@ -14,14 +14,15 @@ import itertools
 import os
 import sys
 import types
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from fastrel.errors import CaptureError
 from fastrel.graph.clone import is_own
 from fastrel.graph.watched import (
     ALL,
@@ -40,6 +41,8 @@ from fastrel.graph.watched import (
     Places,
     Slots,
     content,
+    has_memory,
+    held_in,
 )
 
 #: Attributes of a module that no forward pass in eval mode depends on.
@@ -116,7 +119,7 @@ class Reach:
         self.askers: set[str] = set()
         self.elsewhere: set[int] = set()
         self._own = own_tensors(model)
-        self._by_place = {x.data_ptr(): x for x in self._own.values() if x.numel()}
+        self._by_place = {x.data_ptr(): x for x in self._own.values() if has_memory(x)}
         self._seen: dict[int, Any] = {}
         self._attributes: list[tuple[dict[str, Any], Places]] = []
         self._classes: list[type] = []
@@ -136,7 +139,7 @@ class Reach:
             new = names - done
             for i, space in enumerate(spaces):
                 named = (new if i < searched else names).intersection(space)
-                self._behind_code += [_behind(space[name]) for name in named]
+                self._behind_code += [_behind(space[name]) for name in named if _is_read(space, name)]
             self._enter_all(self._behind_code, self.around)
             done, searched = names, len(spaces)
 
@@ -144,7 +147,8 @@ class Reach:
         """Watch namespaces and classes, and the attributes of objects that code may mean."""
         used = _UNNAMED | self.names
         for space in self._spaces:
-            self.around.add(Names(space, self._lasting(space, used.intersection(space))))
+            named = [name for name in used.intersection(space) if _is_read(space, name)]
+            self.around.add(Names(space, self._lasting(space, named)))
         for cls in self._classes:
             inherited = used.intersection(itertools.chain.from_iterable(map(vars, cls.__mro__[1:]))).difference(vars(cls))
             self.around.add(Absent(vars(cls), inherited))
@@ -167,7 +171,13 @@ class Reach:
         """Watch objects and all that hangs on them."""
         while todo:
             x = todo.pop()
-            if id(x) in self._seen or x is MISSING or isinstance(x, (*NUMBERS, types.BuiltinFunctionType)) or is_own(x):
+            if (
+                id(x) in self._seen
+                or x is MISSING
+                or type(x) in weakref.ProxyTypes
+                or isinstance(x, (*NUMBERS, types.BuiltinFunctionType))
+                or is_own(x)
+            ):
                 continue
             self._seen[id(x)] = x
             todo += self._enter(x, places)
@@ -206,20 +216,26 @@ class Reach:
 
     def _object(self, x: Any, places: Places) -> list[Any]:
         cls = type(x)
-        if _is_foreign(cls) and not isinstance(x, _ENTERED) and not cls.__module__.startswith("torch.nn"):
-            return []  # a logger, a lock, an optimizer
+        if isinstance(x, functools._lru_cache_wrapper):
+            return [x.__wrapped__]
+        if is_elsewhere(x):
+            return []
         self.around.add(Kind(x))
         found: list[Any] = [cls]
-        names = [name for base in cls.__mro__ for name in slots(base) if (id(x), name) not in self._volatile]
-        if names:
-            places.add(Slots(x, names))
-            found += [getattr(x, name, MISSING) for name in names]
+        members = [one for base in cls.__mro__ for one in slots(base) if (id(x), one.__name__) not in self._volatile]
+        if members:
+            places.add(Slots(x, members))
+            found += [held_in(x, member) for member in members]
         attributes = getattr(x, "__dict__", None)
         if not isinstance(attributes, dict):
             return found
         self._attributes.append((attributes, places))
         if isinstance(x, nn.Module):
             for held in (x._parameters, x._buffers):
+                if not isinstance(held, dict):
+                    raise CaptureError(
+                        f"{cls.__name__} is compiled, and its code cannot be read; pass the module it was made of"
+                    )
                 self._seen[id(held)] = held
                 places.add(Names(held, held, whole=True))
                 found += [one for one in held.values() if id(one) not in self._own]
@@ -238,7 +254,7 @@ class Reach:
         """Watch where a tensor is that lies beside the parameters and buffers, or is one of them there."""
         if id(x) in self._own:
             self.elsewhere.add(id(x))
-        elif x.layout is torch.strided and x.device.type != "meta" and x.numel():
+        elif has_memory(x):
             original = self._by_place.get(x.data_ptr())
             self.elsewhere |= set() if original is None else {id(original)}
             self.around.add(Memory(x, original))
@@ -266,11 +282,11 @@ class Reach:
         self._behind_code += [*map(content, cells), *(space[name] for name in here), *defaults]
 
 
-def slots(cls: type) -> tuple[str, ...]:
-    """The slots that a class adds."""
-    found = vars(cls).get("__slots__", ())
-    names = (found,) if isinstance(found, str) else tuple(found)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+def slots(cls: type) -> tuple[types.MemberDescriptorType, ...]:
+    """The slots that a class of Python's adds."""
+    if "__slots__" not in vars(cls):
+        return ()
+    return tuple(one for one in vars(cls).values() if isinstance(one, types.MemberDescriptorType))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -283,6 +299,18 @@ def mentioned_in(code: types.CodeType) -> frozenset[str]:
         elif isinstance(x, str) and x.isidentifier():
             found.add(x)
     return frozenset(found)
+
+
+def is_elsewhere(x: Any) -> bool:
+    """Whether an object is a logger, a lock, an optimizer: of a library, and nothing that holds a model's options."""
+    return _is_foreign(type(x)) and not isinstance(x, _ENTERED) and not type(x).__module__.startswith("torch.nn")
+
+
+def _is_read(space: Mapping[str, Any], name: str) -> bool:
+    """Whether a model may read a name there; what torch's and Python's own modules keep in lists and numbers is no model's."""
+    if str(space.get("__name__", "")).partition(".")[0] not in _FOREIGN:
+        return True
+    return isinstance(space[name], (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type))
 
 
 def _behind(x: Any) -> Any:

@@ -20,7 +20,7 @@ def softmax_of(node: fx.Node, insert: Callable[..., fx.Node]) -> fx.Node | None:
     """The same value by a softmax, written by `insert(target, *args)`; None where the node is none that was written out."""
     if node.target is aten.exp.default:
         log: Any = node.args[0]
-        if log.target is aten.log_softmax.int:
+        if log.target is aten.log_softmax.int and len(log.args) == 2 and not log.kwargs:
             return insert(aten.softmax.int, log.args[0], log.args[1])
         return None
     if node.target is not aten.div.Tensor or not all(isinstance(x, fx.Node) for x in node.args) or node.kwargs:
@@ -32,7 +32,13 @@ def softmax_of(node: fx.Node, insert: Callable[..., fx.Node]) -> fx.Node | None:
     dims: Any = total.args[1]
     summed = _plain(total.args[0])
     ndim = summed.meta["val"].dim()
-    if summed.target is not aten.exp.default or len(dims) != 1:
+    if (
+        summed.target is not aten.exp.default
+        or not dims
+        or len(dims) != 1
+        or total.kwargs
+        or not _is_of_one_dtype(node, summed, total)
+    ):
         return None
     dim = dims[0] % ndim
     if _is_same(top, summed) and _is_one_along(below, top, dim):
@@ -42,6 +48,10 @@ def softmax_of(node: fx.Node, insert: Callable[..., fx.Node]) -> fx.Node | None:
         if _is_same(_plain(weights), summed) and _is_one_along(below, weights, dim):
             return insert(top.target, insert(aten.softmax.int, _unshifted(summed.args[0], dim), -1), values)
     return None
+
+
+def _is_of_one_dtype(*nodes: fx.Node) -> bool:
+    return len({node.meta["val"].dtype for node in nodes}) == 1
 
 
 def _plain(x: Any) -> fx.Node:
@@ -56,13 +66,15 @@ def _without_moves(x: fx.Node) -> fx.Node:
     return x
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    """Whether two values are one, if need be computed twice."""
+def _is_same(a: Any, b: Any, depth: int = 8) -> bool:
+    """Whether two values are one, if need be computed twice, in a few steps."""
     if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return bool(a is b or (not isinstance(a, fx.Node) and a == b))
+    if torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ()):
+        return False
     if a.op != "call_function" or a.target is not b.target or len(a.args) != len(b.args) or a.kwargs != b.kwargs:
         return False
-    return all(_is_same(x, y) for x, y in zip(a.args, b.args, strict=True))
+    return depth > 0 and all(_is_same(x, y, depth - 1) for x, y in zip(a.args, b.args, strict=True))
 
 
 def _is_one_along(x: fx.Node, whole: Any, dim: int) -> bool:
@@ -76,5 +88,12 @@ def _unshifted(x: Any, dim: int) -> fx.Node:
     while x.target in (*IDENTITIES, aten.sub.Tensor) and not x.kwargs:
         if x.target is aten.sub.Tensor and not (isinstance(x.args[1], fx.Node) and _is_one_along(x.args[1], x, dim)):
             break
-        x = x.args[0]
+        inner: Any = x.args[0]
+        if (
+            not isinstance(inner, fx.Node)
+            or not _is_of_one_dtype(inner, x)
+            or str(inner.meta["val"].shape) != str(x.meta["val"].shape)
+        ):
+            break
+        x = inner
     return x

@@ -159,8 +159,11 @@ def _glu(insert: Any, x: fx.Node, dim: int = -1, **_: Any) -> fx.Node | None:
 
 
 @_spelling(aten.cosine_similarity.default)
-def _cosine(insert: Any, u: fx.Node, v: fx.Node, dim: int = 1, eps: float = 1e-8, **_: Any) -> fx.Node:
+def _cosine(insert: Any, u: fx.Node, v: fx.Node, dim: int = 1, eps: float = 1e-8, **_: Any) -> fx.Node | None:
     """The sum of the product of both, each divided by its norm."""
+    dim = dim if dim < 0 else dim - max(x.meta["val"].dim() for x in (u, v))  # of both as they are broadcast
+    if any(-dim > x.meta["val"].dim() for x in (u, v)) or len({str(x.meta["val"].shape[dim]) for x in (u, v)}) > 1:
+        return None
     units = []
     for x in (u, v):
         norm = insert(aten.linalg_vector_norm.default, x, 2, [dim], True)
@@ -300,7 +303,8 @@ def _weighted(insert: Any, weights: fx.Node, x: fx.Node, *, active: Any, **_: An
     """A constant row [.., 1, T] times values [.., T, D] is their weighted sum: pooling by a mask."""
     if active(weights) or not active(x) or x.meta["val"].dim() < 3 or weights.meta["val"].dim() < 2:
         return None
-    if weights.meta["val"].shape[-2] != 1:
+    rows = weights.meta["val"].shape[-2]
+    if not isinstance(rows, int) or rows != 1:
         return None
     product = insert(aten.mul.Tensor, x, insert(aten.transpose.int, weights, -2, -1))
-    return insert(aten.sum.dim_IntList, product, [x.meta["val"].dim() - 2], True)
+    return insert(aten.sum.dim_IntList, product, [-2], True)

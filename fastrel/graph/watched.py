@@ -15,6 +15,7 @@ from operator import is_
 from typing import Any
 
 import numpy as np
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -74,6 +75,8 @@ class Names:
     def restore(self) -> None:
         """Put back what a capture replaced, and take out what it added."""
         d: Any = self.of
+        if not isinstance(d, dict):
+            return  # of a class
         before = dict(zip(self.keys, self.values, strict=True))
         looked_at = [(key, self.get(key, MISSING)) for key in (list(d) if self.count is not None else self.keys)]
         for key, now in looked_at:
@@ -160,25 +163,25 @@ class Kind:
 class Slots:
     """Attributes that an object has in slots."""
 
-    def __init__(self, x: Any, names: Sequence[str]) -> None:
-        self.of, self.names = x, names
-        self.values = tuple(getattr(x, name, MISSING) for name in names)
+    def __init__(self, x: Any, members: Sequence[types.MemberDescriptorType]) -> None:
+        self.of, self.members = x, members
+        self.values = tuple(held_in(x, member) for member in members)
 
     def same(self) -> bool:
         """Whether it holds what it did."""
-        return all(getattr(self.of, name, MISSING) is value for name, value in zip(self.names, self.values, strict=True))
+        return all(held_in(self.of, member) is value for member, value in zip(self.members, self.values, strict=True))
 
     def changed(self) -> Iterator[Key]:
         """Where it does not."""
-        for name, value in zip(self.names, self.values, strict=True):
-            if getattr(self.of, name, MISSING) is not value:
-                yield id(self.of), name
+        for member, value in zip(self.members, self.values, strict=True):
+            if held_in(self.of, member) is not value:
+                yield id(self.of), member.__name__
 
     def restore(self) -> None:
         """Put back what a capture replaced."""
-        for name, value in zip(self.names, self.values, strict=True):
-            if value is not MISSING and holds_fake(getattr(self.of, name, None)):
-                setattr(self.of, name, value)
+        for member, value in zip(self.members, self.values, strict=True):
+            if value is not MISSING and holds_fake(held_in(self.of, member)):
+                member.__set__(self.of, value)
 
 
 class Cell:
@@ -251,7 +254,7 @@ class Memory:
 
     def same(self) -> bool:
         """Whether they are where they were."""
-        return self.of.data_ptr() == self.place and (self.alias_of is None or self.alias_of.data_ptr() == self.place)
+        return all(has_memory(x) and x.data_ptr() == self.place for x in (self.of, self.alias_of) if x is not None)
 
     def changed(self) -> Iterator[Key]:
         """No model moves its own memory."""
@@ -350,7 +353,7 @@ class _Flat:
         self._places, self._lengths = [place.of for place in self._absent], [place.count for place in self._absent]
 
     def _size(self, x: Any, count: int, order: Sequence[Any]) -> None:
-        if not count:
+        if not count and not hasattr(type(x), "__bool__"):
             self._empty.append(x)
             return
         self._sized.append(x)
@@ -369,6 +372,19 @@ class _Flat:
             and all(map(is_, map(dict.get, self._dicts, self._keys, itertools.repeat(MISSING)), self._values))
             and (list(map(len, self._places)) == self._lengths or all(place.same() for place in self._absent))
         )
+
+
+def has_memory(x: Tensor) -> bool:
+    """Whether a tensor's numbers lie somewhere: not sparse, not empty, of no capture."""
+    return x.layout is torch.strided and x.device.type != "meta" and not isinstance(x, FakeTensor) and x.numel() > 0
+
+
+def held_in(x: Any, member: types.MemberDescriptorType) -> Any:
+    """What a slot of an object holds; a mark of its own where it is empty."""
+    try:
+        return member.__get__(x)
+    except AttributeError:
+        return MISSING
 
 
 def content(cell: types.CellType) -> Any:
