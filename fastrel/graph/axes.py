@@ -295,25 +295,27 @@ def _stack(node: fx.Node, labels: Labels) -> Axes | None:
         return _widest(node, labels)
     x, shape = labels.axes[known], labels.shape(node)
     dim = int(node.args[1]) % len(shape) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-    role: Role = "token" if _is_of_tokens(known, labels) else "feature"
+    wholes = {_cut_into_tokens(part, labels) for part in parts}
+    role: Role = "token" if len(wholes) == 1 and None not in wholes else "feature"
     return (*x[:dim], ((shape[dim], role),), *x[dim:])
 
 
-def _is_of_tokens(part: fx.Node, labels: Labels) -> bool:
-    """Whether a value was made of one token of several, taken by select or unbind."""
+def _cut_into_tokens(part: fx.Node, labels: Labels) -> fx.Node | None:
+    """The value over tokens of which one token, taken by select or unbind, made this part."""
     seen, todo = {part}, [part]
     while todo:
         node = todo.pop()
         whole: Any = node.args[0] if node.args else None
         taken = node if node.target is aten.select.int else whole if node.target is operator.getitem else None
         if isinstance(taken, fx.Node) and taken.target in (aten.select.int, aten.unbind.int):
-            x = labels.of(taken.args[0])
+            cut: Any = taken.args[0]
+            x = labels.of(cut)
             dim: Any = taken.args[1] if len(taken.args) > 1 else 0
-            return x is not None and any(role == "token" for _, role in x[dim])
+            return cut if x is not None and any(role == "token" for _, role in x[dim]) else None
         new = [n for n in node.all_input_nodes if n in labels.axes and n not in seen]
         seen.update(new)
         todo += new
-    return False
+    return None
 
 
 @axes_of(aten.index.Tensor)
