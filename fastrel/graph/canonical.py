@@ -5,6 +5,7 @@ Each rewrite is done once, right after capture; what the model returns stays wha
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import fx
 
 from fastrel.graph import axes as axes_
-from fastrel.graph.nodes import arguments, insert_call
+from fastrel.graph.nodes import arguments, insert_call, insert_like, replace
 from fastrel.graph.patterns import IDENTITIES, is_attention_value, is_softmax_over_keys
 from fastrel.graph.softmax import softmax_of
 from fastrel.graph.spellings import spell_out
@@ -38,14 +39,8 @@ def canonicalise(graph: fx.Graph, axes: Callable[[], Labelled]) -> None:
     found = axes()
     for one in REWRITES:
         if one(graph, found):
+            graph.eliminate_dead_code()  # what only a replaced node read
             found = axes()
-
-
-def _product_like(node: fx.Node, target: Any, a: Any, b: Any) -> fx.Node:
-    """A product in the place of a node, found under the same line of the model."""
-    product = insert_call(node.graph, target, a, b)
-    product.meta |= {name: x for name, x in node.meta.items() if name != "val"}
-    return product
 
 
 @rewrite
@@ -60,8 +55,7 @@ def joined_with_nothing(graph: fx.Graph, axes: Labelled) -> bool:
         if len(parts) == 1 and len(node.args[0]) > 1 and parts[0].meta["val"].dtype == node.meta["val"].dtype:
             with graph.inserting_before(node):  # in the layout that the model's own has
                 only = insert_call(graph, aten.contiguous.default, parts[0])
-            node.replace_all_uses_with(only)
-            graph.erase_node(node)
+            replace(node, only)
             found = True
     return found
 
@@ -79,20 +73,17 @@ def looked_up(graph: fx.Graph, axes: Labelled) -> bool:
         table, ids = _look_up(node)
         if ids is None or table in axes or table.meta["val"].dim() != 2 or not table.meta["val"].is_floating_point():
             continue
-        if ids.meta["val"].dim() < 1:
+        if not ids.meta["val"].dim():
             continue
         with graph.inserting_before(node):
             if node.target is aten.index.Tensor:  # −1 is the last row; an embedding has none
                 ids = insert_call(graph, aten.remainder.Scalar, ids, table.meta["val"].shape[0])
             inner = ids.args[0] if ids.target in axes_.RESHAPES and ids.meta["val"].dim() == 1 else ids
-            result = _product_like(node, aten.embedding.default, table, inner)
+            result = insert_like(node, aten.embedding.default, table, inner)
             if inner is not ids:  # the tokens of all samples in one dimension
                 result = insert_call(graph, aten.flatten.using_ints, result, 0, inner.meta["val"].dim() - 1)
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
+        replace(node, result)
         found = True
-    if found:
-        graph.eliminate_dead_code()
     return found
 
 
@@ -129,13 +120,10 @@ def softmax_written_out(graph: fx.Graph, axes: Labelled) -> bool:
         if node not in axes:
             continue
         with graph.inserting_before(node):
-            result = softmax_of(node, lambda *call, node=node: _product_like(node, *call))
+            result = softmax_of(node, functools.partial(insert_like, node))
         if result is not None:
-            node.replace_all_uses_with(result)
-            graph.erase_node(node)
+            replace(node, result)
             found = True
-    if found:
-        graph.eliminate_dead_code()
     return found
 
 
@@ -152,21 +140,18 @@ def sums_of_a_stack(graph: fx.Graph, axes: Labelled) -> bool:
         parts, dim = arguments(stacked, 0, count=2)
         over: Any = node.args[1]
         ndim = stacked.meta["val"].dim()
-        if len(over) != 1 or over[0] % ndim != dim % ndim or axes.get(stacked, ((),) * ndim)[dim][:1] == ():
+        if len(over) != 1 or over[0] % ndim != dim % ndim or stacked not in axes:
             continue
-        if any(role != "feature" for _, role in axes[stacked][dim]):
+        if {role for _, role in axes[stacked][dim]} != {"feature"}:
             continue  # tokens one by one
         with graph.inserting_before(node):
             total = parts[0]
             for part in parts[1:]:
-                total = _product_like(node, aten.add.Tensor, total, part)
+                total = insert_like(node, aten.add.Tensor, total, part)
             if node.target is aten.mean.dim:
-                total = _product_like(node, aten.div.Tensor, total, len(parts))
-        node.replace_all_uses_with(total)
-        graph.erase_node(node)
+                total = insert_like(node, aten.div.Tensor, total, len(parts))
+        replace(node, total)
         found = True
-    if found:
-        graph.eliminate_dead_code()
     return found
 
 
@@ -184,9 +169,8 @@ def softmax_over_the_last(graph: fx.Graph, axes: Labelled) -> bool:
             continue
         with graph.inserting_before(node):
             scores = insert_call(graph, aten.transpose.int, attn.args[0], *places)
-            turned = _product_like(node, aten.softmax.int, scores, -1)
-        node.replace_all_uses_with(turned)
-        graph.erase_node(node)
+            turned = insert_like(node, aten.softmax.int, scores, -1)
+        replace(node, turned)
         found = True
     return found
 
@@ -209,11 +193,10 @@ def weighted_sums_as_products(graph: fx.Graph, axes: Labelled) -> bool:
             with graph.inserting_before(node):
                 scores = insert_call(graph, aten.transpose.int, attn.args[0], 1, 2)
                 turned = insert_call(graph, aten.softmax.int, scores, -1)
-                result = _product_like(node, aten.matmul.default, turned, x)
+                result = insert_like(node, aten.matmul.default, turned, x)
                 if node.meta["val"].dim() == 2:
                     result = insert_call(graph, aten.squeeze.dim, result, 1)
-            node.replace_all_uses_with(result)
-            graph.erase_node(node)
+            replace(node, result)
             found = True
             break
     return found
@@ -233,11 +216,10 @@ def maps_on_the_left(graph: fx.Graph, axes: Labelled) -> bool:
             continue
         with graph.inserting_before(node):
             values = insert_call(graph, aten.transpose.int, v, -2, -1)
-            product = _product_like(node, node.target, attn, values)
+            product = insert_like(node, node.target, attn, values)
             # In the layout that the model's own product has.
             result = insert_call(graph, aten.contiguous.default, insert_call(graph, aten.transpose.int, product, -2, -1))
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
+        replace(node, result)
         found = True
     return found
 
@@ -328,11 +310,10 @@ def heads_in_dimension_one(graph: fx.Graph, axes: Labelled) -> bool:
             return insert_call(graph, aten.reshape.default, turned, [-1, heads, *ends])
 
         with graph.inserting_before(node):
-            product = _product_like(node, node.target, moved(node.args[0]), moved(node.args[1]))
+            product = insert_like(node, node.target, moved(node.args[0]), moved(node.args[1]))
             split = insert_call(graph, aten.reshape.default, product, [*(sizes[i] for i in order), *last[-2:]])
             turned = insert_call(graph, aten.permute.default, split, [*back, rest, rest + 1])
             result = insert_call(graph, aten.reshape.default, turned, [-1, *last[1:]])
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
+        replace(node, result)
         found = True
     return found

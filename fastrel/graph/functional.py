@@ -8,6 +8,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from fastrel.graph.nodes import replace
+
 aten = torch.ops.aten
 
 #: Layers and products whose result is a tensor of its own, whatever the options.
@@ -26,8 +28,7 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     graph = program.graph_module.graph
     for node in list(graph.nodes):
         if node.target is aten.detach_.default:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+            replace(node, node.args[0])
     _without_grad_regions(program.graph_module)
     _without_needless_writes(graph)
     if not any(_writes(node) or isinstance(node.target, torch._ops.HigherOrderOperator) for node in graph.nodes):

@@ -21,6 +21,19 @@ def insert_call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     return new
 
 
+def insert_like(node: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """The same in the place of a node, found under its line of the model."""
+    new = insert_call(node.graph, target, *args)
+    new.meta |= {name: x for name, x in node.meta.items() if name != "val"}
+    return new
+
+
+def replace(node: fx.Node, by: fx.Node) -> None:
+    """Let all that read a node read another one, and take it out."""
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether a value shares memory with another one (or with the model's input or parameters)."""
     schema = getattr(node.target, "_schema", None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastrel.graph.nodes import insert_call
+from fastrel.graph.nodes import insert_like, replace
 
 aten = torch.ops.aten
 
@@ -42,8 +42,7 @@ def spell_out(graph: fx.Graph, active: Callable[[fx.Node], bool]) -> bool:
             continue
 
         def insert(target: Any, *args: Any, node: fx.Node = node) -> fx.Node:
-            new = insert_call(graph, target, *args)
-            new.meta |= {name: x for name, x in node.meta.items() if name != "val"}
+            new = insert_like(node, target, *args)
             if any(is_active(x) for x in new.all_input_nodes):
                 written.add(new)
             return new
@@ -51,8 +50,7 @@ def spell_out(graph: fx.Graph, active: Callable[[fx.Node], bool]) -> bool:
         with graph.inserting_before(node):
             result = spelling(insert, *node.args, active=is_active, **node.kwargs)
         if result is not None:
-            node.replace_all_uses_with(result)
-            graph.erase_node(node)
+            replace(node, result)
             found = True
     return found
 
