@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrel.graph.ambient import plainly
 from fastrel.graph.capture import LOCK, Captured
-from fastrel.graph.clone import structural_clone
+from fastrel.graph.clone import package, structural_clone
 from fastrel.graph.results import plain
 
 #: How far outputs may lie apart, relative to the largest: operators are the same, but some fuse in another order.
@@ -81,7 +81,7 @@ class _Converting(TorchFunctionMode):
 def _asked_by() -> str | None:
     """The module of Python whose code called torch; None where that is torch itself."""
     frame: FrameType | None = sys._getframe(2)
-    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fastrel"):
+    while frame and package(frame.f_globals.get("__name__")) in ("torch", "fastrel"):
         frame = frame.f_back
     return None if frame is None else frame.f_globals.get("__name__", "")
 

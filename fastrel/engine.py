@@ -277,7 +277,7 @@ class Engine:
         if single or before:
             # Another batch than that of the capture, or other numbers; or a change that the fingerprint did not see.
             if stale:
-                self._entries = [other for other in self._entries if other is not entry]
+                self._drop(entry)
                 log.warning(
                     "%s is no longer what was captured of it, in a way that its fingerprint does not see: %s. It is captured anew; "
                     "up to %d explanations before this one may be of the model as it was. Call explainer.reset() after such a change",
@@ -287,8 +287,11 @@ class Engine:
                 )
             entry, owned = self._captured(entry.signature, args, kwargs, tensors, batch_varies=not single)
             return self._compared(entry, owned, args, kwargs, leaves, tensors)
-        self._entries = [other for other in self._entries if other is not entry]
+        self._drop(entry)
         raise CaptureError(f"the captured graph of {type(self.model).__name__} is not the model: {found}")
+
+    def _drop(self, entry: Entry) -> None:
+        self._entries = [other for other in self._entries if other is not entry]
 
     def _try_model(self, args: Any, kwargs: Any) -> None:
         """Tell a model that rejects its inputs from one that cannot be captured."""

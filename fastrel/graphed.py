@@ -9,6 +9,7 @@ Nothing in it waits for the device or depends on data: forward pass, seeds and r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -129,13 +130,7 @@ class Graphed:
         ordered = in_order(self._model, args, kwargs)
         given = [x for x in pytree.tree_leaves((args, ordered)) if isinstance(x, Tensor)]
         check_same_kind(given, self._inputs)
-        signature, _ = Signature.of(args, ordered)
-        # Tensors may be given by position or by name.
-        alike = signature.ambient == self._signature.ambient and signature.same == self._signature.same
-        alike = (
-            alike and signature.leaves == self._signature.leaves and input_names(self._model, args, ordered) == self._given
-        )
-        if signature != self._signature and not (alike and len(given) == len(signature.leaves)):
+        if not self._is_same_call(args, ordered):
             raise InputError(
                 "other constants, keywords, tied inputs or ambient modes than captured; call graphed(...) again with these"
             )
@@ -167,6 +162,15 @@ class Graphed:
         output = pytree.tree_unflatten(outputs, self._spec)
         classes = classes[:, 0] if one else classes
         return Explanation(outputs[self._program.leaves[0]], classes, maps, output, self._program.generic)
+
+    def _is_same_call(self, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether a call is like the captured one but for the numbers; tensors may be given by position or by name."""
+        expected, (found, leaves) = self._signature, Signature.of(args, kwargs)
+        if found == expected:
+            return True
+        constants = any(not isinstance(leaf, Tensor) for leaf in leaves)
+        names = input_names(self._model, args, kwargs)
+        return not constants and names == self._given and replace(found, spec=expected.spec) == expected
 
     def _check_model(self) -> None:
         entry = self._entry

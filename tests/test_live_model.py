@@ -1060,17 +1060,24 @@ def test_a_batch_of_one_is_compared_at_every_length() -> None:
 # What is compared again.
 
 
+class Reading(Small):
+    """Multiplies by a number in a file, which no fingerprint sees."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def between(self, h: Tensor) -> Tensor:
+        return h * float(self.file.read_text())
+
+
 def test_what_no_fingerprint_sees_is_found_within_some_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(engine, "NOW_AND_THEN", 4)
     (tmp_path / "gain").write_text("1")
 
-    class Reading(Small):
-        def between(self, h: Tensor) -> Tensor:
-            return h * float((tmp_path / "gain").read_text())
-
-    model, x = Reading(), tokens()
+    model, x = Reading(tmp_path / "gain"), tokens()
     explainer = fastrel.Explainer(model)
     assert off(explainer, model, x) < EXACT
     (tmp_path / "gain").write_text("3")
@@ -1134,11 +1141,7 @@ def test_a_graph_that_is_no_longer_the_model_is_used_for_no_kind_of_call(
     monkeypatch.setattr(engine, "NOW_AND_THEN", 8)
     (tmp_path / "gain").write_text("1")
 
-    class Reading(Small):
-        def between(self, h: Tensor) -> Tensor:
-            return h * float((tmp_path / "gain").read_text())
-
-    model, several, one = Reading(), tokens(4), tokens(1)
+    model, several, one = Reading(tmp_path / "gain"), tokens(4), tokens(1)
     explainer = fastrel.Explainer(model)
     for x in (several, one):
         assert off(explainer, model, x) < EXACT

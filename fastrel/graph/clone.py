@@ -55,9 +55,14 @@ def structural_clone(model: nn.Module) -> nn.Module:
     return clone
 
 
+def package(module: Any) -> str:
+    """The package that a module of Python belongs to, by its name; some code has none."""
+    return str(module).partition(".")[0]
+
+
 def is_own(x: Any) -> bool:
     """Whether an object is fastrel's own: a model may hold an explainer."""
-    return str(type(x).__module__).partition(".")[0] == "fastrel" and not isinstance(x, nn.Module)
+    return package(type(x).__module__) == "fastrel" and not isinstance(x, nn.Module)
 
 
 def _reachable(model: nn.Module) -> Iterator[Any]:

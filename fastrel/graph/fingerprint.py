@@ -25,9 +25,6 @@ from fastrel.graph.watched import ALL, LARGE, LARGE_ARRAY, Key, held_in
 
 _CONSTANTS = (*NUMBERS, type, types.ModuleType, types.BuiltinFunctionType, types.FunctionType)
 
-#: Libraries that ask how they are run only to leave out warnings and short cuts to the same numbers.
-_SAME_EITHER_WAY = frozenset({"timm", "torchvision", "transformers"})
-
 #: Names by which code makes arrays or lists of tensors.
 _CONVERTING = frozenset({"tolist", "numpy", "__array__", "array", "asarray"})
 
@@ -77,7 +74,7 @@ class Fingerprint:
     @property
     def asks_how_it_is_run(self) -> bool:
         """Whether the model's code may do something else while it is captured."""
-        return not {str(name).partition(".")[0] for name in self._reach.askers} <= _SAME_EITHER_WAY
+        return self._reach.asks_how_it_is_run
 
     @property
     def converts_tensors(self) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fastrel.errors import CaptureError
-from fastrel.graph.clone import is_own
+from fastrel.graph.clone import is_own, package
 from fastrel.graph.watched import (
     ALL,
     LARGE,
@@ -84,6 +84,9 @@ _HOW = frozenset(
     f"is_{how}" for how in ("compiling", "dynamo_compiling", "torchdynamo_compiling", "exporting", "tracing", "scripting")
 )
 
+#: Libraries that ask so only to leave out warnings and short cuts to the same numbers.
+_SAME_EITHER_WAY = frozenset({"timm", "torchvision", "transformers"})
+
 #: Methods that Python calls without naming them, but for those that make and show objects.
 _UNNAMED = frozenset(
     f"__{name}__"
@@ -108,7 +111,7 @@ class Reach:
         held: places on the model, whose content may be replaced by what means the same.
         around: places in code and what it names.
         names: what the code mentions, words in it included.
-        askers: modules of Python whose code asks how it is run, and may do something else while it is captured.
+        asks_how_it_is_run: whether the code may do something else while it is captured.
         elsewhere: ids of parameters and buffers that are also held beside the model's modules.
     """
 
@@ -116,7 +119,7 @@ class Reach:
         self._volatile = volatile
         self.held, self.around = Places(), Places()
         self.names: set[str] = set()
-        self.askers: set[str] = set()
+        self.asks_how_it_is_run = False
         self.elsewhere: set[int] = set()
         self._own = own_tensors(model)
         self._by_place = {x.data_ptr(): x for x in self._own.values() if has_memory(x)}
@@ -210,7 +213,8 @@ class Reach:
         if isinstance(x, CONTAINERS):
             if (id(x), ALL) in self._volatile:
                 return []
-            places.add(Items(x))
+            if not isinstance(x, (tuple, frozenset)):  # which nothing can change
+                places.add(Items(x))
             return list(x) if len(x) <= LARGE else []
         return self._object(x, places)
 
@@ -267,8 +271,8 @@ class Reach:
         self.around.add(Code(function))
         mentioned = mentioned_in(function.__code__)
         self.names |= mentioned
-        if not foreign and not mentioned.isdisjoint(_HOW):
-            self.askers.add(function.__module__)
+        if not foreign and package(function.__module__) not in _SAME_EITHER_WAY and not mentioned.isdisjoint(_HOW):
+            self.asks_how_it_is_run = True
         space = function.__globals__
         here = self._lasting(space, mentioned.intersection(space))
         if foreign:  # what torch's layers call may be another one: F.gelu
@@ -308,7 +312,7 @@ def is_elsewhere(x: Any) -> bool:
 
 def _is_read(space: Mapping[str, Any], name: str) -> bool:
     """Whether a model may read a name there; what torch's and Python's own modules keep in lists and numbers is no model's."""
-    if str(space.get("__name__", "")).partition(".")[0] not in _FOREIGN:
+    if package(space.get("__name__")) not in _FOREIGN:
         return True
     return isinstance(space[name], (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type))
 
@@ -324,4 +328,4 @@ def _behind(x: Any) -> Any:
 
 def _is_foreign(x: Any) -> bool:
     """Whether a function or class is of torch, numpy, fastrel or Python itself."""
-    return str(x.__module__).partition(".")[0] in _FOREIGN
+    return package(x.__module__) in _FOREIGN

@@ -39,7 +39,24 @@ def holds_fake(x: Any) -> bool:
     return any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(x))
 
 
-class Names:
+class Place:
+    """Something that is watched; most of it no model writes itself, and a capture leaves nothing there."""
+
+    of: Any
+
+    def same(self) -> bool:
+        """Whether it holds what it did."""
+        raise NotImplementedError
+
+    def changed(self) -> Iterator[Key]:
+        """Where it does not."""
+        return iter(())
+
+    def restore(self) -> None:
+        """Put back what a capture replaced, and take out what it added."""
+
+
+class Names(Place):
     """Some keys of a mapping: names in a namespace, attributes of an object, entries of a dict.
 
     `whole`: and no others; in this order where these are all.
@@ -47,9 +64,8 @@ class Names:
 
     def __init__(self, d: Mapping[Any, Any], keys: Iterable[Any], whole: bool = False) -> None:
         self.of, self.keys = d, tuple(keys)
-        self.get = (
-            functools.partial(dict.get, d) if isinstance(d, dict) else d.get
-        )  # a registry's own `get` may look elsewhere
+        # A registry's own `get` may look elsewhere.
+        self.get = functools.partial(dict.get, d) if isinstance(d, dict) else d.get
         self.values = tuple(self.get(key, MISSING) for key in self.keys)
         self.count = len(d) if whole else None
         self.ordered = whole and len(self.keys) == len(d)
@@ -89,7 +105,7 @@ class Names:
                 d[key] = value
 
 
-class Absent:
+class Absent(Place):
     """Names that a mapping does not hold: attributes that an object or class would find elsewhere."""
 
     def __init__(self, d: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -112,8 +128,8 @@ class Absent:
                 del d[name]
 
 
-class Items:
-    """The items of a list, tuple, set or queue."""
+class Items(Place):
+    """The items of a list, set or queue."""
 
     def __init__(self, x: Any) -> None:
         self.of, self.count = x, len(x)
@@ -142,7 +158,7 @@ class Items:
                 del x[i]
 
 
-class Kind:
+class Kind(Place):
     """The class of an object."""
 
     def __init__(self, x: Any) -> None:
@@ -152,15 +168,8 @@ class Kind:
         """Whether it is what it was."""
         return type(self.of) is self.cls
 
-    def changed(self) -> Iterator[Key]:
-        """No model writes there."""
-        return iter(())
 
-    def restore(self) -> None:
-        """Nothing to be put back."""
-
-
-class Slots:
+class Slots(Place):
     """Attributes that an object has in slots."""
 
     def __init__(self, x: Any, members: Sequence[types.MemberDescriptorType]) -> None:
@@ -184,7 +193,7 @@ class Slots:
                 member.__set__(self.of, value)
 
 
-class Cell:
+class Cell(Place):
     """A variable that a function closes over."""
 
     def __init__(self, cell: types.CellType) -> None:
@@ -205,7 +214,7 @@ class Cell:
             self.of.cell_contents = self.value
 
 
-class Code:
+class Code(Place):
     """What a function is made of besides its name."""
 
     def __init__(self, function: types.FunctionType) -> None:
@@ -218,15 +227,8 @@ class Code:
         code, defaults, named = self.parts
         return f.__code__ is code and f.__defaults__ is defaults and f.__kwdefaults__ is named
 
-    def changed(self) -> Iterator[Key]:
-        """No model writes its own code."""
-        return iter(())
 
-    def restore(self) -> None:
-        """Nothing to be put back."""
-
-
-class Numbers:
+class Numbers(Place):
     """The numbers in an array."""
 
     def __init__(self, x: np.ndarray[Any, Any]) -> None:
@@ -241,11 +243,8 @@ class Numbers:
         if not self.same():
             yield id(self.of), ALL
 
-    def restore(self) -> None:
-        """Nothing to be put back."""
 
-
-class Memory:
+class Memory(Place):
     """Where a tensor's numbers are, of one that is no parameter or buffer of the model by name: a graph reads them there for ever;
     and, where it is an alias of a parameter, that this one is still there."""
 
@@ -256,15 +255,8 @@ class Memory:
         """Whether they are where they were."""
         return all(has_memory(x) and x.data_ptr() == self.place for x in (self.of, self.alias_of) if x is not None)
 
-    def changed(self) -> Iterator[Key]:
-        """No model moves its own memory."""
-        return iter(())
 
-    def restore(self) -> None:
-        """Nothing to be put back."""
-
-
-class Environment:
+class Environment(Place):
     """Variables of the environment."""
 
     def __init__(self, variables: Mapping[str, str], names: Iterable[str]) -> None:
@@ -274,16 +266,6 @@ class Environment:
     def same(self) -> bool:
         """Whether they are what they were."""
         return all(self.of.get(name) == value for name, value in self.values.items())
-
-    def changed(self) -> Iterator[Key]:
-        """No model writes there."""
-        return iter(())
-
-    def restore(self) -> None:
-        """Nothing to be put back."""
-
-
-Place = Names | Absent | Items | Kind | Slots | Cell | Code | Numbers | Memory | Environment
 
 
 class Places:
@@ -341,14 +323,14 @@ class _Flat:
                 self._values += place.values
                 if place.count is not None:
                     self._size(place.of, place.count, place.keys if place.ordered else ())
-            elif isinstance(place, Items) and not isinstance(place.of, (tuple, frozenset)):
+            elif isinstance(place, Items):
                 self._size(place.of, place.count, place.items)
             elif isinstance(place, Absent) and isinstance(place.of, dict):
                 self._absent.append(place)
             elif isinstance(place, Kind):
                 self._objects.append(place.of)
                 self._classes.append(place.cls)
-            elif not (isinstance(place, Items) and isinstance(place.of, (tuple, frozenset))):
+            else:
                 self.others.append(place)
         self._places, self._lengths = [place.of for place in self._absent], [place.count for place in self._absent]
 

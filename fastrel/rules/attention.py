@@ -249,16 +249,9 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
         assert maps[0]
         t.attention_maps.append(maps[0])
         if out.row:
-            _roll(
-                t,
-                node,
-                t.facts.queries(left) or left,
-                right,
-                rows,
-                out.row,
-                t.emit.call(ops.attention_update, *maps, t.method.update),
-                heads,
-            )
+            queries = t.facts.queries(left) or left
+            update = t.emit.call(ops.attention_update, *maps, t.method.update)
+            _roll(t, node, queries, right, rows, out.row, update, heads)
     ends = is_attention and not carries_scores(t.rules)
     if out.row and block is None:
         if not is_attention or any(t.is_active(x) and t.row_shape(x) == t.row_shape(node) for x in (right, left)):
