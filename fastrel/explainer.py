@@ -144,7 +144,7 @@ class Explainer:
         """
         if create_graph:
             return self._differentiable(args, kwargs, target)
-        return self.predict(*args, **kwargs).explain_once(target)
+        return self._predicted(self._engine.enter(args, kwargs), self._options).explain_once(target)
 
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
         """The model's prediction, kept so that it can be explained for any target without another forward pass.
@@ -161,7 +161,7 @@ class Explainer:
             CaptureError: torch.export cannot capture the model, or its graph gives other outputs than the model.
             UnsupportedModelError: the model holds something without a relevance rule.
         """
-        return self._predicted(self._engine.enter(args, kwargs), self._options)
+        return self._predicted(self._engine.enter(args, kwargs), self._options, kept=True)
 
     def next_token(
         self,
@@ -356,9 +356,9 @@ class Explainer:
         self._model, self._options = state["model"], state["options"]
         self._engine = Engine(self._model, state["live"])
 
-    def _predicted(self, call: Call, options: Options, grad: bool = False) -> Prediction:
+    def _predicted(self, call: Call, options: Options, grad: bool = False, kept: bool = False) -> Prediction:
         program = self._engine.explaining(call, options)
-        return Prediction(self._engine, options, call, program, grad)
+        return Prediction(self._engine, options, call, program, grad, kept)
 
     def _differentiable(self, args: Any, kwargs: Any, target: Target) -> Explanation:
         """An explanation with its graph of autograd, by the plain PyTorch of every operator."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import secrets
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrel.engine import Call, Engine
 from fastrel.errors import InputError, UnsupportedModelError
@@ -27,31 +29,69 @@ from fastrel.transform.method import PathIntegral
 from fastrel.transform.program import Program
 
 
-class Versions:
-    """Tensors as they are now: whether they were written to since."""
+#: How many numbers of a larger tensor are looked at, at random places, to tell whether it was written to.
+SAMPLE = 64
 
-    def __init__(self, tensors: Sequence[tuple[str, Any]]) -> None:
-        self._known = [(name, x, x._version, x.data_ptr()) for name, x in tensors if isinstance(x, Tensor)]
+#: Tensors up to this size are compared whole.
+WHOLE = 2**16
+
+#: Bits of a number, by its size in bytes.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Versions:
+    """Tensors as they are now: whether they were written to since.
+
+    Autograd counts writes. What it does not see, writes through `.data` and through arrays of numpy that share the memory, shows in
+    the numbers: of tensors in main memory all are kept, of those beyond `WHOLE` numbers `SAMPLE` at random places.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[str, Any]], values: bool) -> None:
+        self._known = [
+            (name, x, x._version, x.data_ptr(), _numbers(x) if values else None)
+            for name, x in tensors
+            if isinstance(x, Tensor)
+        ]
 
     def changed(self) -> str | None:
         """The name of the first tensor that was written to."""
-        return next(
-            (name for name, x, version, place in self._known if (x._version, x.data_ptr()) != (version, place)), None
-        )
+        return next((name for name, x, *known in self._known if not _is_as(x, *known)), None)
+
+
+def _is_as(x: Tensor, version: int, place: int, numbers: Tensor | None) -> bool:
+    if (x._version, x.data_ptr()) != (version, place):
+        return False
+    now = None if numbers is None else _numbers(x)
+    return now is None or torch.equal(now, numbers)
+
+
+def _numbers(x: Tensor) -> Tensor | None:
+    """Bits of some numbers of a tensor; None where looking at them would wait for a device, or where there are none to be had."""
+    if x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or not x.numel():
+        return None
+    if x.is_quantized or x.is_conj() or x.is_neg() or x.element_size() not in _BITS:
+        return None
+    bits = x.detach().view(_BITS[x.element_size()])
+    return bits.clone() if x.numel() <= WHOLE else bits.take(_places(x.numel()))
+
+
+@functools.lru_cache(maxsize=256)
+def _places(count: int) -> Tensor:
+    return torch.randint(count, (SAMPLE,), generator=torch.Generator().manual_seed(secrets.randbits(63)))
 
 
 class Prediction:
     """A prediction that can be explained. Made by `Explainer.predict`.
 
     Holds what the explanation needs: the inputs, values saved in between, and the model's parameters as they are. Where one
-    of them is written to before `explain`, that is refused.
+    of them is written to before `explain`, that is refused; see `Versions`.
 
     Attributes:
         logits: the logits, as the model returns them.
         output: everything the model returns.
     """
 
-    def __init__(self, engine: Engine, options: Options, call: Call, program: Program, grad: bool = False) -> None:
+    def __init__(self, engine: Engine, options: Options, call: Call, program: Program, grad: bool = False, kept: bool = False) -> None:
         self._engine, self._options, self._call, self._program = engine, options, call, program
         with plainly(grad):
             outputs, saved = self._run_forward(program)
@@ -59,7 +99,7 @@ class Prediction:
         self._saved: Sequence[Any] | None = saved
         owners = [".".join(owner) if isinstance(owner, tuple) else "a constant" for owner in call.captured.owners]
         named = [*zip([*owners, *call.names], call.values, strict=True)]
-        self._versions = Versions([*named, *(("the output", x) for x in self._outputs)])
+        self._versions = Versions([*named, *(("the output", x) for x in self._outputs)], values=kept)
 
     @property
     def logits(self) -> Tensor:

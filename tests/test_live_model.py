@@ -444,10 +444,11 @@ def test_outputs_that_hold_attention_products_keep_their_shape() -> None:
 # Predict first, explain later.
 
 
-@pytest.mark.parametrize("what", ["weights", "buffer", "input", "logits"])
+@pytest.mark.parametrize("what", ["weights", "buffer", "input", "logits", "weights.data", "array"])
 def test_what_changed_since_the_prediction_is_refused(what: str) -> None:
     model, x = Living(), tokens()
     model.register_buffer("bias", torch.zeros(8, dtype=torch.float64))
+    array = x.numpy()
     prediction = fastrel.Explainer(model).predict(x)
     with torch.no_grad():
         {
@@ -455,10 +456,23 @@ def test_what_changed_since_the_prediction_is_refused(what: str) -> None:
             "buffer": lambda: model.shift.add_(1),
             "input": lambda: x.zero_(),
             "logits": lambda: prediction.logits.neg_(),
+            "weights.data": lambda: model.head.weight.data[:, ::2].zero_(),
+            "array": lambda: array.fill(0),
         }[what]()
-    name = {"weights": "head.weight", "buffer": "shift", "input": "t", "logits": "the output"}[what]
+    names = {"weights": "head.weight", "buffer": "shift", "input": "t", "logits": "the output"}
+    name = {**names, "weights.data": "head.weight", "array": "t"}[what]
     with pytest.raises(fastrel.InputError, match=f"{name} changed in place since the prediction"):
         prediction.explain(1)
+
+
+def test_a_large_weight_written_to_through_data_since_the_prediction_is_refused() -> None:
+    model, x = nn.Sequential(Small(), nn.Linear(4, 40_000), nn.Linear(40_000, 3)).double().eval(), tokens()
+    explainer = fastrel.Explainer(model, "input_x_gradient")
+    for change in (lambda w: w.mul_(-1), lambda w: w[:, 1::2].zero_()):
+        prediction = explainer.predict(x)
+        change(model[2].weight.data)
+        with pytest.raises(fastrel.InputError, match=r"2\.weight changed in place"):
+            prediction.explain(1)
 
 
 # Options.
