@@ -7,6 +7,7 @@ import math
 import secrets
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ from fastrel.trace import BlockTrace
 from fastrel.transform.method import PathIntegral
 from fastrel.transform.program import Program
 
-
 #: How many numbers of a larger tensor are looked at, at random places, to tell whether it was written to.
 SAMPLE = 64
 
@@ -47,22 +47,28 @@ class Versions:
     """
 
     def __init__(self, tensors: Sequence[tuple[str, Any]], values: bool) -> None:
-        self._known = [
-            (name, x, x._version, x.data_ptr(), _numbers(x) if values else None)
-            for name, x in tensors
-            if isinstance(x, Tensor)
-        ]
+        self._known = [(name, x, _State.of(x, values)) for name, x in tensors if isinstance(x, Tensor)]
 
     def changed(self) -> str | None:
         """The name of the first tensor that was written to."""
-        return next((name for name, x, *known in self._known if not _is_as(x, *known)), None)
+        return next((name for name, x, state in self._known if not state.is_of(x)), None)
 
 
-def _is_as(x: Tensor, version: int, place: int, numbers: Tensor | None) -> bool:
-    if (x._version, x.data_ptr()) != (version, place):
-        return False
-    now = None if numbers is None else _numbers(x)
-    return now is None or torch.equal(now, numbers)
+@dataclass(frozen=True)
+class _State:
+    version: int
+    place: int
+    numbers: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, values: bool) -> _State:
+        return cls(x._version, x.data_ptr(), _numbers(x) if values else None)
+
+    def is_of(self, x: Tensor) -> bool:
+        if (x._version, x.data_ptr()) != (self.version, self.place):
+            return False
+        now = None if self.numbers is None else _numbers(x)
+        return now is None or self.numbers is None or torch.equal(now, self.numbers)
 
 
 def _numbers(x: Tensor) -> Tensor | None:
@@ -91,7 +97,9 @@ class Prediction:
         output: everything the model returns.
     """
 
-    def __init__(self, engine: Engine, options: Options, call: Call, program: Program, grad: bool = False, kept: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, options: Options, call: Call, program: Program, grad: bool = False, kept: bool = False
+    ) -> None:
         self._engine, self._options, self._call, self._program = engine, options, call, program
         with plainly(grad):
             outputs, saved = self._run_forward(program)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import fastrel
 from fastrel import engine
@@ -217,4 +218,56 @@ def test_normalised_rows_add_up_to_one_across_sequences(cross: str, same: bool, 
     else:
         model, given = made(lambda m, x, y: decoded(m, x, y, CROSSING[cross])), [ids(), ids(3, 4)]
     total = whole(model, *given, normalize=True, start=start)
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def attended(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = attention(x).chunk(3, -1)
+    weights = (q @ k.mT).softmax(-1)
+    return weights @ v, weights
+
+
+class Around(nn.Module):
+    """Attention blocks within a residual connection that meets them by concatenation, as in MobileViT."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(8, 24) for _ in range(blocks))
+        self.both, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for block in self.blocks:
+            y = y + attended(block, y)[0]
+        return self.head(self.both(torch.cat([x, y], -1)).mean(1))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_what_blocks_leave_of_a_row_takes_the_place_of_a_connection_around_them_once(blocks: int) -> None:
+    model, x = Around(blocks).double().eval(), torch.randn(2, 6, 8, dtype=torch.float64)
+    maps, y = [], x
+    for block in model.blocks:
+        mixed, weights = attended(block, y)
+        maps, y = [*maps, weights], y + mixed
+    row = torch.full((2, 1, 6), 1 / 6, dtype=torch.float64)
+    for weights in reversed(maps):
+        row = (row + row @ weights) / 2
+    torch.testing.assert_close(fastrel.Explainer(model, "rollout")(x, target=0).relevance, row[:, 0])
+
+
+@pytest.mark.parametrize("features", ["masked", "scattered", "padded", "written"])
+def test_constants_in_the_place_of_features_take_no_part_of_a_row(features: str) -> None:
+    class Replacing(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            y = {
+                "masked": lambda: x.masked_fill(torch.arange(8) % 3 == 0, 1.0),
+                "scattered": lambda: x.scatter(-1, x.argmax(-1, keepdim=True), 2.0),
+                "padded": lambda: F.pad(x[..., 2:], (1, 1)),
+                "written": lambda: torch.where(torch.arange(8) > 2, x, 0.5),
+            }[features]()
+            return super().forward(y)
+
+    model, x = Replacing(1).double().eval(), torch.randn(2, 6, 8, dtype=torch.float64)
+    total = fastrel.Explainer(model, "rollout")(x, target=0).relevance.sum(1)
     torch.testing.assert_close(total, torch.ones_like(total))

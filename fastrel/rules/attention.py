@@ -177,10 +177,10 @@ def _give_row(
     for path in inner:
         own = queries.get(path)
         if own is None:
-            left[path] = Part(None, settled=True)
+            left[path] = Part(None, settled=len(path))
         else:
             share = kept if len(entering.parts) == 1 else t.emit.call(settled_share, own, whole, kept)
-            left[path] = Part(lane(q if across else v, share, rows), settled=True)
+            left[path] = Part(lane(q if across else v, share, rows), settled=len(path))
     if across and left:
         t.give(q, row=Row(left))
         left = {}

@@ -106,15 +106,21 @@ def _arguments(t: Context, node: fx.Node) -> tuple[Any, ...]:
 
 @rule(*INDEX_MAPS)
 def index_map(t: Context, node: fx.Node, out: Lanes) -> None:
-    """R' = vjp(R): where entries go, their lanes come from; those of copies add up."""
+    """R' = vjp(R): where entries go, their lanes come from; those of copies add up.
+
+    A row is divided among the features that come from activations: what else a token holds, such as a constant in the place of
+    some features, is no other token that could take a part of it.
+    """
     kwargs = tuple(node.kwargs.items())
     values = _arguments(t, node)
-    for argument, place, x in _places(t, node):
+    places = _places(t, node)
+    for argument, place, x in places:
 
         def back(lane: Lane, is_row: bool, argument: int = argument, place: int | None = place, x: fx.Node = x) -> Lane:
             full = t.dense(lane, node, is_row).node
             if is_row:
-                full = t.emit.call(divided_row, full, *t.shape(node))
+                where = tuple((argument, place) for argument, place, _ in places)
+                full = t.emit.call(divided_among_taken, full, node.target, where, kwargs, *values)
             moved = t.emit.call(vjp, node.target, full, argument, place, kwargs, *values)
             return Lane(summed_features(t, x, moved) if is_row else moved)
 
@@ -136,6 +142,24 @@ def divided_row(row: Tensor, *shape: int) -> Tensor:
     """A row [K, *], size 1 in feature dimensions, in equal parts over the features of a value."""
     full = row.expand(row.shape[0], *shape)
     return full * (row.numel() / full.numel())
+
+
+def divided_among_taken(row: Tensor, op: Any, where: tuple[tuple[int, int | None], ...], kwargs: Any, *args: Any) -> Tensor:
+    """A row [K, *], size 1 in feature dimensions, in equal parts over the features that op takes from its activations."""
+    taken: Any = sum(_taken(*_of_one(op, argument, place, kwargs, args)) for argument, place in where)
+    features = [dim for dim in range(taken.dim()) if row.shape[dim + 1] == 1 < taken.shape[dim]]
+    count = taken.to(row.dtype).sum(features, keepdim=True) if features else taken.to(row.dtype)
+    return row / count.where(count > 0, 1.0) * (taken > 0)
+
+
+def _taken(f: Any, x: Tensor, others: Any) -> Tensor:
+    """Which entries of f(x) come from x: 1 there and 0 elsewhere."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        y = f(leaf, *others)
+        seed = torch.zeros_like(y).requires_grad_()
+        (back,) = torch.autograd.grad(y, leaf, seed, create_graph=True)
+        return torch.autograd.grad(back.sum(), seed)[0]
 
 
 def summed_features(t: Context, x: fx.Node, row: fx.Node) -> fx.Node:

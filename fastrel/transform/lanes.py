@@ -57,12 +57,12 @@ Path = tuple[Branch, ...]
 class Part:
     """A part of a row. Its lane holds the *whole* row of what its path leads to, not a share of it.
 
-    `settled`: it is what an attention block left of the row in the place of I, normalised (None: nothing), and takes the place
-    of what comes by the other operands of the same sums.
+    `settled`: it is what an attention block left of the row in the place of I, normalised (None: nothing), and takes the place of
+    what comes by the other operands of the same sums: of as many of those that its path begins with.
     """
 
     lane: Lane | None
-    settled: bool = False
+    settled: int = 0
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,14 @@ class Rollout:
         for path in sorted(parts, key=len, reverse=True):
             while path and path in parts and (children := self._complete(path, parts)) is not None:
                 fork, path = path[-1].fork, path[:-1]
-                met = met or len(children) < self._forks[fork].operands or any(c.settled for c in children.values())
+                met = (
+                    met
+                    or len(children) < self._forks[fork].operands
+                    or any(part.settled > len(path) for part in children.values())
+                )
                 for i in range(self._forks[fork].operands):
                     parts.pop((*path, Branch(fork, i)), None)
-                one = self._folded(fork, children, add, outermost=path == self._stream(path))
+                one = self._folded(fork, path, children, add)
                 if one.settled and not one.lane:
                     # Nothing is left that could carry this to where the other operands are met.
                     self._gone.add(path)
@@ -121,7 +125,7 @@ class Rollout:
 
     def _added(self, parts: Sequence[Part], add: Sum) -> Part:
         lanes = [part.lane for part in parts if part.lane]
-        return Part(add(lanes) if lanes else None, any(part.settled for part in parts))
+        return Part(add(lanes) if lanes else None, max(part.settled for part in parts))
 
     def _complete(self, path: Path, parts: dict[Path, Part]) -> dict[int, Part] | None:
         """The parts that came by the operands of the sum that `path` came by last, if all are here or lead nowhere else.
@@ -135,9 +139,9 @@ class Rollout:
         for i in range(self._forks[fork].operands):
             child = (*before, Branch(fork, i))
             if child in self._replaced:
-                children[i] = Part(None, settled=True)
+                children[i] = Part(None, settled=len(child))
             elif child in parts:
-                (pieces if child in self._gone and not parts[child].settled else children)[i] = parts[child]
+                (pieces if child in self._gone and parts[child].settled < len(child) else children)[i] = parts[child]
             elif not self._closed(child):
                 return None
         return children or pieces
@@ -151,13 +155,14 @@ class Rollout:
             self._closed((*path, Branch(fork, i))) for fork in forks for i in range(self._forks[fork].operands)
         )
 
-    def _folded(self, fork: int, children: dict[int, Part], add: Sum, outermost: bool) -> Part:
-        """What came by all operands of a sum is the row of the sum: once."""
-        settled = {i: part for i, part in children.items() if part.settled}
+    def _folded(self, fork: int, path: Path, children: dict[int, Part], add: Sum) -> Part:
+        """What came by all operands of a sum is the row of the sum, which came by `path`: once."""
+        settled = {i: part for i, part in children.items() if part.settled > len(path)}
         chosen = settled or children
         lanes = {i: part.lane for i, part in chosen.items() if part.lane}
         lane = self._mean(fork, lanes, list(lanes), add) if lanes else None
-        return Part(lane, bool(settled) and not outermost)
+        outermost = path == self._stream(path)
+        return Part(lane, 0 if outermost else min(len(path), max(part.settled for part in chosen.values())))
 
     def _mean(self, fork: int, lanes: dict[int, Lane], among: Sequence[int], add: Sum) -> Lane:
         """Lanes of some operands, each by its share among the operands `among`."""
