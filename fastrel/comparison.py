@@ -22,8 +22,8 @@ from fastrel.graph.results import plain
 #: How far outputs may lie apart, relative to the largest: operators are the same, but some fuse in another order.
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 
-#: Methods by which code takes all numbers out of a tensor; no operator is run for them.
-_CONVERTS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+#: Methods by which code takes numbers out of a tensor with no operator run for them that `Looking` sees.
+_CONVERTS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__repr__, Tensor.__format__)
 
 #: Library code that looks at numbers only to choose between ways to compute the same: a mask that hides nothing is left out.
 _HARMLESS = (None, "transformers.masking_utils", "transformers.modeling_attn_mask_utils", "transformers.modeling_utils")
@@ -65,7 +65,7 @@ class Looking(TorchDispatchMode):
 
 
 class _Converting(TorchFunctionMode):
-    """Notes whether code turns tensors into arrays or lists."""
+    """Notes whether code turns tensors into arrays, lists or text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def _asked_by() -> str | None:
 
 
 def converts(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the model turns tensors into arrays or lists, whose numbers may decide what it does."""
+    """Whether the model turns tensors into arrays, lists or text, whose numbers may decide what it does."""
     with _Converting() as mode:
         run_model(model, args, kwargs)
     return mode.looked

@@ -255,6 +255,12 @@ class Engine:
         """
         if not due and self._is_settled(entry, tensors):
             return entry, owned
+        apart = entry.fingerprint.tells_apart
+        if apart and any(module.training for module in self.model.modules()):
+            raise CaptureError(
+                f"{type(self.model).__name__} is in training mode, where fastrel runs a copy of its modules, and its code {apart}, so "
+                "that a copy may compute something else; call model.eval() first"
+            )
         kind = entry.kind(tensors)
         stale = entry.compared.get(kind, False) and not entry.doubts
         looking, before = Looking(), bool(entry.compared)

@@ -12,6 +12,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -541,7 +542,6 @@ def test_explanations_and_explainers_pickle_copy_and_save() -> None:
 
 def test_a_kept_sample_holds_neither_its_batch_nor_the_inputs_nor_the_model() -> None:
     import gc
-    import weakref
 
     model, x = Small(), tokens(64)
     explanation = fastrel.Explainer(model)(x)[3]
@@ -686,6 +686,62 @@ def test_a_model_in_training_elsewhere_keeps_its_mode() -> None:
     done.set()
     watcher.join()
     assert seen == {True}
+
+
+GAINS: dict[int, float] = {}
+BY_MODULE: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+
+
+class ById(Small):
+    def between(self, h: Tensor) -> Tensor:
+        return h * GAINS.get(id(self), 1.0)
+
+
+class ByModule(Small):
+    def between(self, h: Tensor) -> Tensor:
+        return h * BY_MODULE.get(self, 1.0)
+
+
+def hooked() -> Small:
+    model = Small()
+    model.head.register_forward_hook(lambda module, args, out: out * 2 if module is model.head else out)
+    return model
+
+
+@pytest.mark.parametrize("make", [ById, ByModule, hooked])
+@pytest.mark.parametrize("training", ["not", "all", "one module"])
+def test_code_that_tells_modules_from_copies_of_them_is_never_explained_by_a_copy(make: Any, training: str) -> None:
+    """What is captured is a copy, and of a model in training mode so is what it is compared with."""
+    model, x = make().eval(), tokens()
+    GAINS[id(model)] = BY_MODULE[model] = 1.2
+    if training == "all":
+        model.train()
+    elif training == "one module":
+        model.head.train()
+    with pytest.raises(fastrel.CaptureError, match=r"not the model|call model\.eval\(\) first"):
+        fastrel.Explainer(model)(x)
+
+
+@pytest.mark.parametrize("what", ["size", "size in an f-string", "number", "number in an f-string"])
+def test_a_choice_by_text_is_compared_with_the_model(what: str) -> None:
+    class Texts(Small):
+        def between(self, h: Tensor) -> Tensor:
+            asked = {
+                "size": lambda: "1" in str(h.shape[1]),
+                "size in an f-string": lambda: "1" in f"{h.shape[1]}",
+                "number": lambda: "-" in str(h[0, 0, 0]),
+                "number in an f-string": lambda: "-" in f"{h[0, 0, 0]}",
+            }[what]()
+            return h * 2 if asked else h
+
+    model = Texts()
+    explainer = fastrel.Explainer(model)
+    for x in (tokens(), -tokens(), torch.cat([tokens()] * 2, 1)[:, :11]):
+        try:
+            off_by = off(explainer, model, x)
+        except fastrel.CaptureError:
+            continue
+        assert off_by < EXACT
 
 
 def test_failures_leave_nothing_behind(capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
 import functools
 import logging
 import os
 import sys
+import threading
 import types
 import warnings
 import weakref
@@ -19,12 +21,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from fastrel.graph.fingerprint import Fingerprint
 
 scale = 2.0
 options = types.SimpleNamespace(strength=1.0)
 nested = {"a": {"b": [1.0, 2.0]}}
+per_thread = threading.local()
+per_thread.gain = 1.0
+raw, octets = array.array("d", [1.0]), bytearray([1])
+chained = collections.ChainMap({}, {"gain": 1.0})
+behind = {"gain": 1.0}
+proxied = types.MappingProxyType(behind)
+STEERED: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
 REGISTRY: dict[str, Callable[[Tensor], Tensor]] = {"act": torch.relu}
 
 
@@ -58,6 +68,18 @@ class Slotted:
         self.strength, self.of = 1.0, [1.0]
 
 
+class Meta(type):
+    gain = property(lambda cls: cls._gain)
+
+
+class Measured(metaclass=Meta):
+    _gain = 1.0
+
+
+def odd_gains() -> float:
+    return per_thread.gain * raw[0] * octets[0] * chained["gain"] * proxied["gain"] * Measured.gain
+
+
 @dataclasses.dataclass
 class Config:
     gain: float = 1.0
@@ -80,7 +102,11 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.linear(x)) * self.plain.strength() * self.plain.inner.deep.factor * self.slotted.strength
         x = x * options.strength * nested["a"]["b"][0] + self.limit * scale + self.teacher(x) * self.config.gain
-        x = REGISTRY[self.choose](helper(x)) * self.table["a"] * float(self.numbers[0]) + self.aside[0] * Plain.shared
+        x = x * odd_gains() * STEERED.get(self.linear, 1.0)
+        x = (
+            REGISTRY[self.choose](helper(x)).softmax(-1) * self.table["a"] * float(self.numbers[0])
+            + self.aside[0] * Plain.shared
+        )
         return self.part(x * self.slotted.of[0] * float(os.environ.get("GAIN_OF_MODEL", "1"))) + self.queue[0](x)
 
 
@@ -135,6 +161,18 @@ CHANGES: dict[str, Callable[[Model, pytest.MonkeyPatch], Any]] = {
     "a variable of the environment": lambda m, p: p.setenv("GAIN_OF_MODEL", "2"),
     "a hook": lambda m, p: m.linear.register_forward_hook(lambda *_: None),
     "a hook before": lambda m, p: m.linear.register_forward_pre_hook(lambda *_: None),
+    "a hook on every module": lambda m, p: p.setitem(torch_module._global_forward_hooks, 0, lambda *_: None),
+    "a hook before every module": lambda m, p: p.setitem(torch_module._global_forward_pre_hooks, 0, lambda *_: None),
+    "an attribute of this thread": lambda m, p: p.setattr(per_thread, "gain", 2.0),
+    "an array of Python's": lambda m, p: raw.__setitem__(0, raw[0] + 1),
+    "bytes": lambda m, p: octets.__setitem__(0, octets[0] + 1),
+    "a chain of dicts": lambda m, p: p.setitem(chained, "gain", 2.0),
+    "a dict behind a proxy": lambda m, p: p.setitem(behind, "gain", 2.0),
+    "what a property of a class's class reads": lambda m, p: p.setattr(Measured, "_gain", 2.0),
+    "an entry by module": lambda m, p: STEERED.__setitem__(m.linear, 2.0),
+    "a method of tensors": lambda m, p: p.setattr(Tensor, "softmax", lambda x, dim: x, raising=False),
+    "an operator of tensors": lambda m, p: p.setattr(Tensor, "__mul__", lambda x, y: x),
+    "how modules are called": lambda m, p: p.setattr(nn.GELU, "_call_impl", lambda self, x: x, raising=False),
     "a weight that becomes another's": lambda m, p: setattr(m.queue[0], "weight", m.linear.weight),
 }
 

@@ -96,11 +96,11 @@ def instruction_set() -> str:
 
 
 def origin(part: build.Part = build.CPU, variable: str = LIBRARY_VARIABLE) -> str:
-    """How the kernels got here: built at install time, in the cache, or not yet compiled."""
+    """How the kernels got here: with the package, in the cache, or not yet compiled."""
     if os.environ.get(variable):
         return f"{variable}={os.environ[variable]}"
     if _packaged(part):
-        return f"built at install time, {_packaged(part)}"
+        return f"prebuilt, {_packaged(part)}"
     try:
         path = build.cached(part)
     except build.BuildError as error:

@@ -1,38 +1,19 @@
-"""A run over a data set in this process; others decode ahead of it, and threads move and keep what it need not wait for."""
+"""A run over a data set in this process, which keeps its rows as it goes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from fastrel.batch import table as tables
-from fastrel.batch.decoding import Decoded, decoded
-from fastrel.batch.explain import Batch, Explain
+from fastrel.batch.explain import Explain
 from fastrel.batch.row import Row
 from fastrel.batch.store import Store, Task
-from fastrel.data.inputs import Item
+from fastrel.batch.stream import explained
 
 #: Called with how many items were done, and how many of them failed.
 Progress = Callable[[int, int], None]
-
-
-def explained(
-    explain: Explain, batches: Sequence[Sequence[Item]], workers: int, noise: bool = False
-) -> Iterator[tuple[list[Decoded], list[Row]]]:
-    """Batches with their rows, in their order; the next one is collated and on its way to the device meanwhile."""
-    stream = decoded(batches, explain.loaded.reader, explain.loaded.kind, workers)
-
-    def following() -> tuple[list[Decoded], Batch | None] | None:
-        items = next(stream, None)
-        return None if items is None else (items, explain.moved(items))
-
-    with ThreadPoolExecutor(1) as mover:
-        coming = mover.submit(following)
-        while (ready := coming.result()) is not None:
-            coming = mover.submit(following)
-            items, moved = ready
-            yield items, explain.rows(items, moved, noise)
 
 
 def run(explain: Explain, tasks: Sequence[Task], store: Store, schema: Any, workers: int, progress: Progress) -> None:

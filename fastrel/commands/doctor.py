@@ -83,7 +83,7 @@ def _about(name: str, backend: backends.Backend) -> str:
         reason = backend.unavailable()
         if reason:
             return f"not available: {reason}"
-        return f"available: {native.instruction_set()}, {native.origin()}" if name == "cpp" else "available"
+        return f"available: {native.instruction_set()}, C++ kernels: {native.origin()}" if name == "cpp" else "available"
     except Exception as error:
         return f"fails: {error!r}"
 

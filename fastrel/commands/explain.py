@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from fastrel.batch import Explain
 from fastrel.batch.decoding import Decoded
-from fastrel.batch.local import explained
 from fastrel.batch.row import Row
+from fastrel.batch.stream import explained
 from fastrel.commands import options as shared
 from fastrel.commands import pairs, text
 from fastrel.commands.drawing import draw, endings, noise_floor

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from fastrel.batch import Explain
-from fastrel.batch.local import explained
 from fastrel.batch.row import Row
+from fastrel.batch.stream import explained
 from fastrel.commands import options as shared
 from fastrel.commands.drawing import noise_floor, text_page
 from fastrel.data import files

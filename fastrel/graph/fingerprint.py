@@ -73,13 +73,18 @@ class Fingerprint:
 
     @property
     def asks_how_it_is_run(self) -> bool:
-        """Whether the model's code may do something else while it is captured."""
-        return self._reach.asks_how_it_is_run
+        """Whether the model's code may do something else while it is captured, or than for inputs of another size."""
+        return self._reach.asks_how_it_is_run or self._reach.makes_text
 
     @property
     def converts_tensors(self) -> bool:
-        """Whether the model's code may make arrays or lists of tensors."""
-        return not self._reach.names.isdisjoint(_CONVERTING)
+        """Whether the model's code may make arrays, lists or text of tensors."""
+        return self._reach.makes_text or not self._reach.names.isdisjoint(_CONVERTING)
+
+    @property
+    def tells_apart(self) -> str | None:
+        """What tells the model's modules from copies of them, if anything does."""
+        return self._reach.tells_apart
 
     def _describe(self) -> None:
         self._reach = Reach(self._model, self._volatile)

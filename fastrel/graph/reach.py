@@ -8,11 +8,14 @@ code mentions count; objects and containers are entered whole.
 from __future__ import annotations
 
 import argparse
+import array
 import collections
+import dis
 import functools
 import itertools
 import os
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Iterable, Mapping
@@ -35,6 +38,7 @@ from fastrel.graph.watched import (
     Items,
     Key,
     Kind,
+    Local,
     Memory,
     Names,
     Numbers,
@@ -73,6 +77,9 @@ _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forwar
 #: Packages whose code is taken to stay what it is.
 _FOREIGN = frozenset({"torch", "numpy", "fastrel", *sys.stdlib_module_names}) - {"__main__"}
 
+#: What keeps its items in dicts.
+_AROUND_DICTS = (collections.ChainMap, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
+
 #: What of these holds options of a model nevertheless.
 _ENTERED = (nn.Module, types.SimpleNamespace, argparse.Namespace)
 
@@ -82,6 +89,12 @@ _DYNAMIC = frozenset({"getattr", "__dict__", "vars", "attrgetter"})
 #: Names by which code asks how it is run.
 _HOW = frozenset(
     f"is_{how}" for how in ("compiling", "dynamo_compiling", "torchdynamo_compiling", "exporting", "tracing", "scripting")
+)
+
+#: Names by which code makes text of numbers, and so branches on what no guard sees; and the instructions of f-strings.
+_TEXT = frozenset({"str", "repr", "format"})
+_FORMATTING = frozenset(
+    dis.opmap[name] for name in ("FORMAT_VALUE", "FORMAT_SIMPLE", "FORMAT_WITH_SPEC") if name in dis.opmap
 )
 
 #: Libraries that ask so only to leave out warnings and short cuts to the same numbers.
@@ -95,7 +108,7 @@ _UNNAMED = frozenset(
         "enter", "exit", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "neg", "eq", "ne", "lt", "le",
         "gt", "ge", "torch_function",
     )
-) | {"forward"}  # fmt: skip
+) | {"forward", "_call_impl"}  # fmt: skip
 
 
 def own_tensors(model: nn.Module) -> dict[int, Tensor]:
@@ -112,6 +125,8 @@ class Reach:
         around: places in code and what it names.
         names: what the code mentions, words in it included.
         asks_how_it_is_run: whether the code may do something else while it is captured.
+        makes_text: whether it may make text of numbers, which it may compare.
+        tells_apart: what tells the model's modules from copies of them, if anything does: code refers to one of them, or asks for ids.
         elsewhere: ids of parameters and buffers that are also held beside the model's modules.
     """
 
@@ -119,8 +134,10 @@ class Reach:
         self._volatile = volatile
         self.held, self.around = Places(), Places()
         self.names: set[str] = set()
-        self.asks_how_it_is_run = False
+        self.asks_how_it_is_run = self.makes_text = False
+        self.tells_apart: str | None = None
         self.elsewhere: set[int] = set()
+        self._modules = {id(module) for module in model.modules()}
         self._own = own_tensors(model)
         self._by_place = {x.data_ptr(): x for x in self._own.values() if has_memory(x)}
         self._seen: dict[int, Any] = {}
@@ -128,7 +145,8 @@ class Reach:
         self._classes: list[type] = []
         self._spaces: list[Mapping[str, Any]] = []  # of modules of Python and classes
         self._behind_code: list[Any] = []
-        self._enter_all([*_GLOBAL_HOOKS, model], self.held)
+        self._enter_all([model], self.held)
+        self._behind_code += _GLOBAL_HOOKS
         self._follow_names()
         self._watch_names()
 
@@ -155,6 +173,9 @@ class Reach:
         for cls in self._classes:
             inherited = used.intersection(itertools.chain.from_iterable(map(vars, cls.__mro__[1:]))).difference(vars(cls))
             self.around.add(Absent(vars(cls), inherited))
+        methods = used.intersection(dir(Tensor))
+        self.around.add(Names(vars(Tensor), methods.intersection(vars(Tensor))))
+        self.around.add(Absent(vars(Tensor), methods.difference(vars(Tensor))))
         known = None if self.names & _DYNAMIC else self.names | _RUN_BY_TORCH
         for d, places in self._attributes:
             keys = self._lasting(d, [key for key in list(d) if key not in IGNORED])
@@ -174,6 +195,8 @@ class Reach:
         """Watch objects and all that hangs on them."""
         while todo:
             x = todo.pop()
+            if places is self.around and id(x) in self._modules:
+                self.tells_apart = f"refers to its own {type(x).__name__}"
             if (
                 id(x) in self._seen
                 or x is MISSING
@@ -199,16 +222,29 @@ class Reach:
             return [x.__self__, x.__func__]
         if isinstance(x, functools.partial):
             return [x.func, x.args, x.keywords]
-        if isinstance(x, np.ndarray):
+        if isinstance(x, (np.ndarray, array.array, bytearray)):
             if (id(x), ALL) not in self._volatile:
                 self.around.add(Numbers(x))
             return []
+        if isinstance(x, types.MappingProxyType):
+            self.around.add(Names(x, x, whole=True))
+            return list(x.values())
+        if isinstance(x, threading.local):
+            self.around.add(Local(x))
+            return [type(x), *vars(x).values()]
+        if isinstance(x, _AROUND_DICTS):
+            return [x.maps if isinstance(x, collections.ChainMap) else vars(x)["data"]]
+        if isinstance(x, weakref.ref):
+            return [x()]
         if isinstance(x, Tensor):
             self._tensor(x)
             return []
         if isinstance(x, dict):
             keys = self._lasting(x, list(x)) if len(x) <= LARGE else []  # a copy: other threads may write
             places.add(Names(x, keys, whole=(id(x), ALL) not in self._volatile))
+            if places is self.around:
+                found = (key() if isinstance(key, weakref.ref) else key for key in keys)
+                self._behind_code += [key for key in found if isinstance(key, nn.Module)]
             return [dict.get(x, key, MISSING) for key in keys]
         if isinstance(x, CONTAINERS):
             if (id(x), ALL) in self._volatile:
@@ -248,11 +284,11 @@ class Reach:
         ]
 
     def _class(self, cls: type) -> list[Any]:
-        if cls is nn.Module or (_is_foreign(cls) and not issubclass(cls, nn.Module)):
+        if cls in (nn.Module, type) or (_is_foreign(cls) and not issubclass(cls, nn.Module)):
             return []
         self._classes.append(cls)
         self._spaces.append(vars(cls))
-        return list(cls.__bases__)
+        return [type(cls), *cls.__bases__]
 
     def _tensor(self, x: Tensor) -> None:
         """Watch where a tensor is that lies beside the parameters and buffers, or is one of them there."""
@@ -271,8 +307,11 @@ class Reach:
         self.around.add(Code(function))
         mentioned = mentioned_in(function.__code__)
         self.names |= mentioned
-        if not foreign and package(function.__module__) not in _SAME_EITHER_WAY and not mentioned.isdisjoint(_HOW):
-            self.asks_how_it_is_run = True
+        if not foreign and package(function.__module__) not in _SAME_EITHER_WAY:
+            self.asks_how_it_is_run = self.asks_how_it_is_run or not mentioned.isdisjoint(_HOW)
+            self.makes_text = self.makes_text or not mentioned.isdisjoint(_TEXT) or _formats(function.__code__)
+            if "id" in mentioned:
+                self.tells_apart = "asks for the id of objects"
         space = function.__globals__
         here = self._lasting(space, mentioned.intersection(space))
         if foreign:  # what torch's layers call may be another one: F.gelu
@@ -303,6 +342,13 @@ def mentioned_in(code: types.CodeType) -> frozenset[str]:
         elif isinstance(x, str) and x.isidentifier():
             found.add(x)
     return frozenset(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _formats(code: types.CodeType) -> bool:
+    """Whether a code object, or one nested in it, holds an f-string."""
+    nested = (x for x in code.co_consts if isinstance(x, types.CodeType))
+    return not _FORMATTING.isdisjoint(code.co_code[::2]) or any(map(_formats, nested))
 
 
 def is_elsewhere(x: Any) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -229,19 +229,39 @@ class Code(Place):
 
 
 class Numbers(Place):
-    """The numbers in an array."""
+    """The numbers in an array, of numpy or of Python."""
 
-    def __init__(self, x: np.ndarray[Any, Any]) -> None:
-        self.of, self.bytes = x, x.tobytes() if x.nbytes <= LARGE_ARRAY else None
+    def __init__(self, x: Any) -> None:
+        self.of, self.bytes = x, _bytes(x) if memoryview(x).nbytes <= LARGE_ARRAY else None
 
     def same(self) -> bool:
         """Whether they are what they were."""
-        return self.bytes is None or self.of.tobytes() == self.bytes
+        return self.bytes is None or _bytes(self.of) == self.bytes
 
     def changed(self) -> Iterator[Key]:
         """Where they are not."""
         if not self.same():
             yield id(self.of), ALL
+
+
+def _bytes(x: Any) -> bytes:
+    return bytes(x) if isinstance(x, bytearray) else x.tobytes()
+
+
+class Local(Place):
+    """The attributes that this thread sees of an object which has others in every thread."""
+
+    def __init__(self, x: threading.local) -> None:
+        self.of, self.values = x, dict(vars(x))
+
+    def same(self) -> bool:
+        """Whether they are what they were in the thread that looked first."""
+        now = vars(self.of)
+        return now.keys() == self.values.keys() and all(now[name] is value for name, value in self.values.items())
+
+    def changed(self) -> Iterator[Key]:
+        """Nothing that can be told from what another thread sees."""
+        return iter(())
 
 
 class Memory(Place):
