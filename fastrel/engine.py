@@ -26,7 +26,7 @@ from fastrel import precision as precision_
 from fastrel.comparison import Looking, converts, difference, run_model
 from fastrel.errors import CaptureError
 from fastrel.graph.ambient import outside_inference
-from fastrel.graph.capture import LOCK, Captured, Signature, capture, in_order
+from fastrel.graph.capture import LOCK, Captured, Signature, capture, check_weights, in_order
 from fastrel.graph.clone import unwrapped
 from fastrel.graph.fingerprint import Fingerprint
 from fastrel.inputs import check_inputs, input_names, rejected
@@ -127,8 +127,8 @@ class Engine:
         kwargs = in_order(self.model, args, kwargs)
         signature, leaves = Signature.of(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        check_inputs(tensors)
         names = input_names(self.model, args, kwargs)
+        check_inputs([(name, leaf) for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)])
         with outside_inference():
             leaves = [_ordinary(leaf) for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -201,6 +201,7 @@ class Engine:
     def _captured(
         self, signature: Signature, args: Any, kwargs: Any, tensors: list[Tensor], batch_varies: bool = True
     ) -> tuple[Entry, list[Any]]:
+        check_weights(self.model)
         fingerprint = Fingerprint(self.model)  # before, so that what changes meanwhile is seen
         try:
             with outside_inference():
@@ -294,7 +295,10 @@ class Engine:
             entry, owned = self._captured(entry.signature, args, kwargs, tensors, batch_varies=not single)
             return self._compared(entry, owned, args, kwargs, leaves, tensors)
         self._drop(entry)
-        raise CaptureError(f"the captured graph of {type(self.model).__name__} is not the model: {found}")
+        raise CaptureError(
+            f"the captured graph of {type(self.model).__name__} is not the model: {found}; what it computes may "
+            "depend on nothing but its inputs, weights and options: not on which object runs, on chance, or on earlier calls"
+        )
 
     def _drop(self, entry: Entry) -> None:
         self._entries = [other for other in self._entries if other is not entry]

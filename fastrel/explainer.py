@@ -85,6 +85,8 @@ class Explainer:
         self._options = Options(
             method_of(method), rules, start_layer, normalize_rollout, precision, backend, memory, output, grid
         )
+        if not isinstance(live, bool):
+            raise InputError(f"live must be True or False, not {live!r}")
         self._engine = Engine(model, live)
 
     @property

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from fastrel.errors import InputError, first_line
 
+#: What to do about numbers that a model made, none of which were among its inputs.
+OVERFLOW = "look for NaN in its weights, for values that overflow its dtype, and for rows that a mask hides whole"
 
-def check_inputs(tensors: Sequence[Tensor]) -> None:
+
+def check_inputs(named: Sequence[tuple[str, Tensor]]) -> None:
     """Refuse what cannot be explained: nothing at all, empty batches, NaN, layouts and devices without numbers.
 
     −inf may stand in a mask that is added to scores.
@@ -21,31 +24,32 @@ def check_inputs(tensors: Sequence[Tensor]) -> None:
     Raises:
         InputError: naming the input.
     """
-    if not tensors:
+    if not named:
         raise InputError("no tensor among the inputs; call the explainer as you call the model")
-    for position, x in enumerate(tensors):
+    for name, x in named:
         if x.layout is not torch.strided or x.is_nested or x.is_quantized or x.device.type == "meta" or _is_fake(x):
             kind = "a nested tensor" if x.is_nested else f"{type(x).__name__} of layout {x.layout} on {x.device}"
-            raise InputError(f"input {position} is {kind}; pass ordinary tensors (x.to_dense(), say)")
+            raise InputError(f"{name} is {kind}; pass ordinary tensors (x.to_dense(), say)")
         if x.dim() and len(x) == 0:
-            raise InputError(f"input {position} of shape {tuple(x.shape)} holds no samples")
+            raise InputError(f"{name} of shape {tuple(x.shape)} holds no samples")
         if x.is_floating_point():
-            check_finite(f"input {position}", x, allowed=-torch.inf)
+            check_finite(name, x, "mask or replace it", allowed=-torch.inf)
 
 
 def _is_fake(x: Tensor) -> bool:
     return isinstance(x, torch._subclasses.FakeTensor)
 
 
-def check_finite(name: str, x: Tensor, allowed: float | None = None) -> None:
-    """Raise InputError if x [B, …] holds NaN or infinity (other than `allowed`), naming the first sample that does."""
+def check_finite(name: str, x: Tensor, advice: str, allowed: float | None = None) -> None:
+    """Raise InputError if x [B, …] holds NaN or infinity (other than `allowed`), naming the first place, and what to do."""
     fine = torch.isfinite(x)
     if bool(fine.all()):
         return
     fine = fine if allowed is None else fine | (x == allowed)
     if not bool(fine.all()):
-        bad = (~fine).reshape(len(x), -1).any(1) if x.dim() else torch.ones(1)
-        raise InputError(f"{name} holds NaN or infinity in sample {int(bad.nonzero()[0, 0])}")
+        place = (~fine).nonzero()[0].tolist()
+        sample = f" in sample {place[0]}, at {place}" if place else ""
+        raise InputError(f"{name} holds NaN or infinity{sample}: {x[tuple(place)].item()}; {advice}")
 
 
 def rejected(model: nn.Module, error: Exception, tensors: Sequence[Tensor]) -> InputError:

@@ -18,7 +18,7 @@ from fastrel.engine import Call, Engine
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.explanation import Explanation
 from fastrel.graph.ambient import plainly
-from fastrel.inputs import check_finite, image_size, rejected
+from fastrel.inputs import OVERFLOW, check_finite, image_size, rejected
 from fastrel.maps import TokenMap
 from fastrel.methods.integrated_gradients import integrated_gradients
 from fastrel.noise import Maps, floor, perturbed
@@ -108,6 +108,12 @@ class Prediction:
         owners = [".".join(owner) if isinstance(owner, tuple) else "a constant" for owner in call.captured.owners]
         named = [*zip([*owners, *call.names], call.values, strict=True)]
         self._versions = Versions([*named, *(("the output", x) for x in self._outputs)], values=kept)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: copies would hold parameters of their own, which are not the model's."""
+        raise InputError(
+            "a prediction belongs to its model and cannot be copied or pickled; copy or pickle its explanation"
+        )
 
     @property
     def logits(self) -> Tensor:
@@ -209,9 +215,10 @@ class Prediction:
 
     def _maps(self, program: Program, rows: list[Any], grids: list[Any], several: bool) -> dict[str, TokenMap]:
         found: dict[str, TokenMap] = {}
+        asked, placed = self._options.grid, False
         for where, row, grid in zip(program.maps, rows, grids, strict=True):
             relevance = row.reshape(*row.shape[:2], -1).transpose(0, 1)
-            check_finite("the explanation", relevance)
+            check_finite("the explanation", relevance, OVERFLOW)
             name = self._call.names[where.input] + where.branch
             if len(relevance) != len(self.logits):
                 raise UnsupportedModelError(
@@ -219,10 +226,16 @@ class Prediction:
                     "texts or pictures of a sample into the batch; explain what reads one of them (a choice, a side) by itself"
                 )
             patches = self._on_grid(relevance) if grid is None else grid.transpose(0, 1)
+            if asked and grid is not None and tuple(grid.shape[2:]) != tuple(asked):
+                raise InputError(f"the patches of {name} lie on {tuple(grid.shape[2:])}, not on grid={asked}")
             if not several:
                 relevance, patches = relevance[:, 0], None if patches is None else patches[:, 0]
+            placed = placed or patches is not None
             value = self._call.values[len(self._call.captured.owners) + where.input]
             found[name] = TokenMap(relevance, patches, image_size(value, where.picture))
+        if asked and not placed:
+            sizes = ", ".join(f"{one.relevance.shape[-1]} of {name}" for name, one in found.items())
+            raise InputError(f"grid={asked} does not fit the tokens: {sizes}")
         return found
 
     def _on_grid(self, relevance: Tensor) -> Tensor | None:

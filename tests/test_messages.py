@@ -1,5 +1,7 @@
 """What is said to a call that cannot be right: at most three lines, the value that is wrong, and what to do; nothing on stderr."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,22 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
+
+
+class Choosing(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.mean() > 0 else -self.layer(x)
+
+
+def _poisoned() -> nn.Module:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()
+    nn.init.constant_(model.head.weight, float("nan"))
+    return model
+
+
+def _in_inference() -> nn.Module:
+    with torch.inference_mode():
+        return Plain().eval()
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +96,16 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an output that is none": (lambda a: a.read.using(output="nope")(input_ids=a.ids), r"nope.*logits"),
     "NaN in a picture": (lambda a: a.see(_nan(a, float("nan"))), r"nan|NaN"),
     "infinity in a picture": (lambda a: a.see(_nan(a, float("inf"))), r"inf"),
+    "where the NaN is": (lambda a: a.see(_nan(a, float("nan"))), r"x holds NaN.*sample 1, at \[1, 0, 3, 4\].*mask or replace"),
+    "NaN in a weight": (lambda a: fastrel.Explainer(_poisoned())(torch.randn(2, 3, 32, 32)), r"output holds NaN.*weights"),
+    "no classes": (lambda a: a.see(a.images, target=[]), r"\[\] holds no classes"),
+    "a grid of another size": (lambda a: a.see.using(grid=(9, 9))(a.images, target=1), r"x lie on \(2, 2\), not on grid=\(9, 9\)"),
+    "a copy of a prediction": (lambda a: copy.deepcopy(a.see.predict(a.images)), r"copy or pickle its explanation"),
+    "a pickled prediction": (lambda a: pickle.dumps(a.see.predict(a.images)), r"copy or pickle its explanation"),
+    "a model made in inference mode": (lambda a: fastrel.Explainer(_in_inference())(torch.zeros(2, 4)), r"weight.*inference mode"),
+    "a model without numbers": (lambda a: fastrel.Explainer(Plain().to("meta"))(torch.zeros(2, 4)), r"layer\.weight.*meta.*load"),
+    "a model that chooses by numbers": (lambda a: fastrel.Explainer(Choosing())(torch.zeros(2, 4)), r"Choosing.*torch\.where"),
+    "live that is no switch": (lambda a: fastrel.Explainer(a.vit, live="no"), r"live.*'no'"),
     "four channels": (lambda a: a.see(torch.randn(2, 4, 32, 32)), r"2, 4, 32, 32|4 channels"),
     "a picture without a batch": (lambda a: a.see(a.images[0]), r"3, 32, 32"),
     "an array": (lambda a: a.see(a.images.numpy()), r"ndarray"),

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
 import logging
 import sys
 import threading
@@ -292,12 +293,35 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ba
             raise
         except Exception as error:
             raise CaptureError(
-                f"torch.export could not capture {type(model).__name__}: {first_line(error)}. "
-                "Check that model(*inputs) runs in eval mode; data-dependent control flow cannot be captured.",
+                f"torch.export could not capture {type(model).__name__}: {first_line(error)}. {_advice(error)}",
                 details="\n".join([*said, str(error)]),
             ) from error
         finally:
             _forget()
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model whose weights have no numbers, or none that anything can be derived from.
+
+    Raises:
+        CaptureError: naming the first.
+    """
+    for name, x in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if x.is_inference():
+            raise CaptureError(
+                f"{name} of {type(model).__name__} was made in inference mode, so nothing can be derived from it; make or load the "
+                "model outside of torch.inference_mode()"
+            )
+        if x.device.type == "meta":
+            raise CaptureError(
+                f"{name} of {type(model).__name__} is on device meta and has no numbers; load its weights first"
+            )
+
+
+def _advice(error: Exception) -> str:
+    if "data-dependent" in str(error):
+        return "Its code chooses by the numbers in its tensors, which a graph cannot: use torch.where, or make the choice an argument."
+    return "Check that model(*inputs) runs in eval mode and that its code computes with torch alone; --debug shows torch's log."
 
 
 def _release(graph: fx.Graph) -> None:

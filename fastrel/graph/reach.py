@@ -98,7 +98,7 @@ _FORMATTING = frozenset(
 )
 
 #: Libraries that ask so only to leave out warnings and short cuts to the same numbers.
-_SAME_EITHER_WAY = frozenset({"timm", "torchvision", "transformers"})
+_SAME_EITHER_WAY = frozenset({"accelerate", "huggingface_hub", "peft", "timm", "torchvision", "transformers"})
 
 #: Methods that Python calls without naming them, but for those that make and show objects.
 _UNNAMED = frozenset(
