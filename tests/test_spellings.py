@@ -118,6 +118,19 @@ def sequence_first(w: Block, x: Tensor) -> Tensor:
     return w.o(out.transpose(0, 1).reshape(length, batch, D)).transpose(0, 1)
 
 
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads in groups, [B, groups, heads of one, T, d], as grouped queries have them."""
+    q, k, v = (y.unflatten(1, (-1, 2)) for y in (q, k, v))
+    return (scores(q, k).softmax(-1) @ v).flatten(1, 2)
+
+
+def grouped_keys(w: Block, x: Tensor) -> Tensor:
+    """Groups whose keys and values are one for all their heads, and here one group."""
+    q = heads(w.q(x))[:, None]
+    k, v = (heads(y(x))[:, :, None].transpose(1, 2) for y in (w.k, w.v))
+    return w.o(tokens((scores(q, k).softmax(-1) @ v).squeeze(1)))
+
+
 def multihead(w: Block, x: Tensor) -> Tensor:
     weight, bias = merged(w)
     x = x.transpose(0, 1)
@@ -206,6 +219,8 @@ ATTENTION: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "softmax of columns": of_heads(lambda q, k, v: torch.einsum("bhkq,bhkd->bhqd", scores(k, q).softmax(2), v)),
     "heads with the batch": of_heads(by_bmm),
     "baddbmm": of_heads(by_baddbmm),
+    "heads in groups": of_heads(grouped),
+    "one group of heads": grouped_keys,
     "heads one by one": one_by_one,
     "heads stacked": of_heads(lambda q, k, v: torch.stack([scores(q[:, i], k[:, i]).softmax(-1) @ v[:, i] for i in range(HEADS)], 1)),
     "einsum of weights": einsum_of_weights,

@@ -271,3 +271,28 @@ def test_constants_in_the_place_of_features_take_no_part_of_a_row(features: str)
     model, x = Replacing(1).double().eval(), torch.randn(2, 6, 8, dtype=torch.float64)
     total = fastrel.Explainer(model, "rollout")(x, target=0).relevance.sum(1)
     torch.testing.assert_close(total, torch.ones_like(total))
+
+
+class Grouped(nn.Module):
+    """Two keys and values for four heads, the heads beside their group or repeated."""
+
+    def __init__(self, repeated: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.kv, self.head, self.repeated = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 3), repeated
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (2, 2, 4)).permute(0, 2, 3, 1, 4)  # [B, groups, heads of one, T, d]
+        k, v = (y.unflatten(-1, (2, 1, 4)).permute(0, 2, 3, 1, 4) for y in self.kv(x).chunk(2, -1))
+        if self.repeated:
+            q, k, v = (y.flatten(1, 2) for y in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)))
+        y = (q @ k.mT).softmax(-1) @ v
+        y = y if self.repeated else y.flatten(1, 2)
+        return self.head(y.transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("method", ["transformer_attribution", "rollout", "attnlrp", "lrp"])
+def test_heads_beside_their_group_are_heads(method: str) -> None:
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    own, other = (fastrel.Explainer(Grouped(r).double().eval(), method)(x, target=1) for r in (False, True))
+    torch.testing.assert_close(own.relevance, other.relevance)

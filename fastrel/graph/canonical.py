@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -294,26 +294,65 @@ def heads_in_dimension_one(graph: fx.Graph, axes: Labelled) -> bool:
         lead = axes[node.args[0]][:-2]
         plain = len(lead) == 2 and axes_.is_feature(lead[1]) and not any(role == "feature" for _, role in lead[0])
         factors = [factor for axis in lead for factor in axis]
-        counts = [sum(role == "batch" for _, role in factors), *(isinstance(n, int) for n in node.meta["val"].shape[1:])]
-        if plain or counts[0] != 1 or not all(counts[1:]) or factors[0][1] != "batch":
+        static = all(isinstance(n, int) for n in node.args[0].meta["val"].shape[1 : len(lead)])
+        if plain or sum(role == "batch" for _, role in factors) != 1 or factors[0][1] != "batch" or not static:
             continue
-        sizes = [-1, *(size for size, _ in factors[1:])]
-        order = sorted(range(len(factors)), key=lambda i: factors[i][1] == "feature")
-        heads = math.prod(size for size, role in factors if role == "feature")
-        rest, last = len(factors), node.meta["val"].shape
-        back = [order.index(i) for i in range(rest)]
-
-        def moved(x: Any, sizes: Any = sizes, order: Any = order, heads: int = heads, rest: int = rest) -> fx.Node:
-            ends = list(x.meta["val"].shape[-2:])
-            split = insert_call(graph, aten.reshape.default, x, [*sizes, *ends])
-            turned = insert_call(graph, aten.permute.default, split, [*order, rest, rest + 1])
-            return insert_call(graph, aten.reshape.default, turned, [-1, heads, *ends])
-
+        if not lead[0] or any(x.meta["val"].dim() != len(lead) + 2 for x in node.args):
+            continue
         with graph.inserting_before(node):
-            product = insert_like(node, node.target, moved(node.args[0]), moved(node.args[1]))
-            split = insert_call(graph, aten.reshape.default, product, [*(sizes[i] for i in order), *last[-2:]])
-            turned = insert_call(graph, aten.permute.default, split, [*back, rest, rest + 1])
-            result = insert_call(graph, aten.reshape.default, turned, [-1, *last[1:]])
+            there = functools.partial(_heads_in_one, lead)
+            product = insert_like(node, node.target, there(node.args[0]), there(node.args[1]))
+            result = _heads_back(lead, product)
         replace(node, result)
         found = True
     return found
+
+
+def _order(lead: Sequence[axes_.Axis]) -> list[int]:
+    """The factors of leading dimensions in the order: batch and windows, heads."""
+    factors = [factor for axis in lead for factor in axis]
+    return sorted(range(len(factors)), key=lambda i: factors[i][1] == "feature")
+
+
+def _heads_in_one(lead: Sequence[axes_.Axis], x: Any) -> fx.Node:
+    """[*lead, T, ·] -> [batch and windows, heads, T, ·]."""
+    graph, factors = x.graph, [factor for axis in lead for factor in axis]
+    sizes = [math.prod(size for size, _ in axis) for axis in lead[1:]]
+    if any(size != n for size, n in zip(x.meta["val"].shape[1:], sizes, strict=False)):  # one value for several heads
+        x = insert_call(graph, aten.expand.default, x, [-1, *sizes, -1, -1])
+    for dim in reversed(range(len(lead))):
+        if not lead[dim]:
+            x = insert_call(graph, aten.squeeze.dim, x, dim)
+        elif len(lead[dim]) > 1:
+            parts = [-1 if role == "batch" else size for size, role in lead[dim]]
+            x = insert_call(graph, aten.unflatten.int, x, dim, parts)
+    count, order = len(factors), _order(lead)
+    if order != sorted(order):
+        x = insert_call(graph, aten.permute.default, x, [*order, count, count + 1])
+    outer = sum(role != "feature" for _, role in factors)
+    if count > outer:
+        x = insert_call(graph, aten.flatten.using_ints, x, outer, count - 1)
+    else:
+        x = insert_call(graph, aten.unsqueeze.default, x, count)
+    return insert_call(graph, aten.flatten.using_ints, x, 0, outer - 1)
+
+
+def _heads_back(lead: Sequence[axes_.Axis], x: fx.Node) -> fx.Node:
+    """The other way round."""
+    graph, factors = x.graph, [factor for axis in lead for factor in axis]
+    sizes = [-1 if role == "batch" else size for size, role in factors]
+    count, order = len(factors), _order(lead)
+    outer = sum(role != "feature" for _, role in factors)
+    if count > outer:
+        x = insert_call(graph, aten.unflatten.int, x, 1, [sizes[i] for i in order[outer:]])
+    else:
+        x = insert_call(graph, aten.squeeze.dim, x, 1)
+    x = insert_call(graph, aten.unflatten.int, x, 0, [sizes[i] for i in order[:outer]])
+    if order != sorted(order):
+        x = insert_call(graph, aten.permute.default, x, [*(order.index(i) for i in range(count)), count, count + 1])
+    for dim, axis in enumerate(lead):
+        if not axis:
+            x = insert_call(graph, aten.unsqueeze.default, x, dim)
+        elif len(axis) > 1:
+            x = insert_call(graph, aten.flatten.using_ints, x, dim, dim + len(axis) - 1)
+    return x
