@@ -1,5 +1,10 @@
 """Errors that fastrel raises. Each message quotes the offending value and says what to do about it."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class FastrelError(Exception):
     """Base of all errors that fastrel raises on purpose."""
@@ -23,6 +28,19 @@ class CaptureError(FastrelError, RuntimeError):
 
 class UnsupportedModelError(FastrelError, RuntimeError):
     """The captured graph holds something that has no relevance rule here."""
+
+
+@contextlib.contextmanager
+def needed(by: str, extra: str) -> Iterator[None]:
+    """Around imports of what only some need: says how to install it.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f'{by} needs {error.name}: pip install "fastrel[{extra}]"') from error
 
 
 def first_line(error: BaseException) -> str:

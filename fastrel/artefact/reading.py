@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastrel.artefact.metadata import Metadata, extra
 from fastrel.data.preprocessing import Preprocessing
-from fastrel.errors import InputError
+from fastrel.errors import InputError, needed
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ def reader(path: str | os.PathLike[str], about: Metadata) -> ReadsPictures | Rea
             f"the artefact {os.fspath(path)!r} carries neither a preprocessing described by numbers nor a tokenizer; export it "
             "with loaded=fastrel.models.load(…), or feed it tensors"
         )
-    try:
+    with needed("an artefact of texts", "serve"):
         from tokenizers import Tokenizer
-    except ImportError as error:
-        raise InputError('artefacts of texts need tokenizers: pip install "fastrel[serve]"') from error
     names = tuple(x.name for x in about.inputs)
     return ReadsTexts(Tokenizer.from_str(extra(path, about.reader["tokenizer"])), names, about.reader["limit"])
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastrel.data import pictures
 from fastrel.data.items import ImageItem
-from fastrel.errors import InputError
+from fastrel.errors import InputError, needed
 
 
 def _open(path: Path) -> Image.Image:
@@ -124,10 +124,8 @@ def imagenet_segmentation(path: Path) -> list[ImageItem]:
     Raises:
         InputError: h5py is not installed, or the file is something else.
     """
-    try:
+    with needed("reading .mat files", "evaluate"):
         import h5py
-    except ImportError as error:
-        raise InputError('reading .mat files needs h5py: pip install "fastrel[evaluate]"') from error
 
     def picture(i: int) -> Image.Image:
         with h5py.File(path) as file:

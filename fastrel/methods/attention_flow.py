@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrel.errors import InputError
+from fastrel.errors import InputError, needed
 
 #: One flow is computed per token and sample on a graph of this many edges; more would take minutes.
 MAX_EDGES = 400_000
@@ -42,8 +42,9 @@ def attention_flow(row: Tensor, *maps: Tensor) -> Tensor:
 
 def _flows(row: np.ndarray, steps: list[np.ndarray]) -> Tensor:
     """Flow from a source, joined to the top tokens by `row`, to each bottom token on its own."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import maximum_flow
+    with needed("attention_flow", "flow"):
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import maximum_flow
 
     tokens, top = len(row), len(steps)
     heads, tails, capacities = [], [], []

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastrel.errors import InputError
+from fastrel.errors import needed
 
 STEPS = 50
 
@@ -18,10 +18,8 @@ def integrated_gradients(score: Callable[[Tensor], Tensor], image: Tensor) -> Te
     Raises:
         InputError: captum is not installed.
     """
-    try:
+    with needed("integrated_gradients", "captum"):
         from captum.attr import IntegratedGradients
-    except ImportError as error:
-        raise InputError('integrated_gradients needs captum: pip install "fastrel[captum]"') from error
     with torch.enable_grad():
         attributions = IntegratedGradients(score).attribute(image, n_steps=STEPS, internal_batch_size=max(8, len(image)))
     return attributions.detach().sum(1)

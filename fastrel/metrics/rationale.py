@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fastrel.errors import InputError
+from fastrel.errors import InputError, needed
 
 Span = tuple[int, int]
 
@@ -64,7 +64,8 @@ def average_precision(scores: np.ndarray, rationale: np.ndarray) -> float:
     Raises:
         InputError: shapes that do not fit.
     """
-    from sklearn.metrics import average_precision_score
+    with needed("average precision", "evaluate"):
+        from sklearn.metrics import average_precision_score
 
     _check(scores, rationale)
     return float(average_precision_score(rationale, scores)) if rationale.any() else float("nan")

@@ -8,6 +8,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrel.errors import needed
 from fastrel.metrics.pointing import check_shapes
 
 
@@ -42,7 +43,8 @@ def segmentation(maps: Tensor, masks: Tensor) -> SegmentationScores:
     Raises:
         InputError: shapes that do not fit.
     """
-    from sklearn.metrics import average_precision_score
+    with needed("average precision", "evaluate"):
+        from sklearn.metrics import average_precision_score
 
     check_shapes(maps, masks)
     heat = F.interpolate(maps[:, None].double(), size=masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastrel.data.preprocessing import Prepare, Preprocessing, Wrapped
-from fastrel.errors import InputError, first_line
+from fastrel.errors import InputError, first_line, needed
 from fastrel.models import state, zero_shot
 from fastrel.models.loaded import Kind, Loaded
 from fastrel.models.readers import Pictures, PicturesWithText, Texts
@@ -187,10 +187,8 @@ def _from(kind: Any, name: str) -> Any:
 
 
 def _library(name: str) -> Any:
-    try:
+    with needed(repr(name), "text"):
         import transformers
-    except ImportError as error:
-        raise InputError(f'{name!r} needs transformers: pip install "fastrel[text]"') from error
     return transformers
 
 
