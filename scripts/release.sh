@@ -4,7 +4,7 @@
 #   scripts/release.sh              builds into dist/ and checks
 #   scripts/release.sh --upload     the same, then asks, tags and uploads with twine
 #
-# The wheel holds Python and the sources of the kernels, which are compiled at first use; FASTREL_BUILD=skip keeps them out of it.
+# The wheel holds the CPU kernels, compiled (scripts/wheel.sh), and the sources of all. FASTREL_RELEASE_TORCH="2.10.0 2.15.0" tries it with these.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 upload=no
@@ -27,10 +27,10 @@ fi
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+# Builds both, and tries the wheel where there is no compiler.
+scripts/wheel.sh ${FASTREL_RELEASE_TORCH-}
 python3 -m venv "$work/tools"
-"$work/tools/bin/pip" install --quiet build twine
-rm -rf dist
-FASTREL_BUILD=skip "$work/tools/bin/python" -m build --outdir dist . > "$work/build.log" || { tail -20 "$work/build.log" >&2; fail "the build failed"; }
+"$work/tools/bin/pip" install --quiet twine
 "$work/tools/bin/twine" check --strict dist/*
 
 # The wheel is made from the sdist: what it lacks, the sdist lacks.
@@ -45,7 +45,7 @@ version = sys.argv[1]
 assert f"-{version}-" in wheel.name and sdist.name == f"fastrel-{version}.tar.gz", (wheel.name, sdist.name)
 names = set(zipfile.ZipFile(wheel).namelist())
 for needed in (
-    "fastrel/py.typed", "fastrel/demo/model.safetensors", "fastrel/demo/scenes.npz", "fastrel/serving/page.html",
+    "fastrel/_C.abi3.so", "fastrel/py.typed", "fastrel/demo/model.safetensors", "fastrel/demo/scenes.npz", "fastrel/serving/page.html",
     "fastrel/csrc/cpu/zplus_linear.cpp", "fastrel/csrc/include/fastrel/kernels.h", "fastrel/csrc/cuda/linear.cu",
     "fastrel/triton_kernels/zplus_linear.py",
 ):
@@ -57,15 +57,6 @@ for needed in ("pyproject.toml", "setup.py", "LICENSE", "README.md", "csrc/cpu/z
 print(f"{wheel.name}: {len(names)} files, {sdist.name}: {len(inside)} files")
 PYTHON
 
-# Installed where nothing of the checkout is in the way. FASTREL_RELEASE_PYTHON: a Python that has torch and the rest already.
-if [ -n "${FASTREL_RELEASE_PYTHON-}" ]; then
-  "$FASTREL_RELEASE_PYTHON" -m pip install --quiet --no-deps --target "$work/site" dist/*.whl
-  (cd "$work" && PYTHONPATH="$work/site" "$FASTREL_RELEASE_PYTHON" -m fastrel demo --out "$work/demo" > /dev/null)
-else
-  python3 -m venv "$work/user"
-  "$work/user/bin/pip" install --quiet dist/*.whl
-  (cd "$work" && "$work/user/bin/fastrel" demo --out "$work/demo" > /dev/null)
-fi
 echo "release: $version is built in dist/ and explains its samples"
 
 [ "$upload" = yes ] || { echo "release: nothing was uploaded; --upload does"; exit 0; }
