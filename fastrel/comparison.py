@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastrel.graph.ambient import plainly
 from fastrel.graph.capture import LOCK, Captured
 from fastrel.graph.clone import package, structural_clone
+from fastrel.graph.reach import mentioned_in
 from fastrel.graph.results import plain
 
 #: How far outputs may lie apart, relative to the largest: operators are the same, but some fuse in another order.
@@ -33,7 +34,7 @@ SMALL = 1e-2
 
 
 def run_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What the model returns, as in eval mode. A model in training mode is left alone: a clone of its structure runs.
+    """What the model returns, as in eval mode. A model in training mode is left as it is: a clone of its structure runs.
 
     It gets copies of the inputs, which it may write to.
     """
@@ -43,11 +44,23 @@ def run_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         return copies.setdefault(id(x), x.clone()) if isinstance(x, Tensor) else x
 
     args, kwargs = pytree.tree_map(copy, (tuple(args), dict(kwargs)))
-    if any(module.training for module in model.modules()):
+    if is_training(model):
         with LOCK:
             model = structural_clone(model)
     with torch.no_grad():
         return model(*args, **kwargs)
+
+
+def is_training(model: nn.Module) -> bool:
+    """Whether a part of the model is in training mode that may do something else there: a layer of torch's only if it asks."""
+    return any(module.training and _asks_for_mode(type(module)) for module in model.modules())
+
+
+def _asks_for_mode(cls: type) -> bool:
+    if package(cls.__module__) != "torch":
+        return True
+    functions = (x for base in cls.__mro__ if base is not nn.Module for x in vars(base).values())
+    return any("training" in mentioned_in(x.__code__) for x in functions if isinstance(x, FunctionType))
 
 
 class Looking(TorchDispatchMode):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastrel import backends
 from fastrel import precision as precision_
-from fastrel.comparison import Looking, converts, difference, run_model
+from fastrel.comparison import Looking, converts, difference, is_training, run_model
 from fastrel.errors import CaptureError
 from fastrel.graph.ambient import outside_inference
 from fastrel.graph.capture import LOCK, Captured, Signature, capture, check_weights, in_order
@@ -257,7 +257,7 @@ class Engine:
         if not due and self._is_settled(entry, tensors):
             return entry, owned
         apart = entry.fingerprint.tells_apart
-        if apart and any(module.training for module in self.model.modules()):
+        if apart and is_training(self.model):
             raise CaptureError(
                 f"{type(self.model).__name__} is in training mode, where fastrel runs a copy of its modules, and its code {apart}, so "
                 "that a copy may compute something else; call model.eval() first"

@@ -717,8 +717,18 @@ def test_code_that_tells_modules_from_copies_of_them_is_never_explained_by_a_cop
     if training == "all":
         model.train()
     elif training == "one module":
-        model.head.train()
+        model.add_module("drop", nn.Dropout(0.0).train())
     with pytest.raises(fastrel.CaptureError, match=r"not the model|call model\.eval\(\) first"):
+        fastrel.Explainer(model)(x)
+
+
+@pytest.mark.parametrize("make", [ById, ByModule, hooked])
+def test_a_layer_that_trains_as_it_predicts_leaves_the_model_itself_to_be_compared(make: Any) -> None:
+    """A head put in the place of another is in training mode, which is nothing to it."""
+    model, x = make().eval(), tokens()
+    model.add_module("second", nn.Linear(4, 4))
+    GAINS[id(model)] = BY_MODULE[model] = 1.2
+    with pytest.raises(fastrel.CaptureError, match="not the model"):
         fastrel.Explainer(model)(x)
 
 
