@@ -18,6 +18,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+#: Files that take longest, the longest first: begun last, one of them would be all that one worker has left to do.
+LONG = (
+    "test_triton.py",
+    "test_properties.py",
+    "test_live_model.py",
+    "test_coverage.py",
+    "test_spellings.py",
+    "test_stability.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; xdist hands files out in this order (--no-loadscope-reorder)."""
+    places = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def vit_artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tests.tiny:vit` as an artefact with its preprocessing, which takes long to export."""
