@@ -362,3 +362,25 @@ def test_odd_objects_are_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
     print_ = Fingerprint(model)
     monkeypatch.setattr(options, "strength", 3.0)
     assert not print_.matches()
+
+
+class Wrapping(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.global_model = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.global_model(x)
+
+
+class Referring(Wrapping):
+    def forward(self, x: Tensor) -> Tensor:
+        return global_model(x)
+
+
+global_model = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(("cls", "refers"), [(Wrapping, False), (Referring, True)])
+def test_code_refers_to_a_module_of_the_model_by_a_global_not_by_an_attribute_of_its_name(cls: type, refers: bool) -> None:
+    assert (Fingerprint(cls(global_model)).tells_apart is not None) == refers

@@ -322,6 +322,9 @@ class Reach:
         for cell in cells:
             self.around.add(Cell(cell))
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        # An attribute that is called as a global is, such as `model`, does not refer to it.
+        own = {name for name in here if id(space[name]) in self._modules}
+        here = [name for name in here if name not in own or name in _globals_of(function.__code__)]
         self._behind_code += [*map(content, cells), *(space[name] for name in here), *defaults]
 
 
@@ -342,6 +345,13 @@ def mentioned_in(code: types.CodeType) -> frozenset[str]:
         elif isinstance(x, str) and x.isidentifier():
             found.add(x)
     return frozenset(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _globals_of(code: types.CodeType) -> frozenset[str]:
+    """Names that a code object and those nested in it look up as globals."""
+    nested = (_globals_of(x) for x in code.co_consts if isinstance(x, types.CodeType))
+    return frozenset(x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL").union(*nested)
 
 
 @functools.lru_cache(maxsize=4096)
