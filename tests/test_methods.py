@@ -232,6 +232,55 @@ def test_encoder_decoder_attention_of_detr(method: str) -> None:
     assert explanation.relevance.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", ["timm_vit", "timm_vit_mean_pooled"])
+def test_legrad_is_the_positive_gradient_of_all_maps_by_autograd(name: str) -> None:
+    """The authors' sum over blocks of the mean over heads and queries, the score being the model's output in every block."""
+    model, x, target = models.build(name), models.inputs(name, batch=2)["x"], torch.tensor([2, 4])
+    maps: list[Tensor] = []
+
+    def kept_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+        maps.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
+        return maps[-1] @ v
+
+    ours = fastrel.Explainer(model, "legrad")(x, target=target).relevance
+    late = fastrel.Explainer(model, "legrad", start_layer=-1)(x, target=target).relevance
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", kept_attention)
+        score = model(x).gather(1, target[:, None]).sum()
+    gradients = torch.autograd.grad(score, maps)
+    expected = torch.stack([g.clamp(min=0).mean((1, 2)) for g in gradients])
+    assert golden.relative_error(ours, expected.sum(0)) < 1e-10
+    assert golden.relative_error(late, expected[-1]) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "hf_bert_eager"])
+def test_attcat_equals_its_definition_and_ignores_padding(name: str) -> None:
+    """Gradient times what each block reads, times the attention that the token receives: the authors' code, text by text."""
+    model, given, target = models.build(name), models.inputs(name, batch=2), torch.tensor([3, 1])
+    eager = models.build("hf_bert_eager")
+    eager.load_state_dict(model.state_dict())
+    given["attention_mask"][1, 8:] = 0
+    explainer = fastrel.Explainer(model, "attcat")
+    ours = explainer(**given, target=target).relevance
+    for i, length in enumerate((12, 8)):
+        alone = {key: x[i : i + 1, :length] for key, x in given.items()}
+        out = eager(**alone, output_attentions=True, output_hidden_states=True)
+        hidden = out.hidden_states[:-1]
+        gradients = torch.autograd.grad(out.logits[0, target[i]], hidden)
+        expected = sum((g * h).sum(-1) * a.mean((1, 2)) for g, h, a in zip(gradients, hidden, out.attentions, strict=True))
+        assert golden.relative_error(ours[i, :length], expected[0].detach()) < 1e-10
+    assert not ours[1, 8:].any()
+
+
+def test_methods_that_read_all_maps_give_padding_nothing() -> None:
+    model, given = models.build("hf_bert"), models.inputs("hf_bert", batch=2)
+    given["attention_mask"][1, 8:] = 0
+    for name in ("legrad", "attcat"):
+        relevance = fastrel.Explainer(model, name)(**given, target=[1, 4]).relevance
+        assert relevance[1, :8].any()
+        assert not relevance[1, 8:].any()
+
+
 def test_attention_flow_equals_networkx() -> None:
     model, x = models.build("timm_vit"), models.inputs("timm_vit", batch=1)["x"]
     blocks = fastrel.Explainer(model, "rollout").trace(x)

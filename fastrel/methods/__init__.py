@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastrel.errors import InputError
+from fastrel.methods.all_maps import attcat, legrad
 from fastrel.methods.attention_flow import attention_flow
 from fastrel.transform.method import AllMaps, Chain, LaneSum, Method, PathIntegral
 
@@ -64,6 +65,20 @@ METHODS = {
             cost="1.1",
             reading=Chain("gradcam", residual=False),
             start_layer=-1,
+        ),
+        Method(
+            "legrad",
+            "gradient of every attention map, positive part, averaged over heads and queries, blocks added up",
+            "after Bousselham et al., ICCV 2025, by the gradient of the model's own output in every block",
+            cost="2",
+            reading=AllMaps(legrad, of=("gradient", "attention")),
+        ),
+        Method(
+            "attcat",
+            "what each block reads times its gradient, weighted by the attention that the token receives, added up",
+            "Qiang et al., NeurIPS 2022",
+            cost="2",
+            reading=AllMaps(attcat, of=("tokens", "attention")),
         ),
         Method(
             "partial_lrp",

@@ -12,6 +12,10 @@ from torch import Tensor
 Update = Literal["gradient_relevance", "gradient_attention", "gradcam", "relevance", "attention"]
 UPDATES: tuple[Update, ...] = get_args(Update)
 
+#: What a block hands to a function of all maps.
+Kind = Literal["attention", "gradient", "relevance", "tokens"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
 _OF_GRADIENT: tuple[Update, ...] = ("gradient_relevance", "gradient_attention", "gradcam")
 _OF_RELEVANCE: tuple[Update, ...] = ("gradient_relevance", "relevance")
 
@@ -55,11 +59,24 @@ class LaneSum:
 
 @dataclass(frozen=True)
 class AllMaps:
-    """A function of what the head reads [K, B, T] and of all attention maps [B, h, T, T], the first block's first."""
+    """A function of what the head reads [K, B, T], and for each kind in `of` of the list of all blocks', the first block's first.
+
+    "attention": A [B, h, Tq, Tk]; "gradient": ∇A, "relevance": R_A, both [K, B, h, Tq, Tk]; "tokens": what a block reads times its
+    gradient, summed over features, [K, B, T]. The function returns the map [K, B, T].
+    """
 
     combine: Callable[..., Tensor]
-    needs_gradient = False
-    needs_relevance = False
+    of: tuple[Kind, ...] = ("attention",)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the gradient lane is used."""
+        return "gradient" in self.of or "tokens" in self.of
+
+    @property
+    def needs_relevance(self) -> bool:
+        """Whether the relevance lane is used."""
+        return "relevance" in self.of
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,7 @@ class Method:
     @property
     def to_the_end(self) -> bool:
         """Whether lanes are carried down to where the map is read, not only to the last attention map."""
-        return isinstance(self.reading, LaneSum)
+        return isinstance(self.reading, LaneSum) or (isinstance(self.reading, AllMaps) and "tokens" in self.reading.of)
 
     @property
     def at_pixels(self) -> bool:

@@ -181,7 +181,12 @@ class _Walk:
         t, reading = self.t, self.t.method.reading
         if isinstance(reading, AllMaps):
             assert t.read_row
-            combined = t.emit.call(reading.combine, t.read_row, *reversed(t.attention_maps))
+            lists = [[t.maps[kind][block] for block in sorted(t.maps[kind])] for kind in reading.of]
+            if any(len(own) < len(t.stretch.blocks) for own in lists):
+                raise UnsupportedModelError(
+                    f"{t.method.name} needs to know what each attention block reads; here some read no tokens"
+                )
+            combined = t.emit.call(reading.combine, t.read_row, *lists)
             for dim in t.features(node):
                 combined = t.emit.call(aten.unsqueeze.default, combined, dim + 1)
             return Lane(combined)
