@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastrel
-from fastrel import methods
+from fastrel import methods, reference
+from fastrel.reference.rollout import attention_received, gradient_relevance, per_attention, rollout
 from tests import golden_files as golden
 from tests import models
 from tests.models import golden_bert, golden_vit
@@ -152,11 +153,56 @@ def identity_gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return x * (value / x.detach())
 
 
-def halved_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+def halved_attention(q: Tensor, k: Tensor, v: Tensor, *, keep: list[Tensor] | None = None, **_: object) -> Tensor:
     def half(t: Tensor) -> Tensor:
         return t / 2 + t.detach() / 2
 
-    return half((half(q) @ half(k).mT * q.shape[-1] ** -0.5).softmax(-1)) @ half(v)
+    a = half((half(q) @ half(k).mT * q.shape[-1] ** -0.5).softmax(-1))
+    if keep is not None:
+        keep.append(a)
+    return a @ half(v)
+
+
+@pytest.mark.parametrize(("name", "target"), VIT_CASES)
+def test_relevance_per_attention_equals_its_definition(name: str, target: int) -> None:
+    """E_h[(∇A ⊙ R)⁺] of the reference's R and ∇A by AttnLRP's rules in autograd, chained, per attention received."""
+    params, image = golden.parameters(name), golden.tensor(golden.load(name)["input"])
+    heads = golden.config(name)["num_heads"]
+    traced = reference.trace(
+        lambda tape: reference.vit(tape, params, image.clone().requires_grad_(), heads=heads), torch.tensor([target])
+    )
+    maps: list[Tensor] = []
+    model = golden_vit(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "layer_norm", frozen_layer_norm)
+        patch.setattr(F, "gelu", identity_gelu)
+        patch.setattr(F, "scaled_dot_product_attention", partial(halved_attention, keep=maps))
+        score = model(image)[0, target]
+    gradients = torch.autograd.grad(score, maps)
+    steps = [gradient_relevance(g, b.relevance) for g, b in zip(gradients, traced.blocks, strict=True)]
+    expected = per_attention(rollout(steps)[:, 0], [attention_received(b.attention) for b in traced.blocks])
+    ours = fastrel.Explainer(model, "relevance_per_attention")(image, target=target).relevance
+    assert golden.relative_error(ours, expected.detach()) < 1e-10
+
+
+def test_attention_received_counts_queries_that_see_a_token() -> None:
+    causal = torch.tensor([[[[1.0, 0, 0], [0.4, 0.6, 0], [0.1, 0.3, 0.6]]]])
+    assert torch.allclose(attention_received(causal), torch.tensor([[0.5, 0.45, 0.6]]))
+    padded = torch.tensor([[[[0.25, 0.75, 0], [0.5, 0.5, 0], [0.9, 0.1, 0]]]])  # nobody attends to the last
+    assert torch.allclose(attention_received(padded), torch.tensor([[0.375, 0.625, 0]]))
+    row = per_attention(torch.tensor([[3.0, 1, 5]]), [attention_received(padded)] * 2)
+    assert torch.allclose(row, torch.tensor([[8.0, 1.6, 0]]))
+
+
+def test_relevance_per_attention_is_for_one_sequence_of_tokens() -> None:
+    from timm.models.swin_transformer import SwinTransformer
+
+    model = SwinTransformer(
+        img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=5
+    ).eval()
+    for method in ("relevance_per_attention", "legrad"):
+        with pytest.raises(fastrel.InputError, match="one and the same sequence of tokens"):
+            fastrel.Explainer(model, method)(torch.randn(1, 3, 32, 32))
 
 
 def test_attnlrp_equals_lxt() -> None:

@@ -22,6 +22,15 @@ METHODS = {
             reading=Chain("gradient_relevance"),
         ),
         Method(
+            "relevance_per_attention",
+            "the same with the gradient by AttnLRP's rules, each token's divided by the attention that it receives",
+            "fastrel, docs/evaluation.md",
+            cost="5",
+            reading=Chain("gradient_relevance"),
+            attnlrp=True,
+            per_attention=True,
+        ),
+        Method(
             "gradient_attention",
             "gradient times attention, positive part, averaged over heads, chained",
             "Chefer, Gur and Wolf, ICCV 2021",
@@ -78,7 +87,7 @@ METHODS = {
             "what each block reads times its gradient, weighted by the attention that the token receives, added up",
             "Qiang et al., NeurIPS 2022",
             cost="2",
-            reading=AllMaps(attcat, of=("tokens", "attention")),
+            reading=AllMaps(attcat, of=("tokens", "received")),
         ),
         Method(
             "partial_lrp",

@@ -11,9 +11,9 @@ from fastrel.errors import InputError
 
 
 def check_same_tokens(name: str, row: Tensor, maps: Sequence[Tensor]) -> None:
-    """Raise InputError unless the maps [..., Tq, Tk] are over the tokens that the head reads, row [K, B, T]."""
-    tokens = row.shape[-1]
-    if any(m.shape[-2:] != (tokens, tokens) for m in maps):
+    """Raise InputError unless the maps [..., B, h, Tq, Tk] are over the tokens that the head reads, row [K, B, T]."""
+    batch, tokens = row.shape[1:]
+    if any((m.shape[-4], *m.shape[-2:]) != (batch, tokens, tokens) for m in maps):
         raise InputError(f"{name} needs attention maps over one and the same sequence of tokens in every block")
 
 
@@ -33,20 +33,14 @@ def legrad(row: Tensor, gradients: Sequence[Tensor], maps: Sequence[Tensor]) -> 
     ).sum(0)
 
 
-def attcat(row: Tensor, tokens: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
+def attcat(row: Tensor, tokens: Sequence[Tensor], received: Sequence[Tensor]) -> Tensor:
     """Σ_blocks E_heads,queries[A] ⊙ Σ_features(h ⊙ ∂y/∂h), h what the block reads, [K, B, T] (Qiang et al., NeurIPS 2022).
 
-    Queries that no one attends to, which are padding, are left out of the mean. tokens [K, B, T], maps A [B, h, T, T].
+    Padding is left out of the mean. tokens [K, B, T], received [B, T].
 
     Raises:
         InputError: the maps change the number of tokens.
     """
-    check_same_tokens("attcat", row, maps)
-    return torch.stack([cat * received(a) for cat, a in zip(tokens, maps, strict=True)]).sum(0)
-
-
-def received(a: Tensor) -> Tensor:
-    """The attention that each token receives, mean over heads and queries but padding, [B, h, T, T] -> [B, T]."""
-    mean = a.mean(1)
-    real = (mean.sum(1) > 0).to(a.dtype)
-    return (mean * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+    if any(one.shape[-2:] != row.shape[1:] for one in (*tokens, *received)):
+        raise InputError("attcat needs attention maps over one and the same sequence of tokens in every block")
+    return torch.stack([cat * own for cat, own in zip(tokens, received, strict=True)]).sum(0)

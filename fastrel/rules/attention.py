@@ -14,12 +14,13 @@ from fastrel.graph.patterns import is_attention_value, is_talking_heads_value
 from fastrel.ops.attention import attention_probabilities, carries_scores
 from fastrel.ops.library import REFERENCES
 from fastrel.reference import rules as reference
+from fastrel.reference.rollout import attention_received
 from fastrel.rules.linear import times_parameter
 from fastrel.rules.pointwise import sum_to
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes, Part, Path, Row, Rows
-from fastrel.transform.method import KINDS, AllMaps
+from fastrel.transform.method import Kind
 from fastrel.transform.rollout import settled_share
 
 aten = torch.ops.aten
@@ -105,7 +106,7 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
             t.give(v, row=out.row)
         else:
             t.rollout.end(out.row)
-    if block is not None and isinstance(t.method.reading, AllMaps):
+    if block is not None and t.method.kinds:
         dense = (lane and t.dense(lane, node).node for lane in (out.rel, out.grad))
         every = (t.value(q), keys, values, t.value(mask) if isinstance(mask, fx.Node) else None)
         maps = t.emit.call(attention_maps, *every, *dense, float(scale), bool(is_causal), 0, t.rules)
@@ -113,10 +114,13 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
 
 
 def _keep(t: Context, block: int, maps: Sequence[fx.Node | None]) -> None:
-    """What `AllMaps` asks for of a block: A, ∇A and R_A, all queries."""
-    for kind, part in zip(KINDS, maps, strict=False):
+    """What the method's reading asks for of a block, from its A, ∇A and R_A, all queries."""
+    kinds: tuple[Kind, ...] = ("attention", "gradient", "relevance")
+    for kind, part in zip(kinds, maps, strict=True):
         if part is not None and t.asks(kind):
             t.maps[kind][block] = part
+    if t.asks("received"):
+        t.maps["received"][block] = t.emit.call(attention_received, maps[0])
 
 
 def bias_gradient(
@@ -257,7 +261,7 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
                 t.record(block, name, part)
         if rel_b:
             t.record(block, "value_relevance", rel_b if heads is None else t.emit.call(split_heads, rel_b, heads))
-        if isinstance(t.method.reading, AllMaps):
+        if t.method.kinds:
             every = (t.value(left), *(part and t.dense(Lane(part, rows), left).node for part in (grad_a, rel_a)))
             _keep(t, block, [part and (part if heads is None else t.emit.call(split_heads, part, heads)) for part in every])
         if out.row:

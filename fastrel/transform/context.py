@@ -19,7 +19,7 @@ from fastrel.precision import Products
 from fastrel.reference.rules import Rules, safe_divide
 from fastrel.transform.emit import Emitter
 from fastrel.transform.lanes import Lane, Lanes, Row, Rows
-from fastrel.transform.method import AllMaps, Kind, Method
+from fastrel.transform.method import Kind, Method
 from fastrel.transform.rollout import Rollout
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ class Context:
         emit: writes the reverse graph.
         rollout: keeps book of the row.
         generic: operators that took the generic rule.
-        maps: by kind, what `AllMaps` asks for of the blocks met so far, by their number.
+        maps: by kind, what the method's reading asks for of the blocks met so far, by their number.
         read_row: what the head reads of the last block, [K, B, Tq].
     """
 
@@ -185,7 +185,7 @@ class Context:
 
     def asks(self, kind: Kind) -> bool:
         """Whether the method reads this of every block."""
-        return isinstance(self.method.reading, AllMaps) and kind in self.method.reading.of
+        return kind in self.method.kinds
 
     def record(self, block: int, name: str, node: fx.Node) -> None:
         """Return a node of the reverse graph as part of a trace."""
