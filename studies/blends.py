@@ -97,15 +97,5 @@ READINGS: dict[str, Reading] = {
     "frozen gradient": lambda b: chain(b.frozen),
     "frozen gradient, per attention received": lambda b: per(chain(b.frozen), b.received.mean(0)),
     "frozen gradient, per root of attention received": lambda b: per(chain(b.frozen), b.received.mean(0), 0.5),
-    "frozen gradient, rows scaled to sum 1": lambda b: chain(b.frozen, normalize=True),
-    "frozen gradient, rows scaled, per attention received": lambda b: per(
-        chain(b.frozen, normalize=True), b.received.mean(0)
-    ),
-    "frozen gradient, rows scaled, per root of attention received": lambda b: per(
-        chain(b.frozen, normalize=True), b.received.mean(0), 0.5
-    ),
-    "rows scaled, per root of attention received": lambda b: per(
-        chain(b.relevance, normalize=True), b.received.mean(0), 0.5
-    ),
     "default times gradient": lambda b: (chain(b.relevance) * b.gradient.sum(0)) ** 0.5,
 }

@@ -1,11 +1,11 @@
 """Which reading of the blocks' maps finds what people mark?
 
-    python -m studies.readings SUBJECT [--limit N] [--held-out]     SUBJECT: clip | mosaics | sst | movies
+    python -m studies.readings [SUBJECT …] [--readings NAME …] [--held-out]     SUBJECT: clip | mosaics | sst | movies; default: all
 
 It explains every item once and keeps what all readings are made of: per block E_h[(∇A ⊙ R)⁺], E_h[(∇A ⊙ A)⁺] [T, T], E_h of ∇A⁺
 and of A per token [T], in studies/results/readings/SUBJECT, one file per item. It goes on where it was interrupted. Then it
-prints a table of every reading over one half of the items: the development half, or with --held-out the other one, for which a
-choice must have been made.
+prints the scores of every reading (studies/blends.py) over one half of the items: the development half, or with --held-out the
+other one, for which a choice must have been made. Holm's correction is for all tests printed. About 40 minutes on one core.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastrel import data, metrics, models
 from fastrel.data import ImageItem, TextItem
 from fastrel.evaluation import ImageSubject, TextSubject
 from fastrel.evaluation.store import Score
-from fastrel.evaluation.summary import summarise
+from fastrel.evaluation.summary import Row, holm, summarise
 from fastrel.methods import AllMaps, Method
 from fastrel.transform.method import Chain
 from studies.blends import READINGS, Blocks
@@ -155,7 +155,7 @@ def half(groups: Sequence[str], held_out: bool) -> set[str]:
     return {names[i] for i in order[int(held_out) :: 2]}
 
 
-def scores(subject: str, limit: int | None, held_out: bool, names: Sequence[str] = ()) -> list[Score]:
+def scores(subject: str, limit: int | None, held_out: bool, names: Sequence[str]) -> list[Score]:
     """The scores of readings over one half of the items."""
     own, items = items_of(subject, limit)
     inside = half([item.group for item in items], held_out)
@@ -166,26 +166,49 @@ def scores(subject: str, limit: int | None, held_out: bool, names: Sequence[str]
             continue
         with np.load(file_of(subject, item)) as kept:
             given = Blocks(**{name: kept[name].astype(np.float64) for name in Blocks._fields})
-            readings = {name: READINGS[name](given) for name in (names or READINGS)}
+            readings = {name: READINGS[name](given) for name in names}
             for name, metric, value in score(own, item, kept, readings):
                 found.append(Score(item.name, item.group, name, "study", metric, value))
     return found
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subject", choices=SUBJECTS)
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--held-out", action="store_true")
-    parser.add_argument("--readings", nargs="+", default=[])
-    given = parser.parse_args()
-    limit = given.limit or LIMITS[given.subject]
-    collect(given.subject, limit)
-    made = scores(given.subject, limit, given.held_out, given.readings)
-    rows = summarise(made, list(dict.fromkeys(s.configuration for s in made)))
+def table(subject: str, rows: Sequence[Row]) -> str:
+    """A line per reading: mean, and p before and after correction."""
     columns = list(dict.fromkeys(row.metric for row in rows))
-    table = {(row.configuration, row.metric): row for row in rows}
-    print("| reading | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
+    found = {(row.configuration, row.metric): row for row in rows}
+    lines = [
+        f"**{subject}**, {rows[0].groups} pictures or texts",
+        "",
+        f"| reading | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for name in dict.fromkeys(row.configuration for row in rows):
-        cells = (table[name, metric] for metric in columns)
-        print(f"| {name} | " + " | ".join(f"{c.mean:.3f} (p {c.p:.3f})" for c in cells) + " |")
+        lines.append(f"| {name} | {' | '.join(_cell(found[name, metric]) for metric in columns)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Row) -> str:
+    tested = "" if np.isnan(row.p) else f" (p {row.p:.4f}, corrected {row.corrected:.3f})"
+    return f"{row.mean:.3f}{tested}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", default=list(SUBJECTS))
+    parser.add_argument(
+        "--readings", nargs="+", default=list(READINGS), metavar="NAME", help="the first is compared with the others"
+    )
+    parser.add_argument("--held-out", action="store_true")
+    given = parser.parse_args()
+    rows: dict[str, list[Row]] = {}
+    for subject in given.subjects:
+        collect(subject, LIMITS[subject])
+        rows[subject] = summarise(scores(subject, LIMITS[subject], given.held_out, given.readings), given.readings)
+    together = [row for own in rows.values() for row in own]
+    corrected = iter(holm([row.p for row in together]))
+    for subject, own in rows.items():
+        print(table(subject, [row._replace(corrected=next(corrected)) for row in own]), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -82,6 +82,6 @@ def _area(
     fractions = np.linspace(0, 1, steps + 1)
     curve = [
         model(x).softmax(1).gather(1, target[:, None])[:, 0].double().cpu().numpy()
-        for x in exchanged(images, others, maps, target, fractions)
+        for x in exchanged(images, others, maps, target, fractions.tolist())
     ]
     return np.trapezoid(np.array(curve), fractions, axis=0)
