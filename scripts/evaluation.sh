@@ -7,23 +7,24 @@ out=${1:-results}
 shared=$(cd ../shared && pwd)
 export PYTHONPATH="$shared/models${PYTHONPATH:+:$PYTHONPATH}"
 
-both=(transformer_attribution relevance_per_attention gradient_attention relevance_rollout rollout raw_attention attention_gradcam legrad attcat
-  partial_lrp lrp attnlrp input_x_gradient)
+both=(transformer_attribution relevance_per_attention gradient_attention relevance_rollout rollout raw_attention attention_gradcam
+  legrad attcat partial_lrp lrp attnlrp input_x_gradient)
 images=("${both[@]}" lrp_pixels input_x_gradient_pixels)
+fast=(transformer_attribution relevance_per_attention gradient_attention raw_attention rollout attention_gradcam legrad attcat
+  partial_lrp attnlrp input_x_gradient)
 rules=(--rules positive official)
-clip=(--data "coco:$shared/data/coco_masks" --model real_models:clip_imagenet)
+coco=(--data "coco:$shared/data/coco_masks" --model real_models:clip_imagenet --metric pointing segmentation)
+sst=(--data "sst:$shared/data/sst/trees_dev.txt.gz" --model real_models:minilm_sst2 --normalize)
+movies=(--data "eraser:$shared/data/eraser_movies/val.jsonl.gz" --model real_models:minilm_sst2 --normalize)
 mosaics=(--data mosaics --batch-size 10)
-minilm=(--model real_models:minilm_sst2 "${rules[@]}" --normalize)
 
-fastrel evaluate "${clip[@]}" --methods "${images[@]}" "${rules[@]}" --metric pointing segmentation --out "$out/coco"
+fastrel evaluate "${coco[@]}" --methods "${fast[@]}" --out "$out/coco"
+fastrel evaluate "${coco[@]}" --methods transformer_attribution partial_lrp lrp lrp_pixels "${rules[@]}" --out "$out/coco-rules"
 fastrel evaluate "${mosaics[@]}" --methods "${images[@]}" attention_flow integrated_gradients "${rules[@]}" \
   --metric pointing segmentation --limit 300 --out "$out/mosaics"
 fastrel evaluate "${mosaics[@]}" --methods "${images[@]}" "${rules[@]}" \
   --metric perturbation perturbation-mean insertion --limit 100 --out "$out/mosaics-perturbation"
-fastrel evaluate --data "sst:$shared/data/sst/trees_dev.txt.gz" --methods "${both[@]}" "${minilm[@]}" \
-  --metric rationale --limit 500 --batch-size 25 --out "$out/sst"
-fastrel evaluate --data "eraser:$shared/data/eraser_movies/val.jsonl.gz" --methods "${both[@]}" "${minilm[@]}" \
-  --metric rationale --limit 60 --out "$out/movies"
-fastrel evaluate --data "eraser:$shared/data/eraser_movies/val.jsonl.gz" --methods "${both[@]}" "${minilm[@]}" \
-  --metric faithfulness --limit 20 --out "$out/movies-faithfulness"
+fastrel evaluate "${sst[@]}" --methods "${both[@]}" "${rules[@]}" --metric rationale --limit 500 --batch-size 25 --out "$out/sst"
+fastrel evaluate "${movies[@]}" --methods "${both[@]}" "${rules[@]}" --metric rationale --limit 60 --out "$out/movies"
+fastrel evaluate "${movies[@]}" --methods "${both[@]}" "${rules[@]}" --metric faithfulness --limit 20 --out "$out/movies-faithfulness"
 python scripts/sanity.py "$out/sanity.md"

@@ -24,7 +24,7 @@ from fastrel.data import ahead
 from fastrel.errors import InputError
 from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, summarise
 from fastrel.evaluation.store import Score
-from fastrel.evaluation.summary import holm, interval, paired
+from fastrel.evaluation.summary import holm, interval, markdown, paired
 from fastrel.explainer import Explainer
 from fastrel.models import load
 from tests import models, tiny
@@ -375,6 +375,14 @@ def test_the_permutation_test_agrees_with_the_t_test_on_normal_differences() -> 
         assert mean == differences.mean()
         assert abs(p - ttest_1samp(differences, 0).pvalue) < 0.02
     assert paired(np.ones(10))[1] == pytest.approx(2 / 2**10)
+
+
+def test_tables_say_over_how_many() -> None:
+    made = [Score(str(i), str(i), "ours", "rationale", "average precision", 0.5) for i in range(4)]
+    assert "| average precision ↑ |" in markdown(summarise(made, ["ours"]))
+    assert "over 4 pictures or texts" in markdown(summarise(made, ["ours"]))
+    made.append(Score("0", "0", "ours", "rationale", "token F1 at 10", 0.5))
+    assert "| average precision ↑, n = 4 | token F1 at 10 ↑, n = 1 |" in markdown(summarise(made, ["ours"]))
 
 
 def test_holm_multiplies_by_the_tests_that_are_left() -> None:

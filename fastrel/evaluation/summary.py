@@ -118,15 +118,17 @@ def markdown(rows: Sequence[Row]) -> str:
         means = {name: cells[name, metric].mean for name in names if (name, metric) in cells}
         digits[metric] = 1 if max(map(abs, means.values())) >= 10 else 3
         best[metric] = min(means.values()) if lower_is_better(metric) else max(means.values())
+    counts = {metric: max(row.groups for row in shown if row.metric == metric) for metric in metrics}
+    same = len(set(counts.values())) == 1
+    heads = [f"{m} {'↓' if lower_is_better(m) else '↑'}{'' if same else f', n = {counts[m]}'}" for m in metrics]
     lines = [
-        "| | " + " | ".join(f"{metric} {'↓' if lower_is_better(metric) else '↑'}" for metric in metrics) + " |",
+        f"| | {' | '.join(heads)} |",
         "|---" * (len(metrics) + 1) + "|",
     ]
     for name in names:
         texts = [_cell(cells.get((name, metric)), best[metric], digits[metric]) for metric in metrics]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
-    counts = sorted({row.groups for row in shown})
-    count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    count = f"{counts[metrics[0]]}" if same else "n"
     tests = sum(not np.isnan(row.p) for row in shown)
     note = (
         f"Mean and 95 % interval (bootstrap) over {count} pictures or texts. ∗ p < 0.05, ∗∗ p < 0.01 against {names[0]} on the same "
