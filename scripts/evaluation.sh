@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # The evaluations of docs/evaluation.md, into the folder given (default: results). Goes on where it was interrupted.
-# Needs `pip install ".[evaluate,text,captum]"` and ../shared with its models and data. Minutes on one core in brackets.
+# Needs `pip install ".[evaluate,text,captum]"` and ../shared with its models and data. Hours on one core: COCO with all methods half an
+# hour or more, SST and mosaics ten minutes each, scripts/sanity.py five.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-results}
+mkdir -p "$out"
 shared=$(cd ../shared && pwd)
 export PYTHONPATH="$shared/models${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -18,6 +20,8 @@ sst=(--data "sst:$shared/data/sst/trees_dev.txt.gz" --model real_models:minilm_s
 movies=(--data "eraser:$shared/data/eraser_movies/val.jsonl.gz" --model real_models:minilm_sst2 --normalize)
 mosaics=(--data mosaics --batch-size 10)
 
+python -m studies.readings clip --half both --readings default "frozen gradient, per attention received" "per attention received" \
+  "frozen gradient" "last block" "gradient attention" "gradient (LeGrad)" >"$out/coco-readings.md"
 fastrel evaluate "${coco[@]}" --methods "${fast[@]}" --out "$out/coco"
 fastrel evaluate "${coco[@]}" --methods transformer_attribution partial_lrp lrp lrp_pixels "${rules[@]}" --out "$out/coco-rules"
 fastrel evaluate "${mosaics[@]}" --methods "${images[@]}" attention_flow integrated_gradients "${rules[@]}" \

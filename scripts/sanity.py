@@ -99,7 +99,7 @@ def _cell(values: np.ndarray) -> str:
         return "–"
     values = np.nansum(values, 0)[counted.any(0)] / counted.sum(0)[counted.any(0)]
     low, high = interval(values)
-    return f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
+    return f"{values.mean():.2f}" + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Which reading of the blocks' maps finds what people mark?
 
-    python -m studies.readings [SUBJECT …] [--readings NAME …] [--held-out]     SUBJECT: clip | mosaics | sst | movies; default: all
+    python -m studies.readings [SUBJECT …] [--readings NAME …] [--half WHICH]     SUBJECT: clip | mosaics | sst | movies; default: all
 
 It explains every item once and keeps what all readings are made of: per block E_h[(∇A ⊙ R)⁺], E_h[(∇A ⊙ A)⁺] [T, T], E_h of ∇A⁺
 and of A per token [T], in studies/results/readings/SUBJECT, one file per item. It goes on where it was interrupted. Then it
-prints the scores of every reading (studies/blends.py) over one half of the items: the development half, or with --held-out the
-other one, for which a choice must have been made. Holm's correction is for all tests printed. About 40 minutes on one core.
+prints the scores of every reading (studies/blends.py) over one half of the items: `development`, or `held-out`, for which a choice
+must have been made; or over `both`. Holm's correction is for all tests printed. About 40 minutes on one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ SUBJECTS = {
     "movies": (f"eraser:{SHARED}/data/eraser_movies/val.jsonl.gz", "real_models:minilm_sst2"),
 }
 LIMITS = {"clip": None, "mosaics": 300, "sst": 400, "movies": 60}
+HALVES = {"development": slice(0, None, 2), "held-out": slice(1, None, 2), "both": slice(None)}
 #: The default, whose gradient lane follows AttnLRP's rules.
 FROZEN = Method("frozen", "", "", cost="5", reading=Chain("gradient_relevance"), attnlrp=True)
 
@@ -117,7 +119,7 @@ def collect(subject: str, limit: int | None) -> None:
         part = path.with_suffix(".part.npz")
         np.savez(part, words=np.array([-1 if w is None else w for w in words]), **found._asdict())
         part.rename(path)
-        print(f"{number + 1}/{len(items)} {item.name}", flush=True)
+        print(f"{number + 1}/{len(items)} {item.name}", file=sys.stderr, flush=True)
 
 
 def image_scores(
@@ -148,17 +150,17 @@ def text_scores(
         yield name, "average precision", metrics.average_precision(best, item.rationale)
 
 
-def half(groups: Sequence[str], held_out: bool) -> set[str]:
-    """Every other group in a random order: items of one picture stay together."""
+def half(groups: Sequence[str], which: str) -> set[str]:
+    """Every other group in a random order (items of one picture stay together), or all."""
     names = sorted(set(groups))
     order = np.random.default_rng(1).permutation(len(names))
-    return {names[i] for i in order[int(held_out) :: 2]}
+    return {names[i] for i in order[HALVES[which]]}
 
 
-def scores(subject: str, limit: int | None, held_out: bool, names: Sequence[str]) -> list[Score]:
-    """The scores of readings over one half of the items."""
+def scores(subject: str, limit: int | None, which: str, names: Sequence[str]) -> list[Score]:
+    """The scores of readings over a half of the items."""
     own, items = items_of(subject, limit)
-    inside = half([item.group for item in items], held_out)
+    inside = half([item.group for item in items], which)
     score: Callable[..., Iterator[tuple[str, str, float]]] = image_scores if isinstance(own, ImageSubject) else text_scores
     found = []
     for item in items:
@@ -173,7 +175,7 @@ def scores(subject: str, limit: int | None, held_out: bool, names: Sequence[str]
 
 
 def table(subject: str, rows: Sequence[Row]) -> str:
-    """A line per reading: mean, and p before and after correction."""
+    """A line per reading: mean, its 95 % interval, and p before and after correction."""
     columns = list(dict.fromkeys(row.metric for row in rows))
     found = {(row.configuration, row.metric): row for row in rows}
     lines = [
@@ -189,7 +191,7 @@ def table(subject: str, rows: Sequence[Row]) -> str:
 
 def _cell(row: Row) -> str:
     tested = "" if np.isnan(row.p) else f" (p {row.p:.4f}, corrected {row.corrected:.3f})"
-    return f"{row.mean:.3f}{tested}"
+    return f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]{tested}"
 
 
 def main() -> None:
@@ -198,16 +200,15 @@ def main() -> None:
     parser.add_argument(
         "--readings", nargs="+", default=list(READINGS), metavar="NAME", help="the first is compared with the others"
     )
-    parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--half", choices=HALVES, default="development")
     given = parser.parse_args()
-    rows: dict[str, list[Row]] = {}
+    tables = []
     for subject in given.subjects:
         collect(subject, LIMITS[subject])
-        rows[subject] = summarise(scores(subject, LIMITS[subject], given.held_out, given.readings), given.readings)
-    together = [row for own in rows.values() for row in own]
-    corrected = iter(holm([row.p for row in together]))
-    for subject, own in rows.items():
-        print(table(subject, [row._replace(corrected=next(corrected)) for row in own]), end="\n\n", flush=True)
+        tables.append(summarise(scores(subject, LIMITS[subject], given.half, given.readings), given.readings))
+    corrected = iter(holm([row.p for rows in tables for row in rows]))
+    for subject, rows in zip(given.subjects, tables, strict=True):
+        print(table(subject, [row._replace(corrected=next(corrected)) for row in rows]), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":
