@@ -64,7 +64,9 @@ CONCLUSION = """\
   p = 0.001) and more energy above the map's mean (0.511 against 0.439, p < 0.001); its lead in pointing (0.676) is not significant after
   correction. The last block alone has more energy inside than the default (0.386 against 0.326, p < 0.001). LeGrad points as well as the default
   and spreads far wider; gradient ⊙ attention is behind in everything.
-@MOSAICS@
+- **The shipped mosaics**: **AttnLRP wins** in pointing (0.846 against 0.774, p < 0.05), energy, mAP and mIoU (p < 0.01). `relevance_per_attention` is above the
+  default in energy (0.524 against 0.508), pixel accuracy, mAP (0.700 against 0.685) and mIoU, gradient ⊙ attention in mAP and mIoU, the published rules in energy
+  and behind in mAP (all p < 0.01). The model is small (6 blocks) and its pictures are synthetic.
 - **Text**: on 500 sentences of SST the default (average precision 0.682) is above the published rules (0.661, p < 0.05), AttnLRP (0.638), AttCAT
   (0.599), LeGrad (0.545) and everything without a gradient, all p < 0.01; gradient ⊙ attention (0.670) and `relevance_per_attention` (0.682) are level
   with it.
@@ -96,7 +98,7 @@ def main(results: Path) -> None:
     figures = ROOT / "docs" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     parts = [INTRO, f"{READINGS}\n{(results / 'coco-readings.md').read_text().partition(chr(10) * 2)[2]}"]
-    for folder, title, about in (one for one in SECTIONS if (results / one[0]).exists()):
+    for folder, title, about in (one for one in SECTIONS if (results / one[0] / "results.md").exists()):
         parts.append(f"## {title}\n\n{about}\n\n{(results / folder / 'results.md').read_text().strip()}\n")
         plot = next(results / folder / name for name in ("curves.png", "scores.png") if (results / folder / name).exists())
         shutil.copy(plot, figures / f"{folder}-{plot.name}")
