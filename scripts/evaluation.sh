@@ -24,10 +24,10 @@ python -m studies.readings clip --half both --readings default "frozen gradient,
   "frozen gradient" "last block" "gradient attention" "gradient (LeGrad)" >"$out/coco-readings.md"
 fastrel evaluate "${coco[@]}" --methods "${fast[@]}" --out "$out/coco"
 fastrel evaluate "${coco[@]}" --methods transformer_attribution partial_lrp lrp lrp_pixels "${rules[@]}" --out "$out/coco-rules"
-fastrel evaluate "${mosaics[@]}" --methods "${images[@]}" attention_flow integrated_gradients "${rules[@]}" \
-  --metric pointing segmentation --limit 300 --out "$out/mosaics"
 fastrel evaluate "${mosaics[@]}" --methods "${images[@]}" "${rules[@]}" \
-  --metric perturbation perturbation-mean insertion --limit 100 --out "$out/mosaics-perturbation"
+  --metric pointing segmentation --limit 300 --out "$out/mosaics"
+fastrel evaluate "${mosaics[@]}" --methods transformer_attribution relevance_per_attention gradient_attention rollout legrad attnlrp \
+  --metric perturbation perturbation-mean insertion --limit 50 --out "$out/mosaics-perturbation"
 fastrel evaluate "${sst[@]}" --methods "${both[@]}" "${rules[@]}" --metric rationale --limit 500 --batch-size 25 --out "$out/sst"
 fastrel evaluate "${movies[@]}" --methods "${both[@]}" "${rules[@]}" --metric rationale --limit 60 --out "$out/movies"
 fastrel evaluate "${movies[@]}" --methods "${both[@]}" "${rules[@]}" --metric faithfulness --limit 20 --out "$out/movies-faithfulness"

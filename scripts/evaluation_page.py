@@ -11,7 +11,8 @@ INTRO = """\
 
 Every method of fastrel on real models and data: CLIP ViT-B/16 (zero-shot over ImageNet's classes), a 6-layer MiniLM fine-tuned
 on SST-2, and the small ViT that ships with fastrel. All tables come from one resumable script, `scripts/evaluation.sh`, and this page
-from `python scripts/evaluation_page.py`. Each table is one `fastrel evaluate` command; single scores stay in its folder.
+from `python scripts/evaluation_page.py`. Single scores stay in the folder of each table. The script also has what takes hours and has not been run at
+these sizes (movie reviews, faithfulness, all methods and the published rules on COCO); what was not run is not here.
 
 Intervals are 95 % bootstrap intervals of a mean over pictures or texts. Stars mark paired tests against the default method on the
 same ones, after Holm's correction for all tests of the table: without a star, nothing was shown.
@@ -33,7 +34,7 @@ SECTIONS = [
     (
         "mosaics-perturbation",
         "Perturbation, insertion and deletion: the shipped model",
-        "100 objects. Pixels go to black or to the mean colour; deletion and insertion (from a blurred picture) are areas under the probability.",
+        "50 objects. Pixels go to black or to the mean colour; deletion and insertion (from a blurred picture) are areas under the probability.",
     ),
     ("sst", "Words: MiniLM on SST", "Human word labels of 500 dev sentences; row-normalised rollout, max over sub-words."),
     ("movies", "Rationales: MiniLM on ERASER movie reviews", "60 reviews, up to 512 tokens."),
