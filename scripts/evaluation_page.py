@@ -77,7 +77,7 @@ CONCLUSION = """\
   correlation of 0.98 and 0.97 with the trained model's, and with nothing trained left 0.77 and 0.72, so that what they show is in good part the picture. Those of
   `attnlrp`, `attcat` and gradient × input are at 0 from the head on. The default goes from 0.57 to 0.28, `relevance_per_attention` from 0.51 to 0.25,
   `gradient_attention` and `legrad` from 0.59 and 0.69 to 0. Maps of the attention alone cannot know the head.
-- No method wins everywhere. The default stays; on pictures `relevance_per_attention` is worth a try first.
+- No method wins everywhere. The default stays; for large ViTs `relevance_per_attention` is worth a try first, for the shipped model AttnLRP.
 
 ## What the paper reports
 
