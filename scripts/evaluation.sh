@@ -1,29 +1,34 @@
 #!/usr/bin/env bash
 # The evaluations of docs/evaluation.md, into the folder given (default: results). Goes on where it was interrupted.
-# Needs `pip install ".[evaluate,text,captum]"` and ../shared with its models and data; about an hour on two cores.
+# Needs `pip install ".[evaluate,text,captum]"` and ../shared with its models and data. Hours on one core: COCO with all methods half an
+# hour or more, SST and mosaics ten minutes each, scripts/sanity.py five.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-results}
+mkdir -p "$out"
 shared=$(cd ../shared && pwd)
 export PYTHONPATH="$shared/models${PYTHONPATH:+:$PYTHONPATH}"
 
-images=(transformer_attribution gradient_attention relevance_rollout rollout raw_attention attention_gradcam
-  partial_lrp lrp lrp_pixels attnlrp input_x_gradient input_x_gradient_pixels)
-texts=(transformer_attribution gradient_attention relevance_rollout rollout raw_attention attention_gradcam
-  partial_lrp lrp attnlrp input_x_gradient)
+both=(transformer_attribution relevance_per_attention gradient_attention relevance_rollout rollout raw_attention attention_gradcam
+  legrad attcat partial_lrp lrp attnlrp input_x_gradient)
+images=("${both[@]}" lrp_pixels input_x_gradient_pixels)
+fast=(transformer_attribution relevance_per_attention gradient_attention raw_attention rollout attention_gradcam legrad attcat
+  partial_lrp attnlrp input_x_gradient)
 rules=(--rules positive official)
+coco=(--data "coco:$shared/data/coco_masks" --model real_models:clip_imagenet --metric pointing segmentation)
+sst=(--data "sst:$shared/data/sst/trees_dev.txt.gz" --model real_models:minilm_sst2 --normalize)
+movies=(--data "eraser:$shared/data/eraser_movies/val.jsonl.gz" --model real_models:minilm_sst2 --normalize)
+mosaics=(--data mosaics --batch-size 10)
 
-fastrel evaluate --data "coco:$shared/data/coco_masks" --model real_models:clip_imagenet \
-  --methods "${images[@]}" "${rules[@]}" --metric pointing segmentation --limit 24 --out "$out/coco"
-fastrel evaluate --data "sst:$shared/data/sst/trees_dev.txt.gz" --model real_models:minilm_sst2 \
-  --methods "${texts[@]}" "${rules[@]}" --normalize --metric rationale --limit 80 --out "$out/sst"
-fastrel evaluate --data mosaics --methods "${images[@]}" "${rules[@]}" \
-  --metric pointing segmentation perturbation perturbation-mean --limit 30 --out "$out/mosaics"
-fastrel evaluate --data "images:$shared/data/imagenet_1_per_class" --model real_models:clip_imagenet \
-  --methods "${images[@]}" --metric perturbation --limit 4 --out "$out/imagenet"
-fastrel evaluate --data "eraser:$shared/data/eraser_movies/val.jsonl.gz" --model real_models:minilm_sst2 \
-  --methods "${texts[@]}" "${rules[@]}" --normalize --metric rationale faithfulness --limit 8 --out "$out/movies"
-fastrel evaluate --data mosaics --methods transformer_attribution attention_flow integrated_gradients \
-  --metric pointing segmentation perturbation --limit 5 --out "$out/mosaics-slow"
-fastrel evaluate --data "coco:$shared/data/coco_masks" --model real_models:clip_imagenet \
-  --methods transformer_attribution integrated_gradients --metric pointing segmentation --limit 2 --out "$out/coco-slow"
+python -m studies.readings clip --half both --readings default "frozen gradient, per attention received" "per attention received" \
+  "frozen gradient" "last block" "gradient attention" "gradient (LeGrad)" >"$out/coco-readings.md"
+fastrel evaluate "${coco[@]}" --methods "${fast[@]}" --out "$out/coco"
+fastrel evaluate "${coco[@]}" --methods transformer_attribution partial_lrp lrp lrp_pixels "${rules[@]}" --out "$out/coco-rules"
+fastrel evaluate "${mosaics[@]}" --methods "${images[@]}" "${rules[@]}" \
+  --metric pointing segmentation --limit 300 --out "$out/mosaics"
+fastrel evaluate "${mosaics[@]}" --methods transformer_attribution relevance_per_attention gradient_attention rollout legrad attnlrp \
+  --metric perturbation perturbation-mean insertion --limit 50 --out "$out/mosaics-perturbation"
+fastrel evaluate "${sst[@]}" --methods "${both[@]}" "${rules[@]}" --metric rationale --limit 500 --batch-size 25 --out "$out/sst"
+fastrel evaluate "${movies[@]}" --methods "${both[@]}" "${rules[@]}" --metric rationale --limit 60 --out "$out/movies"
+fastrel evaluate "${movies[@]}" --methods "${both[@]}" "${rules[@]}" --metric faithfulness --limit 20 --out "$out/movies-faithfulness"
+python scripts/sanity.py "$out/sanity.md"

@@ -24,7 +24,7 @@ from fastrel.data import ahead
 from fastrel.errors import InputError
 from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, summarise
 from fastrel.evaluation.store import Score
-from fastrel.evaluation.summary import paired
+from fastrel.evaluation.summary import holm, interval, markdown, paired
 from fastrel.explainer import Explainer
 from fastrel.models import load
 from tests import models, tiny
@@ -364,7 +364,7 @@ def test_items_of_one_picture_are_one_observation() -> None:
 def test_a_single_item_has_no_error_and_no_test() -> None:
     made = [Score("x", "x", name, "pointing", "pointing", v) for name, v in (("ours", 1.0), ("theirs", 0.0))]
     first, second = summarise(made, ["ours", "theirs"])
-    assert np.isnan([first.error, first.p, second.error, second.p]).all()
+    assert np.isnan([first.error, first.low, first.p, second.error, second.high, second.p, second.corrected]).all()
 
 
 def test_the_permutation_test_agrees_with_the_t_test_on_normal_differences() -> None:
@@ -375,6 +375,34 @@ def test_the_permutation_test_agrees_with_the_t_test_on_normal_differences() -> 
         assert mean == differences.mean()
         assert abs(p - ttest_1samp(differences, 0).pvalue) < 0.02
     assert paired(np.ones(10))[1] == pytest.approx(2 / 2**10)
+
+
+def test_tables_say_over_how_many() -> None:
+    made = [Score(str(i), str(i), "ours", "rationale", "average precision", 0.5) for i in range(4)]
+    assert "| average precision ↑ |" in markdown(summarise(made, ["ours"]))
+    assert "over 4 pictures or texts" in markdown(summarise(made, ["ours"]))
+    made.append(Score("0", "0", "ours", "rationale", "token F1 at 10", 0.5))
+    assert "| average precision ↑, n = 4 | token F1 at 10 ↑, n = 1 |" in markdown(summarise(made, ["ours"]))
+
+
+def test_holm_multiplies_by_the_tests_that_are_left() -> None:
+    assert holm([0.01, float("nan"), 0.04, 0.03, 0.5]) == pytest.approx([0.04, float("nan"), 0.09, 0.09, 0.5], nan_ok=True)
+    made = [
+        Score(str(i), str(i), name, "pointing", metric, float(i < hits))
+        for name, hits in (("ours", 9), ("theirs", 2), ("chance", 5))
+        for metric in ("pointing", "energy inside")
+        for i in range(10)
+    ]
+    rows = summarise(made, ["ours", "theirs", "chance"])
+    tested = [row for row in rows if row.configuration != "ours"]
+    assert [row.corrected for row in tested] == pytest.approx(holm([row.p for row in tested]))
+    assert tested[0].corrected == pytest.approx(4 * tested[0].p) == pytest.approx(4 * 2 / 2**7)
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_approximation_for_many_values() -> None:
+    values = np.random.default_rng(2).normal(1, 2, 400)
+    low, high = interval(values)
+    assert [low, high] == pytest.approx([values.mean() - 0.196, values.mean() + 0.196], abs=0.03)
 
 
 # The command

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastrel
-from fastrel import methods
+from fastrel import methods, reference
+from fastrel.reference.rollout import attention_received, gradient_relevance, per_attention, rollout
 from tests import golden_files as golden
 from tests import models
 from tests.models import golden_bert, golden_vit
@@ -152,11 +153,56 @@ def identity_gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return x * (value / x.detach())
 
 
-def halved_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+def halved_attention(q: Tensor, k: Tensor, v: Tensor, *, keep: list[Tensor] | None = None, **_: object) -> Tensor:
     def half(t: Tensor) -> Tensor:
         return t / 2 + t.detach() / 2
 
-    return half((half(q) @ half(k).mT * q.shape[-1] ** -0.5).softmax(-1)) @ half(v)
+    a = half((half(q) @ half(k).mT * q.shape[-1] ** -0.5).softmax(-1))
+    if keep is not None:
+        keep.append(a)
+    return a @ half(v)
+
+
+@pytest.mark.parametrize(("name", "target"), VIT_CASES)
+def test_relevance_per_attention_equals_its_definition(name: str, target: int) -> None:
+    """E_h[(∇A ⊙ R)⁺] of the reference's R and ∇A by AttnLRP's rules in autograd, chained, per attention received."""
+    params, image = golden.parameters(name), golden.tensor(golden.load(name)["input"])
+    heads = golden.config(name)["num_heads"]
+    traced = reference.trace(
+        lambda tape: reference.vit(tape, params, image.clone().requires_grad_(), heads=heads), torch.tensor([target])
+    )
+    maps: list[Tensor] = []
+    model = golden_vit(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "layer_norm", frozen_layer_norm)
+        patch.setattr(F, "gelu", identity_gelu)
+        patch.setattr(F, "scaled_dot_product_attention", partial(halved_attention, keep=maps))
+        score = model(image)[0, target]
+    gradients = torch.autograd.grad(score, maps)
+    steps = [gradient_relevance(g, b.relevance) for g, b in zip(gradients, traced.blocks, strict=True)]
+    expected = per_attention(rollout(steps)[:, 0], [attention_received(b.attention) for b in traced.blocks])
+    ours = fastrel.Explainer(model, "relevance_per_attention")(image, target=target).relevance
+    assert golden.relative_error(ours, expected.detach()) < 1e-10
+
+
+def test_attention_received_counts_queries_that_see_a_token() -> None:
+    causal = torch.tensor([[[[1.0, 0, 0], [0.4, 0.6, 0], [0.1, 0.3, 0.6]]]])
+    assert torch.allclose(attention_received(causal), torch.tensor([[0.5, 0.45, 0.6]]))
+    padded = torch.tensor([[[[0.25, 0.75, 0], [0.5, 0.5, 0], [0.9, 0.1, 0]]]])  # nobody attends to the last
+    assert torch.allclose(attention_received(padded), torch.tensor([[0.375, 0.625, 0]]))
+    row = per_attention(torch.tensor([[3.0, 1, 5]]), [attention_received(padded)] * 2)
+    assert torch.allclose(row, torch.tensor([[8.0, 1.6, 0]]))
+
+
+def test_relevance_per_attention_is_for_one_sequence_of_tokens() -> None:
+    from timm.models.swin_transformer import SwinTransformer
+
+    model = SwinTransformer(
+        img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=5
+    ).eval()
+    for method in ("relevance_per_attention", "legrad"):
+        with pytest.raises(fastrel.InputError, match="one and the same sequence of tokens"):
+            fastrel.Explainer(model, method)(torch.randn(1, 3, 32, 32))
 
 
 def test_attnlrp_equals_lxt() -> None:
@@ -230,6 +276,55 @@ def test_encoder_decoder_attention_of_detr(method: str) -> None:
     other = explainer(pixel_values=x, target=lambda out: out.logits[:, query - 1, label])
     assert golden.relative_error(explanation.relevance, other.relevance) > 1e-3
     assert explanation.relevance.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "timm_vit_mean_pooled"])
+def test_legrad_is_the_positive_gradient_of_all_maps_by_autograd(name: str) -> None:
+    """The authors' sum over blocks of the mean over heads and queries, the score being the model's output in every block."""
+    model, x, target = models.build(name), models.inputs(name, batch=2)["x"], torch.tensor([2, 4])
+    maps: list[Tensor] = []
+
+    def kept_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+        maps.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
+        return maps[-1] @ v
+
+    ours = fastrel.Explainer(model, "legrad")(x, target=target).relevance
+    late = fastrel.Explainer(model, "legrad", start_layer=-1)(x, target=target).relevance
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", kept_attention)
+        score = model(x).gather(1, target[:, None]).sum()
+    gradients = torch.autograd.grad(score, maps)
+    expected = torch.stack([g.clamp(min=0).mean((1, 2)) for g in gradients])
+    assert golden.relative_error(ours, expected.sum(0)) < 1e-10
+    assert golden.relative_error(late, expected[-1]) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "hf_bert_eager"])
+def test_attcat_equals_its_definition_and_ignores_padding(name: str) -> None:
+    """Gradient times what each block reads, times the attention that the token receives: the authors' code, text by text."""
+    model, given, target = models.build(name), models.inputs(name, batch=2), torch.tensor([3, 1])
+    eager = models.build("hf_bert_eager")
+    eager.load_state_dict(model.state_dict())
+    given["attention_mask"][1, 8:] = 0
+    explainer = fastrel.Explainer(model, "attcat")
+    ours = explainer(**given, target=target).relevance
+    for i, length in enumerate((12, 8)):
+        alone = {key: x[i : i + 1, :length] for key, x in given.items()}
+        out = eager(**alone, output_attentions=True, output_hidden_states=True)
+        hidden = out.hidden_states[:-1]
+        gradients = torch.autograd.grad(out.logits[0, target[i]], hidden)
+        expected = sum((g * h).sum(-1) * a.mean((1, 2)) for g, h, a in zip(gradients, hidden, out.attentions, strict=True))
+        assert golden.relative_error(ours[i, :length], expected[0].detach()) < 1e-10
+    assert not ours[1, 8:].any()
+
+
+def test_methods_that_read_all_maps_give_padding_nothing() -> None:
+    model, given = models.build("hf_bert"), models.inputs("hf_bert", batch=2)
+    given["attention_mask"][1, 8:] = 0
+    for name in ("legrad", "attcat"):
+        relevance = fastrel.Explainer(model, name)(**given, target=[1, 4]).relevance
+        assert relevance[1, :8].any()
+        assert not relevance[1, 8:].any()
 
 
 def test_attention_flow_equals_networkx() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 
 from fastrel import metrics
@@ -43,6 +44,38 @@ def test_perturbation_is_reproducible_and_fills_with_the_baseline() -> None:
     assert torch.equal(seen[0], image)
     for step, x in enumerate(seen[:10]):
         assert ((x == -7).all(1).sum((1, 2)) == round(6.4 * step)).all()
+
+
+def by_sum(images: torch.Tensor) -> torch.Tensor:
+    """Two classes whose log-odds are the sum of the pixels."""
+    total = images.flatten(1).sum(1)
+    return torch.stack((torch.zeros_like(total), total), 1)
+
+
+def test_deletion_and_insertion_are_areas_under_the_probability() -> None:
+    image, target = torch.tensor([[[[3.0, 1.0], [0.0, -2.0]]]]), torch.tensor([1])
+    heat = image[:, 0]
+    # sums on the way: 2, -1, -2, -2, 0 as pixels go, 0, 3, 4, 4, 2 as they come into an empty picture
+    sigmoid = lambda sums: 1 / (1 + np.exp(-np.array(sums, float)))  # noqa: E731
+    gone = metrics.deletion(by_sum, image, heat, target, steps=4)
+    assert gone == pytest.approx([np.trapezoid(sigmoid([2, -1, -2, -2, 0]), dx=0.25)])
+    come = metrics.insertion(by_sum, image, heat, target, steps=4, start=torch.zeros_like(image))
+    assert come == pytest.approx([np.trapezoid(sigmoid([0, 3, 4, 4, 2]), dx=0.25)])
+    wide = F.interpolate(image, size=(16, 16))
+    both = metrics.insertion(by_sum, wide.repeat(2, 1, 1, 1) / 64, torch.cat((heat, -heat)), target.repeat(2))
+    assert both[0] > both[1]
+
+
+def test_blurring_keeps_a_flat_picture_and_the_mean_of_a_point() -> None:
+    flat = torch.full((1, 3, 16, 16), 0.7, dtype=torch.float64)
+    assert torch.allclose(metrics.blurred(flat), flat)
+    point = torch.zeros(1, 1, 31, 31, dtype=torch.float64)
+    point[..., 15, 15] = 1
+    spread = metrics.blurred(point)
+    assert float(spread.sum()) == pytest.approx(1)
+    assert float(spread[0, 0, 15, 15] / spread[0, 0, 15, 20]) == pytest.approx(np.exp(0.5))
+    assert torch.equal(spread, spread.mT)
+    assert not spread[..., :10].any()
 
 
 def test_the_pointing_game_asks_for_more_than_half_a_patch() -> None:

@@ -15,7 +15,7 @@ _COLUMNS = 4
 
 
 def bars(rows: Sequence[Row], path: Path) -> None:
-    """A panel per metric, a bar per configuration with its standard error."""
+    """A panel per metric, a bar per configuration with its 95 % interval."""
     shown = [row for row in rows if not is_curve_point(row.metric)]
     metrics = list(dict.fromkeys(row.metric for row in shown))
     names = list(dict.fromkeys(row.configuration for row in shown))
@@ -28,8 +28,9 @@ def bars(rows: Sequence[Row], path: Path) -> None:
         found = {row.configuration: row for row in shown if row.metric == metric}
         for place, name in enumerate(names):
             if name in found:
-                error = np.nan_to_num(found[name].error)
-                axis.barh(place, found[name].mean, xerr=error, color=colours[place % 20], error_kw={"lw": 1})
+                row = found[name]
+                error = np.nan_to_num([[row.mean - row.low], [row.high - row.mean]])
+                axis.barh(place, row.mean, xerr=error, color=colours[place % 20], error_kw={"lw": 1})
         axis.set_title(metric, fontsize=9)
         axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
@@ -41,7 +42,7 @@ def bars(rows: Sequence[Row], path: Path) -> None:
 
 
 def curves(rows: Sequence[Row], path: Path) -> bool:
-    """Perturbation curves, a panel each; returns whether there were any."""
+    """Perturbation curves with their 95 % intervals, a panel each; returns whether there were any."""
     points = [row for row in rows if is_curve_point(row.metric)]
     panels = list(dict.fromkeys(row.metric.rpartition(" at ")[0] for row in points))
     if not panels:
@@ -56,8 +57,13 @@ def curves(rows: Sequence[Row], path: Path) -> bool:
         for place, name in enumerate(names):
             own = [row for row in points if row.configuration == name and row.metric.startswith(f"{panel} at ")]
             own.sort(key=lambda row: row.metric)
+            removed = [float(row.metric[-3:]) * 100 for row in own]
+            low, high = (
+                [value * 100 for value in values] for values in zip(*((row.low, row.high) for row in own), strict=True)
+            )
+            axis.fill_between(removed, low, high, color=colours[place % 20], alpha=0.1, lw=0)
             axis.plot(
-                [float(row.metric[-3:]) * 100 for row in own],
+                removed,
                 [row.mean * 100 for row in own],
                 color=colours[place % 20],
                 lw=1.3,

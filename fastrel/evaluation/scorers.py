@@ -78,11 +78,9 @@ def _curves(subject: ImageSubject, found: Sequence[ImageMap], name: str, baselin
     values: list[Values] = [{} for _ in found]
     if not found:
         return values
-    device = subject.loaded.device
-    x, heat = (torch.stack(tensors).to(device) for tensors in zip(*((one.x, one.heat) for one in found), strict=True))
-    target = torch.tensor([one.explained for one in found], device=device)
+    x, heat, target = _predicted(subject, found)
     for order in ("positive", "negative"):
-        curve = metrics.perturb(subject.logits, x, heat, target, order=order, baseline=filled.to(device))
+        curve = metrics.perturb(subject.logits, x, heat, target, order=order, baseline=filled.to(x.device))
         for i, own in enumerate(values):
             one = metrics.Curve(curve.fractions, curve.correct[:, i : i + 1])
             own[f"{order} {name} ({baseline})"] = one.auc
@@ -94,6 +92,21 @@ def _curves(subject: ImageSubject, found: Sequence[ImageMap], name: str, baselin
 def perturbation_mean(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> list[Values]:
     """The same with the mean colour instead of black."""
     return perturbation(subject, items, maps, "mean")
+
+
+def insertion(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> list[Values]:
+    """Area under the probability of the predicted class: pixels that come into a blurred picture, and that go to the mean colour."""
+    x, heat, target = _predicted(subject, [found["predicted"] for found in maps])
+    inserted = metrics.insertion(subject.logits, x, heat, target)
+    deleted = metrics.deletion(subject.logits, x, heat, target)
+    return [{"insertion": float(i), "deletion": float(d)} for i, d in zip(inserted, deleted, strict=True)]
+
+
+def _predicted(subject: ImageSubject, found: Sequence[ImageMap]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures, maps and the classes that these explain, on the model's device."""
+    x, heat = (torch.stack(tensors) for tensors in zip(*((one.x, one.heat) for one in found), strict=True))
+    target = torch.tensor([one.explained for one in found])
+    return x.to(subject.loaded.device), heat.to(subject.loaded.device), target.to(subject.loaded.device)
 
 
 def rationale(subject: TextSubject, items: Sequence[TextItem], maps: Sequence[Maps]) -> list[Values]:
@@ -135,18 +148,19 @@ IMAGE_SCORERS: dict[str, Callable[..., list[Values]]] = {
     "segmentation": segmentation,
     "perturbation": perturbation,
     "perturbation-mean": perturbation_mean,
+    "insertion": insertion,
 }
 TEXT_SCORERS: dict[str, Callable[..., list[Values]]] = {"rationale": rationale, "faithfulness": faithfulness}
 
 
 def needs_predicted(names: Iterable[str]) -> bool:
     """Whether one of these scorers asks for the map of the predicted class beside that of the label."""
-    return any(name.startswith("perturbation") for name in names)
+    return any(name.startswith(("perturbation", "insertion")) for name in names)
 
 
 def lower_is_better(metric: str) -> bool:
     """Whether small values of a metric are good."""
-    return metric.startswith(("positive ", "sufficiency"))
+    return metric.startswith(("positive ", "sufficiency", "deletion"))
 
 
 def get(kind: Any, name: str) -> Callable[..., list[Values]]:

@@ -1,4 +1,4 @@
-"""Means, standard errors and paired tests over scores."""
+"""Means, intervals and paired tests over scores."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from fastrel.evaluation.scorers import lower_is_better
 from fastrel.evaluation.store import Score
 
 _CURVE_POINT = re.compile(r".* at 0\.\d$")
+_RESAMPLES, _CHUNK = 100_000, 5_000
 
 
 class Row(NamedTuple):
     """One configuration by one metric. Groups (items that share a picture) are the observations.
 
+    error: standard error, NaN for a single group. low, high: 95 % interval of the mean, by the bootstrap over groups.
     difference and p: the first configuration's mean minus this one's over the groups that both have, and the two-sided
-    probability of a mean difference as large under random signs; NaN for the first itself.
+    probability of a mean difference as large under random signs; NaN for the first itself and for points of curves. corrected: p
+    after Holm's correction for all tests of the table (Scandinavian Journal of Statistics, 1979).
     """
 
     metric: str
     configuration: str
     mean: float
-    error: float  # standard error; NaN for a single group
+    error: float
+    low: float
+    high: float
     groups: int
     difference: float
     p: float
+    corrected: float
 
 
 def is_curve_point(metric: str) -> bool:
@@ -57,22 +63,48 @@ def summarise(scores: Sequence[Score], order: Sequence[str]) -> list[Row]:
                 continue
             values = np.array(list(found.values()))
             error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
-            shared = [group for group in first if group in found] if configuration != order[0] else []
+            tested = configuration != order[0] and not is_curve_point(metric)
+            shared = [group for group in first if group in found] if tested else []
             difference, p = paired(np.array([first[g] - found[g] for g in shared]))
-            rows.append(Row(metric, configuration, float(values.mean()), error, len(values), difference, p))
-    return rows
+            mean, (low, high) = float(values.mean()), interval(values)
+            rows.append(Row(metric, configuration, mean, error, low, high, len(values), difference, p, p))
+    return [row._replace(corrected=p) for row, p in zip(rows, holm([row.p for row in rows]), strict=True)]
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a mean, by the percentile bootstrap; NaN for a single value."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    drawn = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES // 10, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def paired(differences: np.ndarray) -> tuple[float, float]:
-    """Mean of paired differences, and its two-sided sign-flip permutation test (scipy; at least two pairs)."""
-    from scipy.stats import permutation_test
+    """Mean of paired differences, and its two-sided sign-flip permutation test: all signs where few, else random ones; at least two
+    pairs."""
+    count = len(differences)
+    if count < 2:
+        return float(differences.mean()) if count else float("nan"), float("nan")
+    reached = abs(differences.sum()) * (1 - 1e-12)
+    if 2**count <= _RESAMPLES:
+        signs = 1 - 2.0 * (np.arange(2**count)[:, None] >> np.arange(count) & 1)
+        return float(differences.mean()), float((abs(signs @ differences) >= reached).mean())
+    rng, extreme = np.random.default_rng(0), 1
+    for _ in range(_RESAMPLES // _CHUNK):
+        signs = 1 - 2.0 * rng.integers(0, 2, (_CHUNK, count), np.int8)
+        extreme += int((abs(signs @ differences) >= reached).sum())
+    return float(differences.mean()), extreme / (_RESAMPLES + 1)
 
-    if len(differences) < 2:
-        return float(differences.mean()) if len(differences) else float("nan"), float("nan")
-    test = permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=9999, vectorized=True, rng=np.random.default_rng(0)
-    )
-    return float(differences.mean()), float(test.pvalue)
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's correction of the tests among `ps`: the k-th smallest of m times m - k + 1, never below a smaller one's; NaN stays."""
+    order = [i for i in np.argsort(ps) if not np.isnan(ps[i])]
+    corrected, highest = list(ps), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, ps[i] * (len(order) - rank)))
+        corrected[i] = highest
+    return corrected
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -86,18 +118,21 @@ def markdown(rows: Sequence[Row]) -> str:
         means = {name: cells[name, metric].mean for name in names if (name, metric) in cells}
         digits[metric] = 1 if max(map(abs, means.values())) >= 10 else 3
         best[metric] = min(means.values()) if lower_is_better(metric) else max(means.values())
+    counts = {metric: max(row.groups for row in shown if row.metric == metric) for metric in metrics}
+    same = len(set(counts.values())) == 1
+    heads = [f"{m} {'↓' if lower_is_better(m) else '↑'}{'' if same else f', n = {counts[m]}'}" for m in metrics]
     lines = [
-        "| | " + " | ".join(f"{metric} {'↓' if lower_is_better(metric) else '↑'}" for metric in metrics) + " |",
+        f"| | {' | '.join(heads)} |",
         "|---" * (len(metrics) + 1) + "|",
     ]
     for name in names:
         texts = [_cell(cells.get((name, metric)), best[metric], digits[metric]) for metric in metrics]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
-    counts = sorted({row.groups for row in shown})
-    count = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    count = f"{counts[metrics[0]]}" if same else "n"
+    tests = sum(not np.isnan(row.p) for row in shown)
     note = (
-        f"Mean ± standard error over {count} pictures or texts. ∗ p < 0.05, ∗∗ p < 0.01 against {names[0]} on the same "
-        "ones (paired sign-flip permutation test, two-sided, not corrected for the number of comparisons)."
+        f"Mean and 95 % interval (bootstrap) over {count} pictures or texts. ∗ p < 0.05, ∗∗ p < 0.01 against {names[0]} on the same "
+        f"ones: paired sign-flip permutation test, two-sided, Holm's correction for the {tests} tests of the table."
     )
     return "\n".join([*lines, "", note])
 
@@ -106,6 +141,6 @@ def _cell(row: Row | None, best: float, digits: int) -> str:
     if row is None:
         return "–"
     mean = f"{row.mean:.{digits}f}"
-    stars = "" if np.isnan(row.p) or row.p >= 0.05 else " ∗∗" if row.p < 0.01 else " ∗"
-    error = "" if np.isnan(row.error) else f" ± {row.error:.{digits}f}"
+    stars = "" if not row.corrected < 0.05 else " ∗∗" if row.corrected < 0.01 else " ∗"
+    error = "" if np.isnan(row.low) else f" [{row.low:.{digits}f}, {row.high:.{digits}f}]"
     return (f"**{mean}**" if row.mean == best else mean) + error + stars

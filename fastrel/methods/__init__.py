@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastrel.errors import InputError
+from fastrel.methods.all_maps import attcat, legrad
 from fastrel.methods.attention_flow import attention_flow
 from fastrel.transform.method import AllMaps, Chain, LaneSum, Method, PathIntegral
 
@@ -19,6 +20,15 @@ METHODS = {
             f"{_CHEFER}, eqs. (13) and (14)",
             cost="5",
             reading=Chain("gradient_relevance"),
+        ),
+        Method(
+            "relevance_per_attention",
+            "the same with the gradient by AttnLRP's rules, each token's divided by the attention that it receives",
+            "fastrel, docs/evaluation.md",
+            cost="5",
+            reading=Chain("gradient_relevance"),
+            attnlrp=True,
+            per_attention=True,
         ),
         Method(
             "gradient_attention",
@@ -64,6 +74,20 @@ METHODS = {
             cost="1.1",
             reading=Chain("gradcam", residual=False),
             start_layer=-1,
+        ),
+        Method(
+            "legrad",
+            "gradient of every attention map, positive part, averaged over heads and queries, blocks added up",
+            "after Bousselham et al., ICCV 2025, by the gradient of the model's own output in every block",
+            cost="2",
+            reading=AllMaps(legrad, of=("gradient", "attention")),
+        ),
+        Method(
+            "attcat",
+            "what each block reads times its gradient, weighted by the attention that the token receives, added up",
+            "Qiang et al., NeurIPS 2022",
+            cost="2",
+            reading=AllMaps(attcat, of=("tokens", "received")),
         ),
         Method(
             "partial_lrp",

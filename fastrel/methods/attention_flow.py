@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastrel.errors import InputError, needed
+from fastrel.methods.all_maps import check_same_tokens
 
 #: One flow is computed per token and sample on a graph of this many edges; more would take minutes.
 MAX_EDGES = 400_000
 _SCALE = 1 << 20
 
 
-def attention_flow(row: Tensor, *maps: Tensor) -> Tensor:
+def attention_flow(row: Tensor, maps: Sequence[Tensor]) -> Tensor:
     """Maximum flow from the tokens that the head reads to each token of the first block (Abnar and Zuidema, ACL 2020).
 
     Capacities are ½ (mean over heads of A + I). row [K, B, T]: the share of each token in what the head reads; maps: A
@@ -22,10 +25,9 @@ def attention_flow(row: Tensor, *maps: Tensor) -> Tensor:
     Raises:
         InputError: the maps change the number of tokens, or hold too many edges.
     """
+    check_same_tokens("attention_flow", row, maps)
     layers = [m.mean(1) for m in maps]
     tokens = row.shape[-1]
-    if any(m.shape[-2:] != (tokens, tokens) for m in layers):
-        raise InputError("attention_flow needs attention maps over one and the same sequence of tokens in every block")
     if len(layers) * tokens**2 > MAX_EDGES:
         raise InputError(
             f"attention_flow over {len(layers)} blocks of {tokens} tokens has {len(layers) * tokens**2} edges, more than "

@@ -4,6 +4,7 @@ Every function takes maps as arrays or tensors of any scale, larger meaning more
 that means, standard errors and paired tests are the caller's.
 """
 
+from fastrel.metrics.insertion import blurred, deletion, insertion
 from fastrel.metrics.perturbation import Curve, perturb
 from fastrel.metrics.pointing import energy_inside, pointing_game
 from fastrel.metrics.rationale import (
@@ -21,8 +22,11 @@ __all__ = [
     "Curve",
     "SegmentationScores",
     "average_precision",
+    "blurred",
     "comprehensiveness",
+    "deletion",
     "energy_inside",
+    "insertion",
     "iou_f1",
     "perturb",
     "pointing_game",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,18 +67,31 @@ def perturb(
     Raises:
         InputError: shapes that do not fit, or fractions outside 0 … 1.
     """
+    filled = torch.as_tensor(baseline, dtype=images.dtype, device=images.device).expand_as(images)
+    correct = [
+        (model(x).argmax(1) == target).cpu().numpy()
+        for x in exchanged(images, filled, maps, target, fractions, descending=order == "positive")
+    ]
+    return Curve(np.array(fractions), np.array(correct))
+
+
+def exchanged(
+    images: Tensor, others: Tensor, maps: Tensor, target: Tensor, fractions: Sequence[float], descending: bool = True
+) -> Iterator[Tensor]:
+    """The images with a growing fraction of their pixels taken from `others`, in the order of maps [B, gh, gw]. No gradients.
+
+    Raises:
+        InputError: shapes that do not fit, or fractions outside 0 … 1.
+    """
     if maps.dim() != 3 or len(maps) != len(images) or target.shape != (len(images),):
         raise InputError(f"maps {tuple(maps.shape)} and target {tuple(target.shape)} for images {tuple(images.shape)}")
     if not all(0 <= f <= 1 for f in fractions):
         raise InputError(f"fractions {tuple(fractions)} are not all in 0 … 1")
     height, width = images.shape[2:]
     heat = F.interpolate(maps[:, None], size=(height, width), mode="bilinear", align_corners=False).flatten(1)
-    ranking = heat.argsort(dim=1, descending=order == "positive", stable=True)
+    ranking = heat.argsort(dim=1, descending=descending, stable=True)
     place = torch.empty_like(ranking).scatter_(1, ranking, torch.arange(height * width, device=heat.device).expand_as(heat))
-    filled = torch.as_tensor(baseline, dtype=images.dtype, device=images.device).expand_as(images)
-    correct = []
-    with torch.no_grad():
-        for fraction in fractions:
-            removed = (place < round(fraction * height * width)).reshape(-1, 1, height, width)
-            correct.append((model(torch.where(removed, filled, images)).argmax(1) == target).cpu().numpy())
-    return Curve(np.array(fractions), np.array(correct))
+    for fraction in fractions:
+        taken = (place < round(fraction * height * width)).reshape(-1, 1, height, width)
+        with torch.no_grad():
+            yield torch.where(taken, others, images)

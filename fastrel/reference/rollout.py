@@ -1,4 +1,6 @@
-"""Eqs. (13) and (14): the attention maps of the blocks chained into one."""
+"""Eqs. (13) and (14): the attention maps of the blocks chained into one, and what it is per attention that a token receives."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,3 +25,19 @@ def rollout(maps: list[Tensor], *, start_layer: int = 0, normalize: bool = False
         joint = step if joint is None else step @ joint
     assert joint is not None, f"start_layer {start_layer} leaves no block of {len(maps)}"
     return joint
+
+
+def attention_received(attention: Tensor) -> Tensor:
+    """How much attention each token receives: mean over heads and over the queries that see it, [B, h, T, T] -> [B, T].
+
+    Queries that no one attends to are padding, and do not count; a token that no one attends to receives 0.
+    """
+    mean = attention.mean(1)
+    sees = (mean > 0) & (mean.sum(1) > 0)[:, :, None]
+    return (mean * sees).sum(1) / sees.sum(1).clamp(min=1)
+
+
+def per_attention(row: Tensor, received: Sequence[Tensor]) -> Tensor:
+    """A row of C [..., B, T] divided by the attention that each token receives, mean over the blocks' [B, T]; 0/0 = 0."""
+    mean = torch.stack(list(received)).mean(0)
+    return torch.where(mean > 0, row / torch.where(mean > 0, mean, 1), 0)

@@ -1,6 +1,7 @@
 """Attention: fused, and spelled out as matrix products around a softmax."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from fastrel.graph.patterns import is_attention_value, is_talking_heads_value
 from fastrel.ops.attention import attention_probabilities, carries_scores
 from fastrel.ops.library import REFERENCES
 from fastrel.reference import rules as reference
+from fastrel.reference.rollout import attention_received
 from fastrel.rules.linear import times_parameter
 from fastrel.rules.pointwise import sum_to
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes, Part, Path, Row, Rows
-from fastrel.transform.method import AllMaps
+from fastrel.transform.method import Kind
 from fastrel.transform.rollout import settled_share
 
 aten = torch.ops.aten
@@ -42,8 +44,9 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
     block = t.enter_block(node)
     row_node = None
     if block is not None and out.row:
-        row_node = _queries(t, t.whole_row(out.row, node).node, rows, query_dim)
-        t.read_row = t.read_row or row_node
+        whole_row = t.whole_row(out.row, node).node
+        row_node = _queries(t, whole_row, rows, query_dim)
+        t.read_row = t.read_row or _queries(t, whole_row, None, query_dim)
     mask_value: Any = None
     if isinstance(mask, fx.Node):
         mask_value = t.value(mask, rows, node.meta["val"].dim())
@@ -103,9 +106,21 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
             t.give(v, row=out.row)
         else:
             t.rollout.end(out.row)
-    if block is not None and isinstance(t.method.reading, AllMaps):
-        maps = t.emit.call(attention_maps, *attention, None, None, float(scale), bool(is_causal), start, t.rules)
-        t.attention_maps.append(t.emit.parts(maps, 3)[0])
+    if block is not None and t.method.kinds:
+        dense = (lane and t.dense(lane, node).node for lane in (out.rel, out.grad))
+        every = (t.value(q), keys, values, t.value(mask) if isinstance(mask, fx.Node) else None)
+        maps = t.emit.call(attention_maps, *every, *dense, float(scale), bool(is_causal), 0, t.rules)
+        _keep(t, block, t.emit.parts(maps, 3))
+
+
+def _keep(t: Context, block: int, maps: Sequence[fx.Node | None]) -> None:
+    """What the method's reading asks for of a block, from its A, ∇A and R_A, all queries."""
+    kinds: tuple[Kind, ...] = ("attention", "gradient", "relevance")
+    for kind, part in zip(kinds, maps, strict=True):
+        if part is not None and t.asks(kind):
+            t.maps[kind][block] = part
+    if t.asks("received"):
+        t.maps["received"][block] = t.emit.call(attention_received, maps[0])
 
 
 def bias_gradient(
@@ -246,8 +261,9 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
                 t.record(block, name, part)
         if rel_b:
             t.record(block, "value_relevance", rel_b if heads is None else t.emit.call(split_heads, rel_b, heads))
-        assert maps[0]
-        t.attention_maps.append(maps[0])
+        if t.method.kinds:
+            every = (t.value(left), *(part and t.dense(Lane(part, rows), left).node for part in (grad_a, rel_a)))
+            _keep(t, block, [part and (part if heads is None else t.emit.call(split_heads, part, heads)) for part in every])
         if out.row:
             queries = t.facts.queries(left) or left
             update = t.emit.call(ops.attention_update, *maps, t.method.update)
@@ -363,14 +379,15 @@ def _roll(
 ) -> None:
     dim = node.meta["val"].dim() - 2
 
-    def queries(lane: fx.Node) -> fx.Node:
+    def queries(lane: fx.Node, rows: Rows | None = rows) -> fx.Node:
         if heads is None:
             return _queries(t, lane, rows, dim)
         mean = t.emit.call(mean_heads, lane, heads)
         return t.emit.call(aten.narrow.default, mean, 2, rows.start, rows.length) if rows else mean
 
-    whole = queries(t.whole_row(row, node).node)
-    t.read_row = t.read_row or whole
+    entering = t.whole_row(row, node).node
+    whole = queries(entering)
+    t.read_row = t.read_row or queries(entering, None)
     kept, through = t.emit.parts(t.emit.call(ops.rollout_row, whole, update, t.method.normalize), 2)
     parts = {path: queries(part.lane.node) for path, part in row.parts.items() if part.lane}
     _give_row(t, q, v, rows, row, parts, whole, kept, through, heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from fastrel.precision import Products
 from fastrel.reference.rules import Rules, safe_divide
 from fastrel.transform.emit import Emitter
 from fastrel.transform.lanes import Lane, Lanes, Row, Rows
-from fastrel.transform.method import Method
+from fastrel.transform.method import Kind, Method
 from fastrel.transform.rollout import Rollout
 
 aten = torch.ops.aten
@@ -43,7 +44,8 @@ class Context:
         emit: writes the reverse graph.
         rollout: keeps book of the row.
         generic: operators that took the generic rule.
-        attention_maps, read_row: of the blocks met so far, the last one first; what the head reads of the last, [K, B, Tq].
+        maps: by kind, what the method's reading asks for of the blocks met so far, by their number.
+        read_row: what the head reads of the last block, [K, B, Tq].
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Context:
         self.pending: dict[fx.Node, Pending] = {}
         self.records: list[tuple[tuple[int, str], fx.Node]] = []
         self.generic: list[str] = []
-        self.attention_maps: list[fx.Node] = []
+        self.maps: dict[Kind, dict[int, fx.Node]] = defaultdict(dict)
         self.read_row: fx.Node | None = None
         self.block = stretch.total  #: number of the block entered last
 
@@ -120,6 +122,8 @@ class Context:
         )
         if lanes.rel and met:
             self.record(self.block, "input_relevance", self.dense(lanes.rel, node).node)
+        if lanes.grad and met and self.asks("tokens"):
+            self.maps["tokens"][self.block] = self.times_gradient(node, lanes.grad)
         return lanes
 
     def _published_clone(self, node: fx.Node, lane: Lane) -> Lane:
@@ -172,6 +176,16 @@ class Context:
     def published_share(self, x: fx.Node, rel: fx.Node) -> fx.Node:
         """x ⊙ (R ⊘ x): R itself, but for the published code's 1e-9."""
         return self.emit.call(torch.mul, x, self.emit.call(safe_divide, rel, x, self.rules))
+
+    def times_gradient(self, x: fx.Node, grad: Lane) -> fx.Node:
+        """x ⊙ ∂y/∂x summed over features, which are left out."""
+        product = self.emit.call(torch.mul, self.dense(grad, x).node, self.value(x))
+        features = [dim + 1 for dim in self.features(x)]
+        return self.emit.call(aten.sum.dim_IntList, product, features) if features else product
+
+    def asks(self, kind: Kind) -> bool:
+        """Whether the method reads this of every block."""
+        return kind in self.method.kinds
 
     def record(self, block: int, name: str, node: fx.Node) -> None:
         """Return a node of the reverse graph as part of a trace."""

@@ -12,6 +12,9 @@ from torch import Tensor
 Update = Literal["gradient_relevance", "gradient_attention", "gradcam", "relevance", "attention"]
 UPDATES: tuple[Update, ...] = get_args(Update)
 
+#: What a block hands to a function of all maps.
+Kind = Literal["attention", "gradient", "relevance", "tokens", "received"]
+
 _OF_GRADIENT: tuple[Update, ...] = ("gradient_relevance", "gradient_attention", "gradcam")
 _OF_RELEVANCE: tuple[Update, ...] = ("gradient_relevance", "relevance")
 
@@ -55,11 +58,25 @@ class LaneSum:
 
 @dataclass(frozen=True)
 class AllMaps:
-    """A function of what the head reads [K, B, T] and of all attention maps [B, h, T, T], the first block's first."""
+    """A function of what the head reads [K, B, T], and for each kind in `of` of the list of all blocks', the first block's first.
+
+    "attention": A [B, h, Tq, Tk]; "gradient": ∇A, "relevance": R_A, both [K, B, h, Tq, Tk]; "tokens": what a block reads times its
+    gradient, summed over features, [K, B, T]; "received": the attention that each token receives, [B, T]. The function returns the map
+    [K, B, T].
+    """
 
     combine: Callable[..., Tensor]
-    needs_gradient = False
-    needs_relevance = False
+    of: tuple[Kind, ...] = ("attention",)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the gradient lane is used."""
+        return "gradient" in self.of or "tokens" in self.of
+
+    @property
+    def needs_relevance(self) -> bool:
+        """Whether the relevance lane is used."""
+        return "relevance" in self.of
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,7 @@ class Method:
         start_layer: the attention block that it starts with, counted from the input; negative from the output.
         normalize: scale the rows of I + M to sum 1.
         attnlrp: the gradient lane follows AttnLRP's rules.
+        per_attention: divide by the attention that each token receives, mean over blocks.
     """
 
     name: str
@@ -96,6 +114,7 @@ class Method:
     start_layer: int = 0
     normalize: bool = False
     attnlrp: bool = False
+    per_attention: bool = False
 
     @property
     def update(self) -> Update:
@@ -106,6 +125,12 @@ class Method:
     def residual(self) -> bool:
         """Whether a block adds I."""
         return not isinstance(self.reading, Chain) or self.reading.residual
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What every block hands to the reading."""
+        of = self.reading.of if isinstance(self.reading, AllMaps) else ()
+        return (*of, "received") if self.per_attention else of
 
     @property
     def needs_gradient(self) -> bool:
@@ -125,7 +150,7 @@ class Method:
     @property
     def to_the_end(self) -> bool:
         """Whether lanes are carried down to where the map is read, not only to the last attention map."""
-        return isinstance(self.reading, LaneSum)
+        return isinstance(self.reading, LaneSum) or "tokens" in self.kinds
 
     @property
     def at_pixels(self) -> bool:

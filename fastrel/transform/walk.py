@@ -19,6 +19,7 @@ from fastrel.graph.capture import Captured
 from fastrel.graph.facts import Memory, Stretch
 from fastrel.graph.nodes import describe
 from fastrel.precision import Products
+from fastrel.reference.rollout import per_attention
 from fastrel.reference.rules import Rules
 from fastrel.rules import rule_for
 from fastrel.rules.generic import generic
@@ -26,10 +27,12 @@ from fastrel.transform.context import Context
 from fastrel.transform.emit import Emitter, common_lane_dtype
 from fastrel.transform.grids import on_grid, picture_of, samples_first
 from fastrel.transform.lanes import Lane, Lanes, lane_dtype
-from fastrel.transform.method import AllMaps, LaneSum, Method
+from fastrel.transform.method import AllMaps, Kind, LaneSum, Method
 from fastrel.transform.program import Map, Program
 
 aten = torch.ops.aten
+
+_OTHER_TOKENS = "this method needs attention maps over one and the same sequence of tokens in every block"
 
 
 class _Found(NamedTuple):
@@ -78,6 +81,8 @@ def transform(
             t.rollout.seed(row),
         )
     found = _Walk(t).run()
+    if method.per_attention and len(found) > 1:
+        raise UnsupportedModelError(f"{method.name} explains models of one sequence of tokens; this one has {len(found)}")
     found = sorted(_met(t, found), key=lambda one: captured.inputs.index(t.facts.source(one.node)))
     grids = [on_grid(t, one.node, one.row) for one in found]
     rows = [samples_first(t, one.node, one.row) for one in found]
@@ -181,15 +186,17 @@ class _Walk:
         t, reading = self.t, self.t.method.reading
         if isinstance(reading, AllMaps):
             assert t.read_row
-            combined = t.emit.call(reading.combine, t.read_row, *reversed(t.attention_maps))
-            for dim in t.features(node):
-                combined = t.emit.call(aten.unsqueeze.default, combined, dim + 1)
-            return Lane(combined)
+            assert lanes.row
+            combined = t.emit.call(reading.combine, t.read_row, *(self._of_all_blocks(kind) for kind in reading.of))
+            row = t.rollout.share(lanes.row, lambda several: t.added(node, several, is_row=True))
+            return Lane(t.emit.call(as_row, combined, t.dense(row, node, is_row=True).node))
         if not isinstance(reading, LaneSum):
             assert lanes.row
-            return t.dense(
-                t.rollout.share(lanes.row, lambda several: t.added(node, several, is_row=True)), node, is_row=True
-            )
+            row = t.rollout.share(lanes.row, lambda several: t.added(node, several, is_row=True))
+            row = t.dense(row, node, is_row=True)
+            if not t.method.per_attention:
+                return row
+            return Lane(t.emit.call(divided, row.node, self._of_all_blocks("received")))
         lane = lanes.rel if reading.lane == "relevance" else lanes.grad
         assert lane
         dense = t.dense(lane, node).node
@@ -197,6 +204,39 @@ class _Walk:
             dense = t.emit.call(torch.mul, dense, t.value(node))
         features = [dim + 1 for dim in t.features(node)]
         return Lane(t.emit.call(aten.sum.dim_IntList, dense, features, True) if features else dense)
+
+    def _of_all_blocks(self, kind: Kind) -> list[fx.Node]:
+        """What the blocks hand to the reading, the first block's first."""
+        t = self.t
+        found = t.maps[kind]
+        if len(found) < len(t.stretch.blocks):
+            raise UnsupportedModelError(
+                f"{t.method.name} needs to know what each attention block reads; here some read no tokens"
+            )
+        return [found[block] for block in sorted(found)]
+
+
+def as_row(found: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """A map [K, B, T] in the shape of the row [K, B, T, 1 …] at the same tokens.
+
+    Raises:
+        InputError: it is over other tokens.
+    """
+    if found.shape != row.flatten(2).shape:
+        raise InputError(_OTHER_TOKENS)
+    return found.reshape(row.shape)
+
+
+def divided(row: torch.Tensor, received: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A row [K, B, T, 1 …] by the attention that each token receives, [B, T] per block.
+
+    Raises:
+        InputError: the blocks are over other tokens.
+    """
+    tokens = row.flatten(2)
+    if any(own.shape != tokens.shape[1:] for own in received):
+        raise InputError(_OTHER_TOKENS)
+    return per_attention(tokens, received).reshape(row.shape)
 
 
 def _met(t: Context, found: Sequence[_Found]) -> list[_Found]:
