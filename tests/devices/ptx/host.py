@@ -1,0 +1,104 @@
+"""Launchers that run on CPU tensors as on a GPU: Triton's own host path, its compiler up to PTX, and the emulator as the device.
+
+    with emulated() as device:
+        kernels()[ops.zplus_linear](x, …)
+    device.kernels
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tests.devices.ptx.compiler import compile_to_ptx
+from tests.devices.ptx.machine import run
+from tests.devices.ptx.parse import parse
+
+
+class Device:
+    """What Triton asks of a driver, and the kernels that it was given."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.kernels: list[Loaded] = []
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+class Loaded:
+    """A compiled kernel: launching it emulates it."""
+
+    function = packed_metadata = None
+
+    def __init__(self, source: ASTSource, capability: int, options: dict[str, Any]) -> None:
+        self.name, self.constants = source.fn.fn.__name__, dict(source.constants)
+        self.launches = 0
+        self._passed = [name for name, kind in source.signature.items() if kind != "constexpr"]
+        self._names = list(source.signature)
+        self._compiled = compile_to_ptx(source, capability, options)
+        self._kernel = parse(self._compiled.ptx)
+
+    def launch_metadata(self, *_: Any) -> None:
+        return None
+
+    def run(self, x: int, y: int, z: int, _stream: int, _f: Any, _p: Any, _m: Any, _e: Any, _x: Any, *values: Any) -> None:
+        assert z == 1
+        self.launches += 1
+        given = dict(zip(self._names, values, strict=True))
+        passed = [given[name] for name in self._passed]
+        addresses = [value.data_ptr() if isinstance(value, Tensor) else value for value in passed]
+        extents = [_extent(value) for value in passed if isinstance(value, Tensor) and value.numel()]
+        scratch = [0] * (len(self._kernel.parameters) - len(addresses))  # memory of Triton's own, which these kernels do not use
+        run(self._kernel, (x, y), self._compiled.shared, [*addresses, *scratch], extents)
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor, and the one behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+@contextlib.contextmanager
+def emulated(capability: int = 80) -> Iterator[Device]:
+    """Everything inside is launched on an emulated GPU of this capability."""
+    device = Device(capability)
+    fresh: dict[JITFunction, Any] = {}
+
+    def compile_(
+        self: JITFunction, key: Any, signature: Any, index: int, constants: Any, options: Any, attrs: Any, _: bool
+    ) -> Loaded:
+        shown = {name: getattr(options, name) for name in ("num_warps", "num_stages", "maxnreg")}
+        loaded = Loaded(ASTSource(self, signature, constants, attrs), capability, {k: v for k, v in shown.items() if v is not None})
+        device.kernels.append(loaded)
+        self.device_caches[index][0][key] = loaded
+        return loaded
+
+    def caches(self: JITFunction) -> Any:
+        return fresh.setdefault(self, defaultdict(self.create_binder))
+
+    before = None if driver._active is None else driver.active
+    with (
+        mock.patch.object(JITFunction, "_do_compile", compile_),
+        mock.patch.object(JITFunction, "device_caches", property(caches, lambda self, value: None), create=True),
+    ):
+        driver.set_active(device)
+        try:
+            yield device
+        finally:
+            driver._active = before
