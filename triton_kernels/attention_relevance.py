@@ -281,7 +281,8 @@ def attention_keys_kernel(
             grad_attn = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
         if ROW:
             b_row = tl.load(row_ptr + sample * queries + i, mask=i < queries, other=0.0)  # [BM]
-            through += tl.sum(b_row[:, None] * update_of(attn, grad_attn, rel_attn, UPDATE), 0)
+            # + 0: else a lane adds its own product unrounded to another's rounded one, and lanes disagree about their sum.
+            through += tl.sum(b_row[:, None] * update_of(attn, grad_attn, rel_attn, UPDATE) + 0.0, 0)
         if GRAD_IN:
             grad_v = tl.dot(tl.trans(operand(attn, tl.float32, PRECISION)), b_grad, grad_v, input_precision=PRECISION)
             b_delta = tl.load(delta_ptr + own + i, mask=i < queries, other=0.0)  # [BM]

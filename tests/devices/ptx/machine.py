@@ -96,6 +96,7 @@ class Machine:
                 at = min(waiting)
                 threads = waiting.pop(at)
                 others = min(waiting, default=len(self._steps) + 1)
+                together = ALL if threads.all() else threads
                 while at != others:
                     instruction, step = self._steps[at]
                     executed += 1
@@ -103,12 +104,13 @@ class Machine:
                         raise PtxError(f"{self._kernel.name}: more than {MOST} instructions")
                     if instruction.opcode in ("bra", "bra.uni", "ret"):
                         break
-                    self._execute(instruction, step, threads)
+                    self._execute(instruction, step, together)
                     at += 1
                 else:
-                    waiting[at] |= threads
+                    waiting[at] = waiting[at] | threads
                     continue
                 taken = self._guarded(instruction, threads)
+                assert taken is not ALL
                 if instruction.opcode == "ret":
                     self._live &= ~taken
                 else:
@@ -122,17 +124,19 @@ class Machine:
         if threads.any():
             waiting[at] = waiting[at] | threads if at in waiting else threads
 
-    def _guarded(self, instruction: Instruction, threads: np.ndarray) -> np.ndarray:
-        """Those that execute it: a new array."""
+    def _guarded(self, instruction: Instruction, threads: Mask) -> Mask:
+        """Those of `threads` that execute it."""
         if instruction.guard is None:
-            return threads.copy()
+            return threads
         name, wanted = instruction.guard
-        return threads & (self._register(name) == wanted)
+        given = self._register(name)
+        given = given if wanted else ~given
+        return given if threads is ALL else threads & given
 
-    def _execute(self, instruction: Instruction, step: Callable[[Mask], None], threads: np.ndarray) -> None:
+    def _execute(self, instruction: Instruction, step: Callable[[Mask], None], threads: Mask) -> None:
         try:
             active = self._guarded(instruction, threads)
-            if active.all():
+            if active is ALL or active.all():
                 step(ALL)
             elif active.any():
                 step(active)
@@ -215,7 +219,10 @@ class Machine:
 
     def _of(self, operand: Operand, dtype: str, threads: np.ndarray) -> np.ndarray:
         """[n] numbers of these threads."""
-        return np.broadcast_to(self._read(operand, np.dtype(dtype)), self.count)[threads]
+        value = self._read(operand, np.dtype(dtype))
+        if len(value) != self.count:
+            return np.full(len(threads), value[0])
+        return value if len(threads) == self.count else value[threads]
 
     def _addresses(self, operand: Operand, dtype: str, threads: np.ndarray) -> np.ndarray:
         assert isinstance(operand, Address)
@@ -331,12 +338,11 @@ class Machine:
 
     def _shuffle(self, opcode: str, operands: tuple[Operand, ...], active: Mask) -> None:
         to, given, by, clamp, members = operands
-        assert isinstance(by, Literal)
         assert isinstance(clamp, Literal)
         assert members == Literal(-1)
         self._whole_warps(active)
-        value = np.broadcast_to(self._read(given, np.dtype(np.uint32)), self.count)
-        self._write(to, warp.shuffle(opcode.split(".")[2], value, by.value, clamp.value), active)
+        value, lane = (np.broadcast_to(self._read(x, np.dtype(np.uint32)), self.count) for x in (given, by))
+        self._write(to, warp.shuffle(opcode.split(".")[2], value, lane, clamp.value), active)
 
     def _multiply(self, opcode: str, operands: tuple[Operand, ...], active: Mask) -> None:
         self._whole_warps(active)

@@ -99,15 +99,15 @@ def parse(ptx: str) -> Kernel:
 
 def _body(ptx: str) -> Iterator[tuple[int, str, str]]:
     """Lines between the kernel's braces without comments, their numbers, and the line of Python that they were made of."""
-    source, inside = "", False
+    source, depth = "", 0
     for number, text in enumerate(ptx.splitlines(), 1):
         line, _, comment = text.partition("//")
         line = line.strip()
-        if line in ("{", "}"):
-            if inside:
+        if line in ("{", "}"):  # inline assembly has braces of its own
+            depth += 1 if line == "{" else -1
+            if depth == 0:
                 return
-            inside = True
-        elif inside and line:
+        elif depth and line:
             if line.startswith(".loc"):
                 source = comment.strip().rpartition(":")[0]
             yield number, line, source
@@ -125,6 +125,6 @@ def _operand(text: str) -> Operand:
         return Register(text)
     if text.startswith("0f"):
         return Literal(int(text[2:], 16))
-    if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", text):
-        return Literal(int(text, 0))
+    if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
+        return Literal(int(text.rstrip("U"), 0))
     return Symbol(text)

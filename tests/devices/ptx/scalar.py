@@ -85,6 +85,16 @@ def _field(a: np.ndarray, at: np.ndarray, length: np.ndarray) -> np.ndarray:
     return ((a << up) >> (32 - length).astype(a.dtype)).astype(a.dtype)
 
 
+def _permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """`prmt` without a mode: each byte is one of b's and a's eight, or eight times its sign."""
+    both, out = (b.astype(np.uint64) << 32) | a, np.uint64(0)
+    for i in range(4):
+        choice = (selector >> (4 * i)).astype(np.uint64)
+        byte = (both >> (8 * (choice & 7))) & 0xFF
+        out = out | (np.where(choice & 8, (byte >> 7) * 0xFF, byte) << np.uint64(8 * i))
+    return out.astype(np.uint32)
+
+
 _same("add", np.add, "f32 s32 s64")
 _same("sub", np.subtract, "f32 s32")
 _same("mul", np.multiply, "f32")
@@ -101,7 +111,7 @@ _same("abs", np.abs, "f32 f16", 1)
 _same("abs", lambda a: a & np.uint16(0x7FFF), "bf16", 1)
 _same("min", np.minimum, "s32")
 _same("max", np.fmax, "f32")  # a NaN gives way to a number
-_same("max.NaN", np.maximum, "f32")
+_same("max.NaN", np.maximum, "f16 f32")
 _same("min.NaN", np.minimum, "f32")
 _same(
     "max.NaN", lambda a, b: formats.to_bfloat16(np.maximum(formats.from_bfloat16(a), formats.from_bfloat16(b))), "bf16"
@@ -121,6 +131,7 @@ for _name in ("s16", "s32", "u16", "u32"):
     _rule(f"shr.{_name}", _shifted(np.right_shift), _name, _name, "u32")
 for _name in ("s32", "u32"):
     _rule(f"bfe.{_name}", _field, _name, _name, "u32", "u32")
+_rule("prmt.b32", _permuted, "b32", "b32", "b32", "b32")
 
 for _name, _types, _compare in (
     ("lt", "f32 s32 u32 s64", np.less), ("le", "s32", np.less_equal), ("gt", "f32 s32", np.greater),

@@ -22,12 +22,12 @@ def lanes(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1, 32)
 
 
-def shuffle(mode: str, values: np.ndarray, by: int, clamp: int) -> np.ndarray:
+def shuffle(mode: str, values: np.ndarray, by: np.ndarray, clamp: int) -> np.ndarray:
     """`shfl.sync` with a member mask of all lanes, "PTX ISA", Data Movement: shfl.sync. A lane out of range keeps its own."""
-    segment = (clamp >> 8) & 31
+    segment, by = (clamp >> 8) & 31, lanes(by).astype(np.int64) & 31
     last = (LANES & segment) | (clamp & 31 & ~segment)
     source = LANES ^ by if mode == "bfly" else (LANES & segment) | (by & ~segment)
-    return lanes(values)[:, np.where(source <= last, source, LANES)].ravel()
+    return np.take_along_axis(lanes(values), np.where(source <= last, source, LANES), 1).ravel()
 
 
 def matrix_rows(addresses: np.ndarray, matrix: int, transposed: bool) -> list[np.ndarray]:
