@@ -12,10 +12,9 @@ from triton.compiler import ASTSource, make_backend
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's PTX and what a launch of it needs to know."""
+    """A kernel's PTX, and how many bytes of shared memory a block of it has."""
 
     ptx: str
-    warps: int
     shared: int
 
 
@@ -34,4 +33,4 @@ def compile_to_ptx(source: ASTSource, capability: int, options: dict[str, Any]) 
     metadata: dict[str, Any] = {"target": target, **parsed.__dict__}
     for name in ("ttir", "ttgir", "llir", "ptx"):
         module = stages[name](module, metadata)
-    return Compiled(str(module), metadata["num_warps"], metadata["shared"])
+    return Compiled(str(module), metadata["shared"])

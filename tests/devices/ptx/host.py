@@ -20,8 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tests.devices.ptx.compiler import compile_to_ptx
-from tests.devices.ptx.machine import run
-from tests.devices.ptx.parse import parse
+from tests.devices.ptx.instructions import Program
 
 
 class Device:
@@ -52,7 +51,7 @@ class Loaded:
         self._passed = [name for name, kind in source.signature.items() if kind != "constexpr"]
         self._names = list(source.signature)
         self._compiled = compile_to_ptx(source, capability, options)
-        self._kernel = parse(self._compiled.ptx)
+        self._program = Program.of(self._compiled.ptx)
 
     def launch_metadata(self, *_: Any) -> None:
         return None
@@ -64,8 +63,8 @@ class Loaded:
         passed = [given[name] for name in self._passed]
         addresses = [value.data_ptr() if isinstance(value, Tensor) else value for value in passed]
         extents = [_extent(value) for value in passed if isinstance(value, Tensor) and value.numel()]
-        scratch = [0] * (len(self._kernel.parameters) - len(addresses))  # memory of Triton's own, which these kernels do not use
-        run(self._kernel, (x, y), self._compiled.shared, [*addresses, *scratch], extents)
+        scratch = [0] * (len(self._program.kernel.parameters) - len(addresses))  # of Triton's own, which no kernel here uses
+        self._program.run((x, y), self._compiled.shared, [*addresses, *scratch], extents)
 
 
 def _extent(x: Tensor) -> tuple[int, int]:

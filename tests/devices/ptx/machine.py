@@ -7,15 +7,12 @@ in its order, they meet again where their ways do. What depends on that order is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from tests.devices.ptx import warp
-from tests.devices.ptx.faults import Fault, PtxError, UnknownInstructionError, require
+from tests.devices.ptx.faults import Fault, PtxError, require
 from tests.devices.ptx.memory import Copies, Global, Shared
-from tests.devices.ptx.parse import Address, Instruction, Kernel, Literal, Operand, Pack, Register, Symbol
-from tests.devices.ptx.scalar import RULES, TYPES, Rule
+from tests.devices.ptx.parse import Address, Instruction, Kernel, Literal, Operand, Register, Symbol
 
 #: Registers by the letters of their names.
 REGISTERS = {"p": np.dtype(bool), "rs": np.dtype(np.uint16), "r": np.dtype(np.uint32), "rd": np.dtype(np.uint64)}
@@ -23,28 +20,12 @@ REGISTERS = {"p": np.dtype(bool), "rs": np.dtype(np.uint16), "r": np.dtype(np.ui
 #: Instructions of one launch; more is a loop without end.
 MOST = 1_000_000
 
-#: Of all threads, in the place of a mask.
-ALL = None
+#: Which threads execute an instruction: a mask, or None for all.
 Mask = np.ndarray | None
+ALL: Mask = None
 
-
-def width_and_count(opcode: str) -> tuple[str, int]:
-    """The type and number of what `ld`, `st` access: b32, 4 of ld.global.v4.b32."""
-    *modifiers, kind = opcode.split(".")
-    vector = [m for m in modifiers if m in ("v2", "v4")]
-    return kind, int(vector[0][1:]) if vector else 1
-
-
-def grain(kernel: Kernel) -> int:
-    """Bytes of the narrowest access to shared memory."""
-    widths = [4]
-    for instruction in kernel.code:
-        opcode = instruction.opcode
-        if opcode.startswith(("ld.shared", "st.shared")):
-            widths.append(TYPES[width_and_count(opcode)[0]].itemsize)
-        elif opcode.startswith("ldmatrix") and ".trans" in opcode:
-            widths.append(2)
-    return min(widths)
+#: What carries out an instruction for some threads.
+Step = Callable[["Machine", Mask], None]
 
 
 class Machine:
@@ -52,36 +33,39 @@ class Machine:
 
     Args:
         kernel: what to run
+        steps: what carries out each of its instructions
         grid: blocks in x and y
         shared: bytes of shared memory of a block
+        grains: bytes of the narrowest access to global and to shared memory
         arguments: by parameter, an integer or a float; of a tensor its address
-        extents: first and last byte but one of every buffer that the launch was given
+        extents: first byte of every buffer that the launch was given, and the one behind its last
     """
 
     def __init__(
         self,
         kernel: Kernel,
+        steps: Sequence[Step],
         grid: tuple[int, int],
         shared: int,
+        grains: tuple[int, int],
         arguments: Sequence[int | float],
         extents: list[tuple[int, int]],
     ) -> None:
-        self._kernel, self._arguments = kernel, dict(zip(kernel.parameters, arguments, strict=True))
-        blocks, each = grid[0] * grid[1], kernel.threads
-        self.count = blocks * each
-        self._each = each
-        self._thread = np.arange(self.count)
-        self._block = self._thread // each
-        self._special = {
-            "%tid.x": self._thread % each, "%ctaid.x": self._block % grid[0], "%ctaid.y": self._block // grid[0],
+        self._kernel, self._steps = kernel, steps
+        self.arguments = dict(zip(kernel.parameters, arguments, strict=True))
+        blocks, self._each = grid[0] * grid[1], kernel.threads
+        self.count = blocks * kernel.threads
+        self.thread = np.arange(self.count)
+        self.block = self.thread // kernel.threads
+        special = {
+            "%tid.x": self.thread % kernel.threads, "%ctaid.x": self.block % grid[0], "%ctaid.y": self.block // grid[0],
             "%nctaid.x": np.full(self.count, grid[0]), "%nctaid.y": np.full(self.count, grid[1]),
         }  # fmt: skip
-        self._registers: dict[str, np.ndarray] = {name: x.astype(np.uint32) for name, x in self._special.items()}
-        self._global = Global(extents)
-        self._shared = Shared(blocks, shared, grain(kernel), each // 32)
-        self._copies = Copies(self._shared, self.count)
-        self._live = np.ones(self.count, bool)
-        self._steps = [(instruction, self._step(instruction)) for instruction in kernel.code]
+        self._registers = {name: x.astype(np.uint32) for name, x in special.items()}
+        self.global_memory = Global(extents, grains[0])
+        self.shared_memory = Shared(blocks, shared, grains[1], kernel.threads)
+        self.copies = Copies(self.shared_memory, self.count)
+        self.live = np.ones(self.count, bool)
 
     def run(self) -> None:
         """Until all threads returned.
@@ -90,34 +74,39 @@ class Machine:
             PtxError: a thread did what it may not.
         """
         waiting = {0: np.ones(self.count, bool)}
-        executed = 0
+        left = MOST
         with np.errstate(all="ignore"):
             while waiting:
                 at = min(waiting)
                 threads = waiting.pop(at)
-                others = min(waiting, default=len(self._steps) + 1)
-                together = ALL if threads.all() else threads
-                while at != others:
-                    instruction, step = self._steps[at]
-                    executed += 1
-                    if executed > MOST:
-                        raise PtxError(f"{self._kernel.name}: more than {MOST} instructions")
-                    if instruction.opcode in ("bra", "bra.uni", "ret"):
-                        break
-                    self._execute(instruction, step, together)
-                    at += 1
-                else:
+                at, left = self._straight_on(at, threads, min(waiting, default=len(self._steps)), left)
+                if at in waiting:
                     waiting[at] = waiting[at] | threads
-                    continue
-                taken = self._guarded(instruction, threads)
-                assert taken is not ALL
-                if instruction.opcode == "ret":
-                    self._live &= ~taken
                 else:
-                    (label,) = instruction.operands
-                    assert isinstance(label, Symbol)
-                    self._send(waiting, self._kernel.labels[label.name], taken)
-                self._send(waiting, at + 1, threads & ~taken)
+                    self._branch(at, threads, waiting)
+
+    def _straight_on(self, at: int, threads: np.ndarray, end: int, left: int) -> tuple[int, int]:
+        """Executes up to the next branch or to `end`; where that is, and how many more instructions there may be."""
+        together = ALL if threads.all() else threads
+        code = self._kernel.code
+        while at != end and code[at].opcode not in ("bra", "bra.uni", "ret"):
+            self._execute(code[at], self._steps[at], together)
+            at, left = at + 1, left - 1
+            if not left:
+                raise PtxError(f"{self._kernel.name}: more than {MOST} instructions")
+        return at, left
+
+    def _branch(self, at: int, threads: np.ndarray, waiting: dict[int, np.ndarray]) -> None:
+        instruction = self._kernel.code[at]
+        taken = self._guarded(instruction, threads)
+        assert taken is not ALL
+        if instruction.opcode == "ret":
+            self.live &= ~taken
+        else:
+            (label,) = instruction.operands
+            assert isinstance(label, Symbol)
+            self._send(waiting, self._kernel.labels[label.name], taken)
+        self._send(waiting, at + 1, threads & ~taken)
 
     @staticmethod
     def _send(waiting: dict[int, np.ndarray], at: int, threads: np.ndarray) -> None:
@@ -133,20 +122,19 @@ class Machine:
         given = given if wanted else ~given
         return given if threads is ALL else threads & given
 
-    def _execute(self, instruction: Instruction, step: Callable[[Mask], None], threads: Mask) -> None:
+    def _execute(self, instruction: Instruction, step: Step, threads: Mask) -> None:
         try:
             active = self._guarded(instruction, threads)
             if active is ALL or active.all():
-                step(ALL)
+                step(self, ALL)
             elif active.any():
-                step(active)
+                step(self, active)
         except Fault as fault:
             thread = int(fault.threads[0])
-            raise PtxError(self._where(instruction, f"thread {thread % self._each} of block {thread // self._each} {fault}"))
-
-    def _where(self, instruction: Instruction, message: str) -> str:
-        place = f"line {instruction.line} ({instruction.source})"
-        return f"{self._kernel.name}, {place}: {message}: {instruction.text}"
+            raise PtxError(
+                f"{self._kernel.name}, line {instruction.line} ({instruction.source}): thread {thread % self._each} "
+                f"of block {thread // self._each} {fault}: {instruction.text}"
+            ) from None
 
     # Operands.
 
@@ -154,9 +142,9 @@ class Machine:
         try:
             return self._registers[name]
         except KeyError:
-            raise Fault(f"reads {name}, which nobody has written", self._thread[:1]) from None
+            raise Fault(f"reads {name}, which nobody has written", self.thread[:1]) from None
 
-    def _read(self, operand: Operand, dtype: np.dtype) -> np.ndarray:
+    def read(self, operand: Operand, dtype: np.dtype) -> np.ndarray:
         """[threads], or [1] of what is the same for all."""
         if isinstance(operand, Register):
             value = self._register(operand.name)
@@ -170,7 +158,20 @@ class Machine:
         assert operand == Symbol("global_smem"), operand
         return np.zeros(1, dtype)
 
-    def _write(self, operand: Operand, value: np.ndarray, active: Mask) -> None:
+    def read_of(self, operand: Operand, dtype: str, threads: np.ndarray) -> np.ndarray:
+        """[n] numbers of these threads."""
+        value = self.read(operand, np.dtype(dtype))
+        if len(value) != self.count:
+            return np.full(len(threads), value[0])
+        return value if len(threads) == self.count else value[threads]
+
+    def address(self, operand: Operand, dtype: str, threads: np.ndarray) -> np.ndarray:
+        """[n] addresses of these threads."""
+        assert isinstance(operand, Address)
+        return self.read_of(operand.base, dtype, threads) + np.dtype(dtype).type(operand.offset)
+
+    def write(self, operand: Operand, value: np.ndarray, active: Mask) -> None:
+        """Of value [threads] or [1] what is of active threads; a narrower number is extended, a signed one by its sign."""
         if operand == Symbol("_"):
             return
         assert isinstance(operand, Register), operand
@@ -188,174 +189,20 @@ class Machine:
             value = np.where(active, value, before)
         self._registers[operand.name] = value
 
-    # Instructions.
+    def write_of(self, operand: Operand, values: np.ndarray, threads: np.ndarray, active: Mask) -> None:
+        """[n] numbers of `threads`, which are those that are active."""
+        if active is not ALL:
+            every = np.zeros(self.count, values.dtype)
+            every[threads] = values
+            values = every
+        self.write(operand, np.ascontiguousarray(values), active)
 
-    def _step(self, instruction: Instruction) -> Callable[[Mask], None]:
-        """What executes an instruction for those threads that are active.
+    def chosen(self, active: Mask) -> np.ndarray:
+        """Numbers of the active threads."""
+        return self.thread if active is ALL else np.flatnonzero(active)
 
-        Raises:
-            UnknownInstructionError: nothing here does.
-        """
-        opcode, operands = instruction.opcode, instruction.operands
-        if (rule := RULES.get(opcode)) and not any(isinstance(x, Pack) for x in operands):
-            return lambda active: self._scalar(rule, operands, active)
-        for prefix, method in (
-            ("bra", None), ("ret", None), ("mov.b32", self._repack), ("ld.param.", self._parameter), ("ld.global.", self._load),
-            ("st.global.", self._store), ("ld.shared.", self._load), ("st.shared::cta.", self._store),
-            ("ldmatrix.sync.aligned.m8n8.", self._load_matrices), ("cp.async.ca.shared.global", self._copy),
-            ("cp.async.cg.shared.global", self._copy), ("cp.async.commit_group", self._commit),
-            ("cp.async.wait_group", self._wait), ("bar.sync", self._barrier), ("bar.warp.sync", self._warp_barrier),
-            ("shfl.sync.bfly.b32", self._shuffle), ("shfl.sync.idx.b32", self._shuffle),
-            ("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", self._multiply),
-            ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", self._multiply),
-            ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", self._multiply),
-        ):  # fmt: skip
-            if opcode.startswith(prefix) if prefix.endswith(".") else opcode in (prefix, f"{prefix}.uni"):
-                return (lambda active: method(opcode, operands, active)) if method else lambda active: None
-        raise UnknownInstructionError(self._where(instruction, "the emulator does not know this instruction"))
-
-    def _chosen(self, active: Mask) -> np.ndarray:
-        return self._thread if active is ALL else np.flatnonzero(active)
-
-    def _of(self, operand: Operand, dtype: str, threads: np.ndarray) -> np.ndarray:
-        """[n] numbers of these threads."""
-        value = self._read(operand, np.dtype(dtype))
-        if len(value) != self.count:
-            return np.full(len(threads), value[0])
-        return value if len(threads) == self.count else value[threads]
-
-    def _addresses(self, operand: Operand, dtype: str, threads: np.ndarray) -> np.ndarray:
-        assert isinstance(operand, Address)
-        return self._of(operand.base, dtype, threads) + np.dtype(dtype).type(operand.offset % (1 << 32))
-
-    def _whole_warps(self, active: Mask) -> None:
+    def whole_warps(self, active: Mask) -> None:
         """`.sync.aligned`: all threads of a warp execute the instruction together."""
         if active is not ALL:
-            some = warp.lanes(active).any(1).repeat(32)
-            require(active | ~some, self._thread, "is not there when the rest of its warp is")
-
-    def _scalar(self, rule: Rule, operands: tuple[Operand, ...], active: Mask) -> None:
-        values = (self._read(x, dtype) for x, dtype in zip(operands[1:], rule.operands, strict=True))
-        self._write(operands[0], rule.function(*values).astype(rule.result, copy=False), active)
-
-    def _repack(self, _: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        """One register of 32 bits as two of 16, the lower half first."""
-        to, given = operands
-        halves = np.dtype(np.uint16)
-        if isinstance(given, Pack):
-            low, high = (np.broadcast_to(self._read(part, halves), self.count) for part in given.parts)
-            self._write(to, low.astype(np.uint32) | (high.astype(np.uint32) << 16), active)
-        else:
-            assert isinstance(to, Pack)
-            value = np.broadcast_to(self._read(given, np.dtype(np.uint32)), self.count)
-            for part, shift in zip(to.parts, (0, 16), strict=True):
-                self._write(part, (value >> shift).astype(np.uint16), active)
-
-    def _parameter(self, opcode: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        dtype, place = TYPES[opcode.rpartition(".")[2]], operands[1]
-        assert isinstance(place, Address)
-        value = self._arguments[place.base.name]
-        if isinstance(value, float):
-            self._write(operands[0], np.array([value], np.float32), active)
-        else:
-            self._write(operands[0], np.array([value], np.int64).astype(dtype), active)
-
-    def _load(self, opcode: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        kind, count = width_and_count(opcode)
-        dtype, threads = TYPES[kind], self._chosen(active)
-        if opcode.startswith("ld.shared"):
-            values = self._shared.load(threads, self._addresses(operands[1], "u4", threads), dtype.itemsize, count)
-        else:
-            address = self._addresses(operands[1], "u8", threads)
-            values = self._global.load(threads, self._block[threads], address, dtype.itemsize, count)
-        parts = operands[0].parts if isinstance(operands[0], Pack) else operands[:1]
-        for part, column in zip(parts, values.T, strict=True):
-            self._write(part, self._spread(column, threads), active)
-
-    def _spread(self, values: np.ndarray, threads: np.ndarray) -> np.ndarray:
-        """Numbers of some threads among those of all."""
-        if len(threads) == self.count:
-            return np.ascontiguousarray(values)
-        every = np.zeros(self.count, values.dtype)
-        every[threads] = values
-        return every
-
-    def _store(self, opcode: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        dtype, threads = TYPES[width_and_count(opcode)[0]], self._chosen(active)
-        parts = operands[1].parts if isinstance(operands[1], Pack) else operands[1:]
-        values = np.stack([self._of(part, f"u{dtype.itemsize}", threads) for part in parts], 1)
-        if opcode.startswith("st.shared"):
-            self._shared.store(threads, self._addresses(operands[0], "u4", threads), values)
-        else:
-            self._global.store(threads, self._block[threads], self._addresses(operands[0], "u8", threads), values)
-
-    def _load_matrices(self, opcode: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        self._whole_warps(active)
-        threads, transposed = self._chosen(active), ".trans" in opcode
-        to = operands[0]
-        assert isinstance(to, Pack)
-        address = self._addresses(operands[1], "u4", threads)
-        held = warp.lanes(address)[:, : 8 * len(to.parts)]
-        require(held.ravel() % 16 == 0, warp.lanes(threads)[:, : held.shape[1]].ravel(), "has a row that is no multiple of 16 bytes")
-        for i, part in enumerate(to.parts):
-            places = warp.matrix_rows(address, i, transposed)
-            halves = [self._shared.load(threads, place, 4 // len(places), 1)[:, 0] for place in places]
-            value = halves[0] if not transposed else halves[0].astype(np.uint32) | (halves[1].astype(np.uint32) << 16)
-            self._write(part, self._spread(value, threads), active)
-
-    def _copy(self, _: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        """`cp.async`: size bytes, or zeros where the fourth operand says that none are read."""
-        to, given, size, read = operands
-        assert isinstance(size, Literal)
-        threads = self._chosen(active)
-        reads = self._of(read, "u4", threads)
-        require((reads == size.value) | (reads == 0), threads, "copies a part")
-        values = np.zeros((len(threads), size.value // 4), np.uint32)
-        some = reads > 0
-        address = self._addresses(given, "u8", threads[some])
-        values[some] = self._global.load(threads[some], self._block[threads[some]], address, 4, size.value // 4)
-        self._copies.start(threads, self._addresses(to, "u4", threads), values)
-
-    def _commit(self, _: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        self._copies.commit(self._chosen(active))
-
-    def _wait(self, _: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        (but,) = operands
-        assert isinstance(but, Literal)
-        self._copies.wait(self._chosen(active), but.value)
-
-    def _barrier(self, _: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        assert operands == (Literal(0),), operands
-        here = np.ones(self.count, bool) if active is ALL else active
-        blocks = np.unique(self._block[here])
-        waits = np.isin(self._block, blocks) & self._live
-        require(here | ~waits, self._thread, "is elsewhere when the rest of its block is at a barrier")
-        self._shared.barrier(blocks)
-
-    def _warp_barrier(self, _: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        self._whole_warps(active)
-        self._shared.warp_barrier(np.unique(self._chosen(active) // 32))
-
-    def _shuffle(self, opcode: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        to, given, by, clamp, members = operands
-        assert isinstance(clamp, Literal)
-        assert members == Literal(-1)
-        self._whole_warps(active)
-        value, lane = (np.broadcast_to(self._read(x, np.dtype(np.uint32)), self.count) for x in (given, by))
-        self._write(to, warp.shuffle(opcode.split(".")[2], value, lane, clamp.value), active)
-
-    def _multiply(self, opcode: str, operands: tuple[Operand, ...], active: Mask) -> None:
-        self._whole_warps(active)
-        threads = self._chosen(active)
-        parts = [[self._of(x, "u4", threads) for x in operand.parts] for operand in operands[1:] if isinstance(operand, Pack)]
-        a, b, c = parts
-        to = operands[0]
-        assert isinstance(to, Pack)
-        results = warp.multiply(opcode.split(".")[-2], a, b, [x.view(np.float32) for x in c])
-        for part, result in zip(to.parts, results, strict=True):
-            self._write(part, self._spread(result, threads), active)
-
-
-def run(kernel: Kernel, grid: tuple[int, int], shared: int, arguments: Sequence[Any], extents: list[tuple[int, int]]) -> None:
-    """One launch, on the memory of this process."""
-    Machine(kernel, grid, shared, arguments, extents).run()
+            some = active.reshape(-1, 32).any(1).repeat(32)
+            require(active | ~some, self.thread, "is not there when the rest of its warp is")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -55,10 +56,10 @@ class Races:
         require(~wrong, threads, f"writes where another {self._who} wrote something else, and no barrier between")
         self.writer[at[others | together]] = SEVERAL
 
-    def forget(self, places: slice | np.ndarray) -> None:
-        """A barrier."""
-        self.writer[places] = NOBODY
-        self.reader[places] = NOBODY
+    def forget(self, blocks: np.ndarray, each: int) -> None:
+        """A barrier of these blocks, of `each` places."""
+        for held in (self.writer, self.reader):
+            held.reshape(-1, each)[blocks] = NOBODY
 
 
 def places_of(first: np.ndarray, count: int) -> np.ndarray:
@@ -67,58 +68,65 @@ def places_of(first: np.ndarray, count: int) -> np.ndarray:
 
 
 class Buffer:
-    """Bytes of this process that a kernel was given."""
+    """Bytes of this process that a kernel was given, in places of `grain` bytes as far as races go."""
 
-    def __init__(self, start: int, end: int) -> None:
+    def __init__(self, start: int, end: int, grain: int) -> None:
         self.start, self.end = start, end
-        self.bytes = np.frombuffer((ctypes.c_ubyte * (end - start)).from_address(start), np.uint8)
-        self.races = Races(end - start, "block")
+        self.aligned = start - start % 16
+        self.bytes = np.frombuffer((ctypes.c_ubyte * (end - self.aligned)).from_address(self.aligned), np.uint8)
+        self.races = Races(-(-len(self.bytes) // grain), "block")
+
+    def numbers(self, width: int) -> np.ndarray:
+        """The bytes as numbers of `width` bytes; what is left at the end holds none."""
+        return self.bytes[: len(self.bytes) // width * width].view(f"u{width}")
 
 
 class Global:
     """The buffers of a launch at the addresses that they have in this process. Blocks have no barriers between them."""
 
-    def __init__(self, extents: list[tuple[int, int]]) -> None:
+    def __init__(self, extents: list[tuple[int, int]], grain: int) -> None:
         merged: list[tuple[int, int]] = []
         for start, end in sorted(extents):
             if merged and start < merged[-1][1]:
                 merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
             else:
                 merged.append((start, end))
-        self._buffers = [Buffer(start, end) for start, end in merged]
+        self._buffers = [Buffer(start, end, grain) for start, end in merged]
+        self._grain = grain
 
     def load(self, threads: np.ndarray, blocks: np.ndarray, address: np.ndarray, width: int, count: int) -> np.ndarray:
         """[n, count] numbers of `width` bytes."""
         result = np.zeros((len(threads), count), f"u{width}")
-        for buffer, chosen, at in self._at(threads, address, width, count):
-            result[chosen] = buffer.bytes[at].view(result.dtype)
-            self._each(buffer.races.read, at, blocks[chosen], threads[chosen])
+        for buffer, chosen, first in self._by_buffer(threads, address, width * count):
+            result[chosen] = buffer.numbers(width)[places_of(first // width, count)]
+            each = width * count // self._grain
+            places = places_of(first // self._grain, each).ravel()
+            buffer.races.read(places, blocks[chosen].repeat(each), threads[chosen].repeat(each))
         return result
 
     def store(self, threads: np.ndarray, blocks: np.ndarray, address: np.ndarray, values: np.ndarray) -> None:
         """values [n, count]."""
         width, count = values.itemsize, values.shape[1]
-        for buffer, chosen, at in self._at(threads, address, width, count):
-            new = np.ascontiguousarray(values[chosen]).view(np.uint8)
-            old = buffer.bytes[at]
-            buffer.bytes[at] = new
-            self._each(buffer.races.write, at, blocks[chosen], threads[chosen], old != new, buffer.bytes[at] != new)
+        for buffer, chosen, first in self._by_buffer(threads, address, width * count):
+            memory, at, new = buffer.numbers(width), places_of(first // width, count), values[chosen]
+            old = memory[at]
+            memory[at] = new
+            changed, lost = ((x != new).ravel().repeat(width // self._grain) for x in (old, memory[at]))
+            each = width * count // self._grain
+            places = places_of(first // self._grain, each).ravel()
+            buffer.races.write(places, blocks[chosen].repeat(each), threads[chosen].repeat(each), changed, lost)
 
-    @staticmethod
-    def _each(rule, at: np.ndarray, unit: np.ndarray, threads: np.ndarray, *rest: np.ndarray) -> None:  # type: ignore[no-untyped-def]
-        count = at.shape[1]
-        rule(at.ravel(), np.repeat(unit, count), np.repeat(threads, count), *(x.ravel() for x in rest))
-
-    def _at(self, threads: np.ndarray, address: np.ndarray, width: int, count: int):  # type: ignore[no-untyped-def]
-        """By buffer: which accesses go to it, and the offsets of their bytes [m, width · count]."""
-        size = width * count
+    def _by_buffer(
+        self, threads: np.ndarray, address: np.ndarray, size: int
+    ) -> Iterator[tuple[Buffer, np.ndarray, np.ndarray]]:
+        """By buffer: which accesses of `size` bytes go to it, and the offset of the first byte of each."""
         require(address % size == 0, threads, f"an address in global memory that is no multiple of {size} bytes")
         left = np.ones(len(threads), bool)
         for buffer in self._buffers:
             chosen = (address >= buffer.start) & (address + np.uint64(size) <= buffer.end)
             if chosen.any():
                 left &= ~chosen
-                yield buffer, chosen, places_of((address[chosen] - np.uint64(buffer.start)).astype(np.int64), size)
+                yield buffer, chosen, (address[chosen] - np.uint64(buffer.aligned)).astype(np.int64)
         require(~left, threads, "an address in global memory outside of all buffers of the launch")
 
 
@@ -129,13 +137,13 @@ class Shared:
     flight until its group was waited for: "PTX ISA", Data Movement and Conversion Instructions: Asynchronous Copy.
     """
 
-    def __init__(self, blocks: int, size: int, grain: int, warps_per_block: int) -> None:
+    def __init__(self, blocks: int, size: int, grain: int, threads_per_block: int) -> None:
         self._size, self._grain, self._per_block = size, grain, size // grain
         self.bytes = np.zeros(blocks * size, np.uint8)
         self._written = np.zeros(blocks * self._per_block, bool)
         self._flying = np.zeros(blocks * self._per_block, bool)
         self._warps, self._threads = (Races(blocks * self._per_block, who) for who in ("warp", "thread"))
-        self._threads_per_block = 32 * warps_per_block
+        self._threads_per_block = threads_per_block
 
     def load(self, threads: np.ndarray, address: np.ndarray, width: int, count: int) -> np.ndarray:
         """[n, count] numbers of `width` bytes."""
@@ -177,15 +185,16 @@ class Shared:
     def barrier(self, blocks: np.ndarray) -> None:
         """`bar.sync` of these blocks."""
         for races in (self._warps, self._threads):
-            for block in blocks:
-                races.forget(slice(block * self._per_block, (block + 1) * self._per_block))
+            races.forget(blocks, self._per_block)
 
     def warp_barrier(self, warps: np.ndarray) -> None:
         """`bar.warp.sync` of these warps: orders what only one of them touched."""
         self._threads.writer[np.isin(self._warps.writer, warps)] = NOBODY
         self._threads.reader[np.isin(self._warps.reader, warps)] = NOBODY
 
-    def _places(self, threads: np.ndarray, address: np.ndarray, width: int, count: int, align: int = 0):  # type: ignore[no-untyped-def]
+    def _places(
+        self, threads: np.ndarray, address: np.ndarray, width: int, count: int, align: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Flat places of an access, which thread each belongs to, and the first byte of each access in `bytes`."""
         size = width * count
         align = align or size

@@ -170,6 +170,7 @@ def linears() -> Iterator[tuple[str, Call]]:
         yield f"{name}, one row, official, transposed", Call(
             lambda dtype=dtype: _linear(dtype, (1, 16, 24), "official", output=False, grad=False, transposed=True)
         )
+    yield "float32, official", Call(lambda: _linear(FLOAT32, rules="official"))
     yield "float32, many rows", Call(lambda: _linear(FLOAT32, (75, 96, 80)), many=True)
     yield "float32, unaligned", Call(_unaligned_linear)
     yield "float32 values in a bfloat16 layer", Call(lambda: _linear(BFLOAT16, x_dtype=FLOAT32))
@@ -187,9 +188,9 @@ def linears() -> Iterator[tuple[str, Call]]:
 
 #: Names, and rules, dtype, queries, keys, head size, mask, lanes, and the dtype of a bias.
 ATTENTIONS: dict[str, tuple[Any, ...]] = {
-    "float32, d 32": (FLOAT32, "positive", (40, 17, 32), "none", 2),
+    "float32, d 32": (FLOAT32, "positive", (40, 17, 32), "none", 0),
     "float32, d 64, bias": (FLOAT32, "positive", (33, 40, 64), "float", 2),
-    "float32, d 128": (FLOAT32, "positive", (17, 33, 128), "none", 2),
+    "float32, d 128": (FLOAT32, "positive", (17, 33, 128), "none", 0),
     "float32, d 80, one query": (FLOAT32, "positive", (1, 50, 80), "bool", 1),
     "float32, d 24, causal": (FLOAT32, "positive", (5, 37, 24), "causal", 0),
     "float32, official, d 32, bias": (FLOAT32, "official", (40, 17, 32), "float", 2),
@@ -198,7 +199,7 @@ ATTENTIONS: dict[str, tuple[Any, ...]] = {
     "float32, official, d 16, keep": (FLOAT32, "official", (35, 37, 16), "bool", 0),
     "bfloat16, d 32": (BFLOAT16, "positive", (40, 70, 32), "none", 2),
     "bfloat16, d 64, bias": (BFLOAT16, "positive", (65, 40, 64), "float", 2, BFLOAT16),
-    "bfloat16, d 128": (BFLOAT16, "positive", (33, 40, 128), "none", 2),
+    "bfloat16, d 128": (BFLOAT16, "positive", (33, 40, 128), "none", 0),
     "bfloat16, d 24, keep": (BFLOAT16, "positive", (5, 37, 24), "bool", 0),
     "bfloat16, d 24, causal": (BFLOAT16, "positive", (37, 37, 24), "causal", 1),
     "bfloat16, official, d 32, bias": (BFLOAT16, "official", (40, 17, 32), "float", 2, BFLOAT16),
