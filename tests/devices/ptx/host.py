@@ -1,8 +1,9 @@
 """Launchers that run on CPU tensors as on a GPU: Triton's own host path, its compiler up to PTX, and the emulator as the device.
 
-    with emulated() as device:
-        kernels()[ops.zplus_linear](x, …)
-    device.kernels
+device = Device(80)
+with emulated(device):
+    kernels()[ops.zplus_linear](x, …)
+device.kernels
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.devices.ptx.instructions import Program
 
 
 class Device:
-    """What Triton asks of a driver, and the kernels that it was given."""
+    """A GPU of a compute capability: what Triton asks of a driver, and the kernels that were loaded."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -41,13 +42,21 @@ class Device:
 
 
 class Loaded:
-    """A compiled kernel: launching it emulates it."""
+    """A compiled kernel: launching it emulates it.
+
+    Attributes:
+        name: of the kernel
+        options: that it was compiled with
+        constexprs: its arguments that are constants by its signature
+        launches: how many there were
+    """
 
     function = packed_metadata = None
 
     def __init__(self, source: ASTSource, capability: int, options: dict[str, Any]) -> None:
-        self.name, self.constants = source.fn.fn.__name__, dict(source.constants)
-        self.launches = 0
+        self.name, self.options, self.launches = source.fn.fn.__name__, options, 0
+        names = source.fn.arg_names
+        self.constexprs = {names[at[0]]: x for at, x in source.constants.items() if source.fn.params[at[0]].is_constexpr}
         self._passed = [name for name, kind in source.signature.items() if kind != "constexpr"]
         self._names = list(source.signature)
         self._compiled = compile_to_ptx(source, capability, options)
@@ -63,7 +72,9 @@ class Loaded:
         passed = [given[name] for name in self._passed]
         addresses = [value.data_ptr() if isinstance(value, Tensor) else value for value in passed]
         extents = [_extent(value) for value in passed if isinstance(value, Tensor) and value.numel()]
-        scratch = [0] * (len(self._program.kernel.parameters) - len(addresses))  # of Triton's own, which no kernel here uses
+        scratch = [0] * (
+            len(self._program.kernel.parameters) - len(addresses)
+        )  # of Triton's own, which no kernel here uses
         self._program.run((x, y), self._compiled.shared, [*addresses, *scratch], extents)
 
 
@@ -74,16 +85,16 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def emulated(capability: int = 80) -> Iterator[Device]:
-    """Everything inside is launched on an emulated GPU of this capability."""
-    device = Device(capability)
+def emulated(device: Device) -> Iterator[None]:
+    """Everything inside is launched on an emulated GPU."""
     fresh: dict[JITFunction, Any] = {}
 
     def compile_(
         self: JITFunction, key: Any, signature: Any, index: int, constants: Any, options: Any, attrs: Any, _: bool
     ) -> Loaded:
         shown = {name: getattr(options, name) for name in ("num_warps", "num_stages", "maxnreg")}
-        loaded = Loaded(ASTSource(self, signature, constants, attrs), capability, {k: v for k, v in shown.items() if v is not None})
+        given = {name: value for name, value in shown.items() if value is not None}
+        loaded = Loaded(ASTSource(self, signature, constants, attrs), device.capability, given)
         device.kernels.append(loaded)
         self.device_caches[index][0][key] = loaded
         return loaded
@@ -98,6 +109,6 @@ def emulated(capability: int = 80) -> Iterator[Device]:
     ):
         driver.set_active(device)
         try:
-            yield device
+            yield
         finally:
             driver._active = before

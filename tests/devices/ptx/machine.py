@@ -18,7 +18,7 @@ from tests.devices.ptx.parse import Address, Instruction, Kernel, Literal, Opera
 REGISTERS = {"p": np.dtype(bool), "rs": np.dtype(np.uint16), "r": np.dtype(np.uint32), "rd": np.dtype(np.uint64)}
 
 #: Instructions of one launch; more is a loop without end.
-MOST = 1_000_000
+MOST = 100_000
 
 #: Which threads execute an instruction: a mask, or None for all.
 Mask = np.ndarray | None
@@ -63,7 +63,8 @@ class Machine:
         }  # fmt: skip
         self._registers = {name: x.astype(np.uint32) for name, x in special.items()}
         self.global_memory = Global(extents, grains[0])
-        self.shared_memory = Shared(blocks, shared, grains[1], kernel.threads)
+        warp_barriers = any(instruction.opcode == "bar.warp.sync" for instruction in kernel.code)
+        self.shared_memory = Shared(blocks, shared, grains[1], kernel.threads, warp_barriers)
         self.copies = Copies(self.shared_memory, self.count)
         self.live = np.ones(self.count, bool)
 
@@ -148,7 +149,7 @@ class Machine:
         """[threads], or [1] of what is the same for all."""
         if isinstance(operand, Register):
             value = self._register(operand.name)
-            if dtype == bool:
+            if dtype.kind == "b":
                 return value
             raw = np.dtype(f"u{dtype.itemsize}")
             return (value if value.dtype == raw else value.astype(raw)).view(dtype)
@@ -168,7 +169,8 @@ class Machine:
     def address(self, operand: Operand, dtype: str, threads: np.ndarray) -> np.ndarray:
         """[n] addresses of these threads."""
         assert isinstance(operand, Address)
-        return self.read_of(operand.base, dtype, threads) + np.dtype(dtype).type(operand.offset)
+        base = self.read_of(operand.base, dtype, threads)
+        return base + np.array([operand.offset], f"i{base.itemsize}").view(dtype)
 
     def write(self, operand: Operand, value: np.ndarray, active: Mask) -> None:
         """Of value [threads] or [1] what is of active threads; a narrower number is extended, a signed one by its sign."""
@@ -176,7 +178,7 @@ class Machine:
             return
         assert isinstance(operand, Register), operand
         dtype = REGISTERS[operand.name[1:].rstrip("0123456789")]
-        if dtype != bool:
+        if dtype.kind != "b":
             if value.dtype.itemsize < dtype.itemsize and value.dtype.kind == "i":
                 value = value.astype(np.dtype(f"i{dtype.itemsize}"))
             value = value.view(f"u{value.dtype.itemsize}").astype(dtype, copy=False)
@@ -185,7 +187,7 @@ class Machine:
         if active is not ALL:
             before = self._registers.get(operand.name)
             if before is None:  # all ones: a NaN, and no address
-                before = np.full(self.count, np.iinfo(dtype).max if dtype != bool else True, dtype)
+                before = np.full(self.count, True if dtype.kind == "b" else np.iinfo(dtype).max, dtype)
             value = np.where(active, value, before)
         self._registers[operand.name] = value
 

@@ -133,16 +133,20 @@ class Global:
 class Shared:
     """Shared memory of all blocks, in places of `grain` bytes, the narrowest access of the kernel.
 
-    Warps are apart until `bar.sync`, threads of a warp until that or `bar.warp.sync`. A place that `cp.async` will write is in
+    Threads are apart until `bar.sync`, those of a warp until that or `bar.warp.sync`. A place that `cp.async` will write is in
     flight until its group was waited for: "PTX ISA", Data Movement and Conversion Instructions: Asynchronous Copy.
+
+    Args:
+        warp_barriers: whether the kernel has `bar.warp.sync`, after which warps have to be told apart from threads
     """
 
-    def __init__(self, blocks: int, size: int, grain: int, threads_per_block: int) -> None:
+    def __init__(self, blocks: int, size: int, grain: int, threads_per_block: int, warp_barriers: bool) -> None:
         self._size, self._grain, self._per_block = size, grain, size // grain
         self.bytes = np.zeros(blocks * size, np.uint8)
         self._written = np.zeros(blocks * self._per_block, bool)
         self._flying = np.zeros(blocks * self._per_block, bool)
-        self._warps, self._threads = (Races(blocks * self._per_block, who) for who in ("warp", "thread"))
+        self._threads = Races(blocks * self._per_block, "thread")
+        self._warps = Races(blocks * self._per_block, "warp") if warp_barriers else None
         self._threads_per_block = threads_per_block
 
     def load(self, threads: np.ndarray, address: np.ndarray, width: int, count: int) -> np.ndarray:
@@ -150,7 +154,8 @@ class Shared:
         places, who, first = self._places(threads, address, width, count)
         require(~self._flying[places], who, "reads shared memory that a copy is on its way to: no wait for its group")
         require(self._written[places], who, "reads shared memory that nobody has written")
-        self._warps.read(places, who // 32, who)
+        if self._warps:
+            self._warps.read(places, who // 32, who)
         self._threads.read(places, who, who)
         return self.bytes.view(f"u{width}")[places_of(first // width, count)]
 
@@ -164,16 +169,14 @@ class Shared:
         old = memory[at]
         memory[at] = values
         changed, lost = (np.repeat((x != values).ravel(), width // self._grain) for x in (old, memory[at]))
-        self._warps.write(places, who // 32, who, changed, lost)
-        self._threads.write(places, who, who, changed, lost)
+        self._race(places, who, changed, lost)
 
     def take_off(self, threads: np.ndarray, address: np.ndarray, size: int) -> None:
         """A copy of `size` bytes is on its way: it may land at any time until it is waited for."""
         places, who, _ = self._places(threads, address, self._grain, size // self._grain, align=size)
         require(~self._flying[places], who, "copies to shared memory that another copy is on its way to")
         unknown = np.ones(len(places), bool)
-        self._warps.write(places, who // 32, who, unknown, unknown)
-        self._threads.write(places, who, who, unknown, unknown)
+        self._race(places, who, unknown, unknown)
         self._flying[places] = True
 
     def land(self, threads: np.ndarray, address: np.ndarray, values: np.ndarray) -> None:
@@ -184,13 +187,20 @@ class Shared:
 
     def barrier(self, blocks: np.ndarray) -> None:
         """`bar.sync` of these blocks."""
-        for races in (self._warps, self._threads):
-            races.forget(blocks, self._per_block)
+        self._threads.forget(blocks, self._per_block)
+        if self._warps:
+            self._warps.forget(blocks, self._per_block)
 
     def warp_barrier(self, warps: np.ndarray) -> None:
         """`bar.warp.sync` of these warps: orders what only one of them touched."""
+        assert self._warps
         self._threads.writer[np.isin(self._warps.writer, warps)] = NOBODY
         self._threads.reader[np.isin(self._warps.reader, warps)] = NOBODY
+
+    def _race(self, places: np.ndarray, who: np.ndarray, changed: np.ndarray, lost: np.ndarray) -> None:
+        if self._warps:
+            self._warps.write(places, who // 32, who, changed, lost)
+        self._threads.write(places, who, who, changed, lost)
 
     def _places(
         self, threads: np.ndarray, address: np.ndarray, width: int, count: int, align: int = 0
@@ -235,4 +245,3 @@ class Copies:
             if not done.all():
                 left.append((owners[~done], address[~done], values[~done], group[~done]))
         self._pending = left
-

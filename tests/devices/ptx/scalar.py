@@ -16,7 +16,7 @@ from tests.devices.ptx import formats
 
 #: Types of PTX as numpy holds them. bfloat16 is held as its bits.
 TYPES: dict[str, np.dtype] = {
-    **{f"{kind}{bits}": np.dtype(f"{code}{bits // 8}") for kind, code in (("b", "u"), ("u", "u"), ("s", "i")) for bits in (8, 16, 32, 64)},
+    **{f"{kind}{8 * n}": np.dtype(f"{code}{n}") for kind, code in (("b", "u"), ("u", "u"), ("s", "i")) for n in (1, 2, 4, 8)},
     "f16": np.dtype(np.float16), "f32": np.dtype(np.float32), "bf16": np.dtype(np.uint16), "pred": np.dtype(bool),
 }  # fmt: skip
 
@@ -113,9 +113,7 @@ _same("min", np.minimum, "s32")
 _same("max", np.fmax, "f32")  # a NaN gives way to a number
 _same("max.NaN", np.maximum, "f16 f32")
 _same("min.NaN", np.minimum, "f32")
-_same(
-    "max.NaN", lambda a, b: formats.to_bfloat16(np.maximum(formats.from_bfloat16(a), formats.from_bfloat16(b))), "bf16"
-)
+_same("max.NaN", lambda a, b: formats.to_bfloat16(np.maximum(formats.from_bfloat16(a), formats.from_bfloat16(b))), "bf16")
 _same("fma.rn", _fma, "f32", 3)
 _same("fma.rn.ftz", lambda a, b, c: _flushed(_fma(_flushed(a), _flushed(b), _flushed(c))), "f32", 3)
 _same("div.full", np.divide, "f32")
