@@ -49,6 +49,7 @@ class Loaded:
         options: that it was compiled with
         constexprs: its arguments that are constants by its signature
         launches: how many there were
+        program: what the emulator made of it
     """
 
     function = packed_metadata = None
@@ -60,7 +61,7 @@ class Loaded:
         self._passed = [name for name, kind in source.signature.items() if kind != "constexpr"]
         self._names = list(source.signature)
         self._compiled = compile_to_ptx(source, capability, options)
-        self._program = Program.of(self._compiled.ptx)
+        self.program = Program.of(self._compiled.ptx)
 
     def launch_metadata(self, *_: Any) -> None:
         return None
@@ -72,10 +73,8 @@ class Loaded:
         passed = [given[name] for name in self._passed]
         addresses = [value.data_ptr() if isinstance(value, Tensor) else value for value in passed]
         extents = [_extent(value) for value in passed if isinstance(value, Tensor) and value.numel()]
-        scratch = [0] * (
-            len(self._program.kernel.parameters) - len(addresses)
-        )  # of Triton's own, which no kernel here uses
-        self._program.run((x, y), self._compiled.shared, [*addresses, *scratch], extents)
+        scratch = [0] * (len(self.program.kernel.parameters) - len(addresses))  # of Triton's own, which no kernel here uses
+        self.program.run((x, y), self._compiled.shared, [*addresses, *scratch], extents)
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
