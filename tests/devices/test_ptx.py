@@ -18,7 +18,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from benchmarks import compiled
-from tests.devices.ptx import host
+from fastrel import ops
+from fastrel.backends import triton
+from fastrel.ops.library import REFERENCES
+from tests.devices import cases
+from tests.devices.ptx import host, shipped
 from tests.devices.ptx.compiler import Compiled
 from tests.devices.ptx.faults import PtxError
 from tests.devices.ptx.host import Device, emulated
@@ -89,6 +93,54 @@ def test_the_emulator_knows_nothing_that_is_not_compiled(devices: dict[int, Devi
     used = {step.opcode for device in devices.values() for x in device.kernels for step in x.program.kernel.code}
     assert {opcode for opcode in RULES if opcode not in used} == set()
     assert {name for name in METHODS if not any(opcode.startswith(name) for opcode in used)} == set()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear: float32, tails",
+        "attention: bfloat16, d 24, keep",
+        "other: residual add, positive",
+        "other: layer norm 63",
+        "other: attention update gradient_relevance",
+        "other: rollout of 70, True",
+    ],
+)
+def test_what_is_not_a_number_is_not_hidden(devices: dict[int, Device], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A compiled maximum drops NaN unless told otherwise. One NaN in a tensor shows where it does in plain PyTorch."""
+
+    def finite(results: Any) -> list[bool]:
+        return [bool(x.isfinite().all()) for x in ([results] if isinstance(results, Tensor) else results)]
+
+    def compare(op: Any, *args: Any, operand: Any = None) -> None:
+        for i, x in enumerate(args):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                bad = x.clone(memory_format=torch.preserve_format)
+                bad[tuple(size // 2 for size in x.shape)] = torch.nan
+                given = (*args[:i], bad, *args[i + 1 :])
+                wanted = finite(REFERENCES[op](*(cases.cast(y, torch.float32) for y in given)))
+                shown.append(not all(wanted))
+                assert finite(triton.kernels()[op](*given)) == wanted, f"argument {i}"
+
+    shown: list[bool] = []
+    monkeypatch.setattr(shipped, "compare", compare)
+    with emulated(devices[80]):
+        CALLS[name]()
+    assert any(shown)
+
+
+@pytest.mark.parametrize(("purpose", "capability"), [("bfloat16", 80), ("float8", 89)])
+def test_narrow_operands_hide_no_nan(devices: dict[int, Device], purpose: str, capability: int) -> None:
+    """Saturation makes the largest number of what is too large, and NaN stays NaN."""
+    x, weight, y, lane = torch.randn(2, 37, 100), torch.randn(70, 100), torch.randn(2, 37, 70), torch.rand(2, 2, 37, 70)
+    x[0, 3, 5], lane[0, 1, 4, 6] = torch.nan, torch.nan
+    with emulated(devices[capability]):
+        prepared = triton.kernels()[ops.reduced_weight](weight, purpose)
+        w_grad = weight.bfloat16()
+        rel_in, grad_in = triton.kernels()[ops.zplus_linear_reduced](x, *prepared, w_grad, y, y[0, 0], lane, lane)
+    rows = {(t, *at) for t in range(2) for at in ((0, 3),)} | {(0, 1, 4)}
+    assert {tuple(at) for at in (~rel_in.isfinite().all(-1)).nonzero().tolist()} == rows
+    assert {tuple(at) for at in (~grad_in.isfinite().all(-1)).nonzero().tolist()} == {(0, 1, 4)}
 
 
 # Kernels that were tampered with. Whatever the emulator let pass here, it would let pass there.

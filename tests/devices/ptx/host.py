@@ -30,6 +30,7 @@ class Device:
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.kernels: list[Loaded] = []
+        self.caches: dict[JITFunction, Any] = {}
 
     def get_current_device(self) -> int:
         return 0
@@ -86,7 +87,6 @@ def _extent(x: Tensor) -> tuple[int, int]:
 @contextlib.contextmanager
 def emulated(device: Device) -> Iterator[None]:
     """Everything inside is launched on an emulated GPU."""
-    fresh: dict[JITFunction, Any] = {}
 
     def compile_(
         self: JITFunction, key: Any, signature: Any, index: int, constants: Any, options: Any, attrs: Any, _: bool
@@ -99,7 +99,7 @@ def emulated(device: Device) -> Iterator[None]:
         return loaded
 
     def caches(self: JITFunction) -> Any:
-        return fresh.setdefault(self, defaultdict(self.create_binder))
+        return device.caches.setdefault(self, defaultdict(self.create_binder))
 
     before = None if driver._active is None else driver.active
     with (
