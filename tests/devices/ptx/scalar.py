@@ -99,7 +99,7 @@ _same("add", np.add, "f32 s32 s64")
 _same("sub", np.subtract, "f32 s32")
 _same("mul", np.multiply, "f32")
 _same("mul.lo", np.multiply, "s32 s64")
-_same("mad.lo", lambda a, b, c: a * b + c, "s64", 3)
+_same("mad.lo", lambda a, b, c: a * b + c, "s32 s64", 3)
 for _signed, _wide in (("s32", "s64"), ("u32", "u64")):
     _to = TYPES[_wide]
     _rule(f"mul.wide.{_signed}", lambda a, b, to=_to: a.astype(to) * b.astype(to), _wide, _signed, _signed)
@@ -111,7 +111,7 @@ _same("abs", np.abs, "f32 f16", 1)
 _same("abs", lambda a: a & np.uint16(0x7FFF), "bf16", 1)
 _same("min", np.minimum, "s32")
 _same("max", np.fmax, "f32")  # a NaN gives way to a number
-_same("max.NaN", np.maximum, "f32")
+_same("max.NaN", np.maximum, "f16 f32")
 _same("min.NaN", np.minimum, "f32")
 _same("max.NaN", lambda a, b: formats.to_bfloat16(np.maximum(formats.from_bfloat16(a), formats.from_bfloat16(b))), "bf16")
 _same("fma.rn", _fma, "f32", 3)
@@ -140,7 +140,7 @@ for _name, _types, _compare in (
         _rule(f"setp.{_name}.{_type}", _compare, "pred", _type, _type)
 for _name in ("b16", "b32", "f32"):
     _rule(f"selp.{_name}", lambda a, b, p: np.where(p, a, b), _name, _name, _name, "pred")
-_same("mov", lambda a: a, "b16 b32 b64 u16 u32", 1)
+_same("mov", lambda a: a, "b16 b32 b64 u16 u32 pred", 1)
 
 for _to_name, _from_name in (("s16", "s8"), ("s64", "s32"), ("u16", "u32"), ("u32", "u16"), ("u32", "u64"), ("u64", "u32")):
     _rule(f"cvt.{_to_name}.{_from_name}", lambda a, to=TYPES[_to_name]: a.astype(to), _to_name, _from_name)

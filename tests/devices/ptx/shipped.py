@@ -172,6 +172,7 @@ def linears() -> Iterator[tuple[str, Call]]:
             f"{name}, one row, official, transposed",
             Call(lambda dtype=dtype: _linear(dtype, (1, 16, 24), "official", output=False, grad=False, transposed=True)),
         )
+    yield "bfloat16, one feature", Call(lambda: _linear(BFLOAT16, (5, 1, 16)))
     yield "float32, official", Call(lambda: _linear(FLOAT32, rules="official"))
     yield "float32, many rows", Call(lambda: _linear(FLOAT32, (75, 96, 80)), many=True)
     yield "float32, unaligned", Call(_unaligned_linear)
@@ -194,18 +195,18 @@ ATTENTIONS: dict[str, tuple[Any, ...]] = {
     "float32, d 32": (FLOAT32, "positive", (40, 17, 32), "none", 0),
     "float32, d 64, bias": (FLOAT32, "positive", (33, 40, 64), "float", 2),
     "float32, d 128": (FLOAT32, "positive", (17, 33, 128), "none", 0),
-    "float32, d 80, one query": (FLOAT32, "positive", (1, 50, 80), "bool", 1),
+    "float32, d 72, two queries": (FLOAT32, "positive", (2, 65, 72), "none", 2),
     "float32, official, d 32, bias": (FLOAT32, "official", (40, 17, 32), "float", 2),
     "float32, official, d 64, bias": (FLOAT32, "official", (17, 33, 64), "float", 2),
     "float32, official, d 24, causal": (FLOAT32, "official", (5, 37, 24), "causal", 2),
-    "float32, official, d 16, keep": (FLOAT32, "official", (35, 37, 16), "bool", 0),
+    "float32, official, d 8, keep": (FLOAT32, "official", (35, 37, 8), "bool", 0),
     "bfloat16, d 32": (BFLOAT16, "positive", (40, 70, 32), "none", 2),
     "bfloat16, d 64, bias": (BFLOAT16, "positive", (65, 40, 64), "float", 2, BFLOAT16),
     "bfloat16, d 128": (BFLOAT16, "positive", (33, 40, 128), "none", 0),
     "bfloat16, d 24, keep": (BFLOAT16, "positive", (5, 37, 24), "bool", 0),
-    "bfloat16, official, d 32, bias": (BFLOAT16, "official", (40, 17, 32), "float", 2, BFLOAT16),
+    "bfloat16, official, d 24, bias": (BFLOAT16, "official", (15, 17, 24), "float", 2, BFLOAT16),
     "bfloat16, official, d 64, bias": (BFLOAT16, "official", (33, 40, 64), "float", 2, BFLOAT16),
-    "float16, d 24, causal": (FLOAT16, "positive", (37, 37, 24), "causal", 1),
+    "float16, d 80, causal": (FLOAT16, "positive", (3, 17, 80), "causal", 2),
 }
 
 #: Updates of other methods, and the lanes that they come with.
