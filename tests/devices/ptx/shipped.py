@@ -195,6 +195,7 @@ ATTENTIONS: dict[str, tuple[Any, ...]] = {
     "float32, d 32": (FLOAT32, "positive", (40, 17, 32), "none", 0),
     "float32, d 64, bias": (FLOAT32, "positive", (33, 40, 64), "float", 2),
     "float32, d 128": (FLOAT32, "positive", (17, 33, 128), "none", 0),
+    "float32, d 16, scaled rows alone": (FLOAT32, "positive", (5, 37, 16), "none", 1),
     "float32, d 72, two queries": (FLOAT32, "positive", (2, 65, 72), "none", 2),
     "float32, official, d 32, bias": (FLOAT32, "official", (40, 17, 32), "float", 2),
     "float32, official, d 64, bias": (FLOAT32, "official", (17, 33, 64), "float", 2),
