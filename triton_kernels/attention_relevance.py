@@ -28,7 +28,7 @@ from fastrel.triton_kernels.launch import (
     on_its_device,
     with_unit_stride,
 )
-from fastrel.triton_kernels.math import UPDATES, dot, operand, positive, safe_divide, update_of
+from fastrel.triton_kernels.math import UPDATES, dot, operand, positive, safe_divide, sum_of_products, update_of
 from torch import Tensor
 
 from fastrel.ops.attention import mask_factor
@@ -89,7 +89,8 @@ def official_scores_relevance(rel_attn, product, bias, scale, MASKED: tl.constex
         scaled = product * scale
         s = tl.where(rel_attn == 0.0, 0.0, safe_divide(rel_attn, scaled + bias, True))
         own, of_mask = scaled * s, tl.where(rel_attn == 0.0, 0.0, bias * s)
-        return safe_divide(own, product, True), tl.sum(own, 1), tl.sum(of_mask, 1), tl.sum(rel_attn, 1)
+        sums = sum_of_products(own, 1), sum_of_products(of_mask, 1), sum_of_products(rel_attn, 1)
+        return safe_divide(own, product, True), sums[0], sums[1], sums[2]
     else:
         nothing = tl.sum(tl.zeros_like(product), 1)
         return safe_divide(rel_attn, product, True), nothing, nothing, nothing
@@ -153,7 +154,8 @@ def attention_rows_kernel(
         if GRAD:
             p_grad = grad_ptr + t * grad_target + b * grad_batch + h * grad_head
             b_grad = load_rows(p_grad, i, queries, d, D, grad_row, PRECISION)  # [BM, D]
-            tl.store(delta_ptr + t * size + own, tl.sum(b_grad * out * share[:, None], 1), mask=i < queries)
+            delta = sum_of_products(b_grad * out * share[:, None], 1)
+            tl.store(delta_ptr + t * size + own, delta, mask=i < queries)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "targets", "query_start"])
@@ -281,7 +283,7 @@ def attention_keys_kernel(
             grad_attn = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
         if ROW:
             b_row = tl.load(row_ptr + sample * queries + i, mask=i < queries, other=0.0)  # [BM]
-            through += tl.sum(b_row[:, None] * update_of(attn, grad_attn, rel_attn, UPDATE), 0)
+            through += sum_of_products(b_row[:, None] * update_of(attn, grad_attn, rel_attn, UPDATE), 0)
         if GRAD_IN:
             grad_v = tl.dot(tl.trans(operand(attn, tl.float32, PRECISION)), b_grad, grad_v, input_precision=PRECISION)
             b_delta = tl.load(delta_ptr + own + i, mask=i < queries, other=0.0)  # [BM]

@@ -79,6 +79,13 @@ def dot(a, b, acc, SPLIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
+def sum_of_products(x, AXIS: tl.constexpr):
+    """Σ x along an axis, where x is a product. Without + 0 the compiler fuses it with the sum: of two lanes that exchange theirs,
+    each adds its own unrounded to the other's, and which of the two sums is stored is anybody's guess."""
+    return tl.sum(x + 0.0, AXIS)
+
+
+@triton.jit
 def update_of(attn, grad, rel, UPDATE: tl.constexpr):
     """One head's clamped product, numbered as in `UPDATES`."""
     if UPDATE == 0:

@@ -1,0 +1,36 @@
+"""Kernels compiled to PTX by Triton's own stages, for a GPU that is not here; the assembler is not needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's PTX, and how many bytes of shared memory a block of it has."""
+
+    ptx: str
+    shared: int
+
+
+def compile_to_ptx(source: ASTSource, capability: int, options: dict[str, Any]) -> Compiled:
+    """What `triton.compile` does, up to PTX."""
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    parsed = backend.parse_options(dict(options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    implementation = backend.get_codegen_implementation(parsed)
+    module: Any = source.make_ir(target, parsed, implementation, backend.get_module_map(), context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, parsed, source.language)
+    metadata: dict[str, Any] = {"target": target, **parsed.__dict__}
+    for name in ("ttir", "ttgir", "llir", "ptx"):
+        module = stages[name](module, metadata)
+    return Compiled(str(module), metadata["shared"])
