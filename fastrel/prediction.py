@@ -68,17 +68,24 @@ class _State:
         if (x._version, x.data_ptr()) != (self.version, self.place):
             return False
         now = None if self.numbers is None else _numbers(x)
-        return now is None or self.numbers is None or torch.equal(now, self.numbers)
+        return now is None or self.numbers is None or torch.equal(_bits(now), _bits(self.numbers))
 
 
+@torch.no_grad()
 def _numbers(x: Tensor) -> Tensor | None:
-    """Bits of some numbers of a tensor; None where looking at them would wait for a device, or where there are none to be had."""
+    """Some numbers of a tensor; None where looking at them would wait for a device, or where there are none to be had."""
     if x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or not x.numel():
         return None
     if x.is_quantized or x.is_conj() or x.is_neg() or x.element_size() not in _BITS:
         return None
-    bits = x.detach().view(_BITS[x.element_size()])
-    return bits.clone() if x.numel() <= WHOLE else bits.take(_places(x.numel()))
+    if x.numel() <= WHOLE:
+        return x.clone()
+    return (_bits(x) if x.element_size() == 1 else x).take(_places(x.numel()))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Numbers as integers, so that NaN equals itself."""
+    return x.detach().view(_BITS[x.element_size()])
 
 
 @functools.lru_cache(maxsize=256)

@@ -47,6 +47,8 @@ def compare(guards: Guards, op: torch._ops.OpOverload, *args: Any, operand: Any 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize(("tokens", "features", "outs"), [(1, 16, 24), (5, 7, 13), (63, 100, 33), (70, 65, 130)])
 def test_zplus_linear(guards: Guards, dtype: torch.dtype, rules: str, tokens: int, features: int, outs: int) -> None:  # noqa: F811
+    if dtype != torch.float32 and tokens > 5:
+        pytest.skip("the tails are the same")
     x, weight, bias = (torch.randn(*s).to(dtype) for s in ((2, tokens, features), (outs, features), (outs,)))
     y = (x.float() @ weight.float().mT + bias.float()).to(dtype)
     rel, grad = torch.rand(3, 2, tokens, outs), torch.randn(3, 2, tokens, outs)
