@@ -70,6 +70,33 @@ INDEX_MAPS = {
 }
 
 
+#: Those whose result may hold a constant, or another activation, beside entries of an operand.
+MIXING_IN = {
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.index_put.default,
+    aten.index_fill.int_Scalar,
+    aten.index_copy.default,
+    aten.masked_scatter.default,
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.fill.Scalar,
+    aten.fill.Tensor,
+    aten.diagonal_scatter.default,
+    aten.im2col.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.tril.default,
+    aten.triu.default,
+    aten.slice_scatter.default,
+    aten.select_scatter.default,
+    aten.maximum.default,
+    aten.minimum.default,
+}
+
+
 def _places(t: Context, node: fx.Node) -> list[tuple[int, int | None, fx.Node]]:
     """Where a node's activations stand among its arguments: (argument, place in a list or None, the activation)."""
     found: list[tuple[int, int | None, fx.Node]] = []
@@ -119,8 +146,11 @@ def index_map(t: Context, node: fx.Node, out: Lanes) -> None:
         def back(lane: Lane, is_row: bool, argument: int = argument, place: int | None = place, x: fx.Node = x) -> Lane:
             full = t.dense(lane, node, is_row).node
             if is_row:
-                where = tuple((argument, place) for argument, place, _ in places)
-                full = t.emit.call(divided_among_taken, full, node.target, where, kwargs, *values)
+                if node.target in MIXING_IN:
+                    where = tuple((argument, place) for argument, place, _ in places)
+                    full = t.emit.call(divided_among_taken, full, node.target, where, kwargs, *values)
+                else:
+                    full = t.emit.call(divided_row, full, *t.shape(node))
             moved = t.emit.call(vjp, node.target, full, argument, place, kwargs, *values)
             return Lane(summed_features(t, x, moved) if is_row else moved)
 
@@ -159,7 +189,8 @@ def _taken(f: Any, x: Tensor, others: Any) -> Tensor:
         y = f(leaf, *others)
         seed = torch.zeros_like(y).requires_grad_()
         (back,) = torch.autograd.grad(y, leaf, seed, create_graph=True)
-        return torch.autograd.grad(back.sum(), seed)[0]
+        # Where all is overwritten, the way back does not depend on what comes.
+        return torch.autograd.grad(back.sum(), seed)[0] if back.requires_grad else torch.zeros_like(y)
 
 
 def summed_features(t: Context, x: fx.Node, row: fx.Node) -> fx.Node:
