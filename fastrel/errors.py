@@ -35,12 +35,14 @@ def needed(by: str, extra: str) -> Iterator[None]:
     """Around imports of what only some need: says how to install it.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it is not installed, or does not fit what is.
     """
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise InputError(f'{by} needs {error.name}: pip install "fastrel[{extra}]"') from error
+    except ImportError as error:  # it is there, and does not fit
+        raise InputError(f"{by} fails to import what it needs: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -80,7 +80,7 @@ def _numbers(x: Tensor) -> Tensor | None:
         return None
     if x.numel() <= WHOLE:
         return x.clone()
-    return (_bits(x) if x.element_size() == 1 else x).take(_places(x.numel()))
+    return _bits(x).take(_places(x.numel()))
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -90,7 +90,8 @@ def _bits(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _places(count: int) -> Tensor:
-    return torch.randint(count, (SAMPLE,), generator=torch.Generator().manual_seed(secrets.randbits(63)))
+    generator = torch.Generator("cpu").manual_seed(secrets.randbits(63))
+    return torch.randint(count, (SAMPLE,), generator=generator, device="cpu")
 
 
 class Prediction:
@@ -222,7 +223,10 @@ class Prediction:
 
     def _maps(self, program: Program, rows: list[Any], grids: list[Any], several: bool) -> dict[str, TokenMap]:
         found: dict[str, TokenMap] = {}
-        asked, placed = self._options.grid, False
+        method = self._options.method
+        # Maps at pixels lie on those.
+        asked = None if method.at_pixels or isinstance(method.reading, PathIntegral) else self._options.grid
+        placed = False
         for where, row, grid in zip(program.maps, rows, grids, strict=True):
             relevance = row.reshape(*row.shape[:2], -1).transpose(0, 1)
             check_finite("the explanation", relevance, OVERFLOW)
@@ -233,7 +237,7 @@ class Prediction:
                     "texts or pictures of a sample into the batch; explain what reads one of them (a choice, a side) by itself"
                 )
             patches = self._on_grid(relevance) if grid is None else grid.transpose(0, 1)
-            if asked and grid is not None and tuple(grid.shape[2:]) != tuple(asked):
+            if asked and grid is not None and tuple(grid.shape[-len(asked) :]) != tuple(asked):
                 raise InputError(f"the patches of {name} lie on {tuple(grid.shape[2:])}, not on grid={asked}")
             if not several:
                 relevance, patches = relevance[:, 0], None if patches is None else patches[:, 0]

@@ -384,3 +384,19 @@ global_model = nn.Linear(3, 3)
 @pytest.mark.parametrize(("cls", "refers"), [(Wrapping, False), (Referring, True)])
 def test_code_refers_to_a_module_of_the_model_by_a_global_not_by_an_attribute_of_its_name(cls: type, refers: bool) -> None:
     assert (Fingerprint(cls(global_model)).tells_apart is not None) == refers
+
+
+class Attributes(Wrapping):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.id(x))
+
+
+layers, dates = [global_model], np.array(["2020-01-01"], dtype="datetime64[D]")
+
+
+def test_names_of_attributes_are_no_references_and_odd_arrays_no_obstacle() -> None:
+    """`layers` may be a list of the model's own in a notebook, and `self.id` asks for nobody's id."""
+    class_of = type("Dated", (Attributes,), {"forward": lambda self, x: Attributes.forward(self, x) * len(dates)})
+    model = class_of(global_model)
+    assert Fingerprint(model).tells_apart is None
+    assert Fingerprint(model).matches()

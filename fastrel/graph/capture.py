@@ -307,7 +307,7 @@ def check_weights(model: nn.Module) -> None:
         CaptureError: naming the first.
     """
     for name, x in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if x.is_inference():
+        if x.is_inference() and isinstance(x, nn.Parameter):
             raise CaptureError(
                 f"{name} of {type(model).__name__} was made in inference mode, so nothing can be derived from it; make or load the "
                 "model outside of torch.inference_mode()"

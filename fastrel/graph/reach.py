@@ -290,6 +290,11 @@ class Reach:
         self._spaces.append(vars(cls))
         return [type(cls), *cls.__bases__]
 
+    def _holds_own(self, x: Any) -> bool:
+        """Whether something is a module of the model, or holds one: a list of layers, a dict of models."""
+        inside = x.values() if isinstance(x, dict) else x if isinstance(x, CONTAINERS) else (x,)
+        return any(id(one) in self._modules for one in itertools.islice(inside, LARGE))
+
     def _tensor(self, x: Tensor) -> None:
         """Watch where a tensor is that lies beside the parameters and buffers, or is one of them there."""
         if id(x) in self._own:
@@ -310,7 +315,7 @@ class Reach:
         if not foreign and package(function.__module__) not in _SAME_EITHER_WAY:
             self.asks_how_it_is_run = self.asks_how_it_is_run or not mentioned.isdisjoint(_HOW)
             self.makes_text = self.makes_text or not mentioned.isdisjoint(_TEXT) or _formats(function.__code__)
-            if "id" in mentioned:
+            if "id" in _globals_of(function.__code__) and "id" not in function.__globals__:
                 self.tells_apart = "asks for the id of objects"
         space = function.__globals__
         here = self._lasting(space, mentioned.intersection(space))
@@ -323,8 +328,8 @@ class Reach:
             self.around.add(Cell(cell))
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         # An attribute that is called as a global is, such as `model`, does not refer to it.
-        own = {name for name in here if id(space[name]) in self._modules}
-        here = [name for name in here if name not in own or name in _globals_of(function.__code__)]
+        own = _globals_of(function.__code__)
+        here = [name for name in here if name in own or not self._holds_own(space[name])]
         self._behind_code += [*map(content, cells), *(space[name] for name in here), *defaults]
 
 

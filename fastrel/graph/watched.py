@@ -232,7 +232,8 @@ class Numbers(Place):
     """The numbers in an array, of numpy or of Python."""
 
     def __init__(self, x: Any) -> None:
-        self.of, self.bytes = x, _bytes(x) if memoryview(x).nbytes <= LARGE_ARRAY else None
+        size = x.nbytes if hasattr(x, "nbytes") else len(x) * getattr(x, "itemsize", 1)
+        self.of, self.bytes = x, _bytes(x) if size <= LARGE_ARRAY else None
 
     def same(self) -> bool:
         """Whether they are what they were."""
@@ -242,6 +243,11 @@ class Numbers(Place):
         """Where they are not."""
         if not self.same():
             yield id(self.of), ALL
+
+
+def _alike(a: Any, b: Any) -> bool:
+    plain = (str, bytes, int, float, bool)
+    return a is b or (type(a) is type(b) and isinstance(a, plain) and a == b)
 
 
 def _bytes(x: Any) -> bytes:
@@ -257,7 +263,7 @@ class Local(Place):
     def same(self) -> bool:
         """Whether they are what they were in the thread that looked first."""
         now = vars(self.of)
-        return now.keys() == self.values.keys() and all(now[name] is value for name, value in self.values.items())
+        return now.keys() == self.values.keys() and all(_alike(now[name], value) for name, value in self.values.items())
 
     def changed(self) -> Iterator[Key]:
         """Nothing that can be told from what another thread sees."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrel.errors import InputError
 from fastrel.metrics.perturbation import exchanged
 
 STEPS = 20
@@ -37,7 +38,7 @@ def deletion(
         The area under the curve of probabilities by the trapezoidal rule, [B] in 0 … 1.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes that do not fit, or no steps.
     """
     filled = torch.as_tensor(baseline, dtype=images.dtype, device=images.device).expand_as(images)
     return _area(model, images, filled, maps, target, steps)
@@ -62,7 +63,7 @@ def insertion(
         The area under the curve of probabilities by the trapezoidal rule, [B] in 0 … 1.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes that do not fit, or no steps.
     """
     return _area(model, blurred(images) if start is None else start, images, maps, target, steps)
 
@@ -79,9 +80,12 @@ def blurred(images: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
 def _area(
     model: Callable[[Tensor], Tensor], images: Tensor, others: Tensor, maps: Tensor, target: Tensor, steps: int
 ) -> np.ndarray:
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, got {steps}")
     fractions = np.linspace(0, 1, steps + 1)
-    curve = [
-        model(x).softmax(1).gather(1, target[:, None])[:, 0].double().cpu().numpy()
-        for x in exchanged(images, others, maps, target, fractions.tolist())
-    ]
+    with torch.no_grad():
+        curve = [
+            model(x).softmax(1).gather(1, target[:, None])[:, 0].double().cpu().numpy()
+            for x in exchanged(images, others, maps, target, fractions.tolist())
+        ]
     return np.trapezoid(np.array(curve), fractions, axis=0)

@@ -68,17 +68,18 @@ def perturb(
         InputError: shapes that do not fit, or fractions outside 0 … 1.
     """
     filled = torch.as_tensor(baseline, dtype=images.dtype, device=images.device).expand_as(images)
-    correct = [
-        (model(x).argmax(1) == target).cpu().numpy()
-        for x in exchanged(images, filled, maps, target, fractions, descending=order == "positive")
-    ]
+    with torch.no_grad():
+        correct = [
+            (model(x).argmax(1) == target).cpu().numpy()
+            for x in exchanged(images, filled, maps, target, fractions, descending=order == "positive")
+        ]
     return Curve(np.array(fractions), np.array(correct))
 
 
 def exchanged(
     images: Tensor, others: Tensor, maps: Tensor, target: Tensor, fractions: Sequence[float], descending: bool = True
 ) -> Iterator[Tensor]:
-    """The images with a growing fraction of their pixels taken from `others`, in the order of maps [B, gh, gw]. No gradients.
+    """The images with a growing fraction of their pixels taken from `others`, in the order of maps [B, gh, gw].
 
     Raises:
         InputError: shapes that do not fit, or fractions outside 0 … 1.
@@ -93,5 +94,4 @@ def exchanged(
     place = torch.empty_like(ranking).scatter_(1, ranking, torch.arange(height * width, device=heat.device).expand_as(heat))
     for fraction in fractions:
         taken = (place < round(fraction * height * width)).reshape(-1, 1, height, width)
-        with torch.no_grad():
-            yield torch.where(taken, others, images)
+        yield torch.where(taken, others, images)
