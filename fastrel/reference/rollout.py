@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrel.errors import InputError
-
 
 def gradient_relevance(gradient: Tensor, relevance: Tensor) -> Tensor:
     """Eq. (13) without the identity: E_heads[(∇A ⊙ R_A)⁺]. [B, h, T, T] -> [B, T, T]."""
@@ -33,15 +31,7 @@ def attention_received(attention: Tensor) -> Tensor:
     """How much attention each token receives: mean over heads and over the queries that see it, [B, h, T, T] -> [B, T].
 
     Queries that no one attends to are padding, and do not count; a token that no one attends to receives 0.
-
-    Raises:
-        InputError: queries and keys are different tokens.
     """
-    if attention.shape[-1] != attention.shape[-2]:
-        raise InputError(
-            f"a map of {attention.shape[-2]} queries over {attention.shape[-1]} keys: this method needs attention maps over one and "
-            "the same sequence of tokens in every block"
-        )
     mean = attention.mean(1)
     sees = (mean > 0) & (mean.sum(1) > 0)[:, :, None]
     return (mean * sees).sum(1) / sees.sum(1).clamp(min=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fastrel import ops
-from fastrel.errors import UnsupportedModelError
+from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.graph.nodes import arguments, describe
 from fastrel.graph.patterns import is_attention_value, is_talking_heads_value
 from fastrel.ops.attention import attention_probabilities, carries_scores
@@ -120,7 +120,7 @@ def _keep(t: Context, block: int, maps: Sequence[fx.Node | None]) -> None:
         if part is not None and t.asks(kind):
             t.maps[kind][block] = part
     if t.asks("received"):
-        t.maps["received"][block] = t.emit.call(attention_received, maps[0])
+        t.maps["received"][block] = t.emit.call(received, maps[0])
 
 
 def bias_gradient(
@@ -200,6 +200,21 @@ def _give_row(
         t.give(q, row=Row(left))
         left = {}
     t.give(v, row=Row({**mixed, **left}))
+
+
+def received(attention: Tensor) -> Tensor:
+    """`attention_received` of a map [B, h, T, T].
+
+    Raises:
+        InputError: queries and keys are different tokens.
+    """
+    queries, keys = attention.shape[-2:]
+    if queries != keys:
+        raise InputError(
+            f"a map of {queries} queries over {keys} keys: this method needs attention maps over one and the same sequence of tokens "
+            "in every block"
+        )
+    return attention_received(attention)
 
 
 def attention_maps(
