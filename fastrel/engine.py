@@ -126,7 +126,6 @@ class Engine:
         self._unwrap()
         kwargs = in_order(self.model, args, kwargs)
         signature, leaves = Signature.of(args, kwargs)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         names = input_names(self.model, args, kwargs)
         check_inputs([(name, leaf) for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)])
         with outside_inference():

@@ -20,7 +20,7 @@ from fastrel.engine import Engine
 from fastrel.errors import InputError
 from fastrel.explanation import Explanation
 from fastrel.graph.capture import Signature, in_order
-from fastrel.inputs import OVERFLOW, check_finite, image_size, input_names
+from fastrel.inputs import check_finite, image_size, input_names
 from fastrel.maps import TokenMap
 from fastrel.options import Options
 from fastrel.outputs import logits_index
@@ -152,11 +152,11 @@ class Graphed:
         outputs, classes, relevance, grids = pytree.tree_map(
             lambda x: x.clone() if isinstance(x, Tensor) else x, self._results
         )
-        check_finite("the model's output", outputs[self._program.leaves[0]], OVERFLOW)
+        check_finite("the model's output", outputs[self._program.leaves[0]])
         one = self._classes is None or self._classes.shape[1] == 1
         maps: dict[str, TokenMap] = {}
         for name, size, row, grid in zip(self._names, self._sizes, relevance, grids, strict=True):
-            check_finite("the explanation", row, OVERFLOW)
+            check_finite("the explanation", row)
             grid = grid[:, 0] if one and grid is not None else grid
             maps[name] = TokenMap(row[:, 0] if one else row, grid, size)
         output = pytree.tree_unflatten(outputs, self._spec)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastrel.errors import InputError, first_line
 
 #: What to do about numbers that a model made, none of which were among its inputs.
-OVERFLOW = "look for NaN in its weights, for values that overflow its dtype, and for rows that a mask hides whole"
+_OVERFLOW = "look for NaN in its weights, for values that overflow its dtype, and for rows that a mask hides whole"
 
 
 def check_inputs(named: Sequence[tuple[str, Tensor]]) -> None:
@@ -33,14 +33,14 @@ def check_inputs(named: Sequence[tuple[str, Tensor]]) -> None:
         if x.dim() and len(x) == 0:
             raise InputError(f"{name} of shape {tuple(x.shape)} holds no samples")
         if x.is_floating_point():
-            check_finite(name, x, "mask or replace it", allowed=-torch.inf)
+            check_finite(name, x, allowed=-torch.inf, advice="mask or replace it")
 
 
 def _is_fake(x: Tensor) -> bool:
     return isinstance(x, torch._subclasses.FakeTensor)
 
 
-def check_finite(name: str, x: Tensor, advice: str, allowed: float | None = None) -> None:
+def check_finite(name: str, x: Tensor, allowed: float | None = None, advice: str = _OVERFLOW) -> None:
     """Raise InputError if x [B, …] holds NaN or infinity (other than `allowed`), naming the first place, and what to do."""
     fine = torch.isfinite(x)
     if bool(fine.all()):

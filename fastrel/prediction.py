@@ -18,7 +18,7 @@ from fastrel.engine import Call, Engine
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.explanation import Explanation
 from fastrel.graph.ambient import plainly
-from fastrel.inputs import OVERFLOW, check_finite, image_size, rejected
+from fastrel.inputs import check_finite, image_size, rejected
 from fastrel.maps import TokenMap
 from fastrel.methods.integrated_gradients import integrated_gradients
 from fastrel.noise import Maps, floor, perturbed
@@ -99,6 +99,8 @@ class Prediction:
 
     Holds what the explanation needs: the inputs, values saved in between, and the model's parameters as they are. Where one
     of them is written to before `explain`, that is refused; see `Versions`.
+
+    `kept`: it may be explained later, so that the numbers of its tensors are watched, too, and not their versions alone.
 
     Attributes:
         logits: the logits, as the model returns them.
@@ -229,7 +231,7 @@ class Prediction:
         placed = False
         for where, row, grid in zip(program.maps, rows, grids, strict=True):
             relevance = row.reshape(*row.shape[:2], -1).transpose(0, 1)
-            check_finite("the explanation", relevance, OVERFLOW)
+            check_finite("the explanation", relevance)
             name = self._call.names[where.input] + where.branch
             if len(relevance) != len(self.logits):
                 raise UnsupportedModelError(

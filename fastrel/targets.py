@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrel.errors import InputError
-from fastrel.inputs import OVERFLOW, check_finite
+from fastrel.inputs import check_finite
 from fastrel.transform.lanes import lane_dtype
 
 #: None (predicted class) · int · [B] · [B, K] · callable(output) -> [B] or [B, K]
@@ -41,10 +41,10 @@ def class_seeds(logits: Tensor, index: int, target: Target) -> Seeds:
     Raises:
         InputError: the target's type, shape or range does not fit the logits, or these hold NaN.
     """
-    check_finite("the model's output", logits, OVERFLOW, allowed=-torch.inf)
+    check_finite("the model's output", logits, allowed=-torch.inf)
     classes = classes_of(logits, target)
     columns, scores = classes.reshape(len(logits), -1), logits.reshape(len(logits), -1)
-    check_finite("the model's output for the target", scores.gather(1, columns), OVERFLOW)
+    check_finite("the model's output for the target", scores.gather(1, columns))
     one_hot = F.one_hot(columns.T, scores.shape[1]).to(lane_dtype(logits.dtype))  # [K, B, C]
     one_hot = one_hot.reshape(len(one_hot), *logits.shape)
     return Seeds((index,), [one_hot], [one_hot], classes, classes.dim() == 2)
@@ -119,7 +119,7 @@ def function_seeds(outputs: list[Any], rebuild: Callable[[list[Any]], Any], func
             raise InputError(f"the target function must return a floating-point tensor, not {type(value).__name__}")
         if value.dim() not in (1, 2) or len(value) != batch:
             raise InputError(f"the target function returned shape {tuple(value.shape)}; expected [{batch}] or [{batch}, K]")
-        check_finite("what the target function returned", value, OVERFLOW)
+        check_finite("what the target function returned", value)
         floats = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         columns = value.reshape(batch, -1).unbind(1)
         per_target = [_gradients(column, [leaves[i] for i in floats]) for column in columns]
@@ -129,7 +129,7 @@ def function_seeds(outputs: list[Any], rebuild: Callable[[list[Any]], Any], func
     gradient = [torch.stack([_or_zeros(grads[j], leaves[floats[j]]) for grads in per_target]) for j in used]
     gradient = [g.to(lane_dtype(g.dtype)) for g in gradient]
     for g in gradient:
-        check_finite("the gradient of the target function", g.transpose(0, 1), OVERFLOW)
+        check_finite("the gradient of the target function", g.transpose(0, 1))
     scale = sum(g.abs().reshape(*g.shape[:2], -1).sum(2) for g in gradient)  # [K, B]
     assert isinstance(scale, Tensor)
     if not bool((scale > 0).all()):

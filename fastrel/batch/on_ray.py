@@ -22,13 +22,11 @@ from fastrel.batch.explain import Explain
 from fastrel.batch.local import Progress
 from fastrel.batch.row import Row
 from fastrel.batch.store import Store, Task
-from fastrel.errors import FastrelError, InputError, reason
+from fastrel.errors import FastrelError, InputError, needed, reason
 
-try:
+with needed("--ray", "ray"):
     import ray
     import ray.data
-except ImportError as missing:
-    raise InputError('--ray needs Ray Data: pip install "fastrel[ray]"') from missing
 
 # By value, so that the actor that counts need not import fastrel, and torch with it.
 ray.cloudpickle.register_pickle_by_value(attempts)

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastrel.commands import export as exporting
 from fastrel.commands import options as shared
 from fastrel.commands.doctor import available_cores
-from fastrel.errors import InputError
+from fastrel.errors import InputError, needed
 
 HELP = "serve explanations over HTTP"
 EPILOG = """\
@@ -70,11 +70,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until stopped."""
-    try:
+    with needed("serve", "serve"):
         from fastrel.serving.front import serve
         from fastrel.serving.service import Service
-    except ImportError as error:
-        raise InputError(f'{error.name} is not installed: pip install "fastrel[serve]"') from error
     if (options.artefact is None) == (options.model is None):
         raise InputError("give an ARTEFACT of fastrel export, or --model NAME")
     names = ("host", "port", "ui", "workers", "decoders", "batch", "wait_ms", "queue", "timeout_ms", "upload_ms",

@@ -8,13 +8,11 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastrel.errors import InputError
+from fastrel.errors import InputError, needed
 
-try:
+with needed("reading and writing tables", "batch"):
     import pyarrow as pa
     import pyarrow.parquet as pq
-except ImportError as missing:
-    raise InputError('tables need pyarrow: pip install "fastrel[batch]"') from missing
 
 
 def columns(path: str) -> Sequence[str]:

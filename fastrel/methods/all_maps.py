@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fastrel.errors import InputError
+from fastrel.transform.method import NEEDS_SAME_TOKENS
 
 
 def check_same_tokens(name: str, row: Tensor, maps: Sequence[Tensor]) -> None:
     """Raise InputError unless the maps [..., B, h, Tq, Tk] are over the tokens that the head reads, row [K, B, T]."""
     batch, tokens = row.shape[1:]
     if any((m.shape[-4], *m.shape[-2:]) != (batch, tokens, tokens) for m in maps):
-        raise InputError(f"{name} needs attention maps over one and the same sequence of tokens in every block")
+        raise InputError(f"{name} {NEEDS_SAME_TOKENS}")
 
 
 def legrad(row: Tensor, gradients: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
@@ -42,5 +43,5 @@ def attcat(row: Tensor, tokens: Sequence[Tensor], received: Sequence[Tensor]) ->
         InputError: the maps change the number of tokens.
     """
     if any(one.shape[-2:] != row.shape[1:] for one in (*tokens, *received)):
-        raise InputError("attcat needs attention maps over one and the same sequence of tokens in every block")
+        raise InputError(f"attcat {NEEDS_SAME_TOKENS}")
     return torch.stack([cat * own for cat, own in zip(tokens, received, strict=True)]).sum(0)

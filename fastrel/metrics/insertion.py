@@ -40,8 +40,7 @@ def deletion(
     Raises:
         InputError: shapes that do not fit, or no steps.
     """
-    filled = torch.as_tensor(baseline, dtype=images.dtype, device=images.device).expand_as(images)
-    return _area(model, images, filled, maps, target, steps)
+    return _area(model, images, baseline, maps, target, steps)
 
 
 def insertion(
@@ -78,7 +77,7 @@ def blurred(images: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
 
 
 def _area(
-    model: Callable[[Tensor], Tensor], images: Tensor, others: Tensor, maps: Tensor, target: Tensor, steps: int
+    model: Callable[[Tensor], Tensor], images: Tensor, others: Tensor | float, maps: Tensor, target: Tensor, steps: int
 ) -> np.ndarray:
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}")

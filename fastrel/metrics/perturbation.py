@@ -67,17 +67,21 @@ def perturb(
     Raises:
         InputError: shapes that do not fit, or fractions outside 0 … 1.
     """
-    filled = torch.as_tensor(baseline, dtype=images.dtype, device=images.device).expand_as(images)
     with torch.no_grad():
         correct = [
             (model(x).argmax(1) == target).cpu().numpy()
-            for x in exchanged(images, filled, maps, target, fractions, descending=order == "positive")
+            for x in exchanged(images, baseline, maps, target, fractions, descending=order == "positive")
         ]
     return Curve(np.array(fractions), np.array(correct))
 
 
 def exchanged(
-    images: Tensor, others: Tensor, maps: Tensor, target: Tensor, fractions: Sequence[float], descending: bool = True
+    images: Tensor,
+    others: Tensor | float,
+    maps: Tensor,
+    target: Tensor,
+    fractions: Sequence[float],
+    descending: bool = True,
 ) -> Iterator[Tensor]:
     """The images with a growing fraction of their pixels taken from `others`, in the order of maps [B, gh, gw].
 
@@ -92,6 +96,7 @@ def exchanged(
     heat = F.interpolate(maps[:, None], size=(height, width), mode="bilinear", align_corners=False).flatten(1)
     ranking = heat.argsort(dim=1, descending=descending, stable=True)
     place = torch.empty_like(ranking).scatter_(1, ranking, torch.arange(height * width, device=heat.device).expand_as(heat))
+    others = torch.as_tensor(others, dtype=images.dtype, device=images.device).expand_as(images)
     for fraction in fractions:
         taken = (place < round(fraction * height * width)).reshape(-1, 1, height, width)
         yield torch.where(taken, others, images)

@@ -20,7 +20,7 @@ from fastrel.rules.pointwise import sum_to
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes, Part, Path, Row, Rows
-from fastrel.transform.method import Kind
+from fastrel.transform.method import NEEDS_SAME_TOKENS, Kind
 from fastrel.transform.rollout import settled_share
 
 aten = torch.ops.aten
@@ -210,10 +210,7 @@ def received(attention: Tensor) -> Tensor:
     """
     queries, keys = attention.shape[-2:]
     if queries != keys:
-        raise InputError(
-            f"a map of {queries} queries over {keys} keys: this method needs attention maps over one and the same sequence of tokens "
-            "in every block"
-        )
+        raise InputError(f"a map of {queries} queries over {keys} keys: this method {NEEDS_SAME_TOKENS}")
     return attention_received(attention)
 
 

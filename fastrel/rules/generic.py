@@ -18,59 +18,7 @@ from fastrel.transform.lanes import Lane, Lanes
 
 aten = torch.ops.aten
 
-#: Operators whose result holds entries of the operand, each any number of times, and zeros or constants.
-INDEX_MAPS = {
-    aten.roll.default,
-    aten.flip.default,
-    aten.pad.default,
-    aten.constant_pad_nd.default,
-    aten.stack.default,
-    aten.index.Tensor,
-    aten.index_put.default,
-    aten.index_fill.int_Scalar,
-    aten.index_copy.default,
-    aten.masked_scatter.default,
-    aten.scatter.src,
-    aten.scatter.value,
-    aten.fill.Scalar,
-    aten.fill.Tensor,
-    aten.diagonal_scatter.default,
-    aten.as_strided.default,
-    aten.index_select.default,
-    aten.gather.default,
-    aten.repeat.default,
-    aten.repeat_interleave.self_int,
-    aten.expand.default,
-    aten.expand_as.default,
-    aten.broadcast_to.default,
-    aten.unfold.default,
-    aten.im2col.default,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default,
-    aten.movedim.int,
-    aten.movedim.intlist,
-    aten.swapaxes.default,
-    aten.swapdims.default,
-    aten.t.default,
-    aten.unsafe_chunk.default,
-    aten.masked_fill.Scalar,
-    aten.masked_fill.Tensor,
-    aten.where.self,
-    aten.where.ScalarOther,
-    aten.tril.default,
-    aten.triu.default,
-    aten.narrow.default,
-    aten.slice_scatter.default,
-    aten.select_scatter.default,
-    aten.diagonal.default,
-    aten.maximum.default,
-    aten.minimum.default,
-    aten.max_pool2d.default,
-}
-
-
-#: Those whose result may hold a constant, or another activation, beside entries of an operand.
+#: Index maps whose result may hold a constant, or another activation, beside entries of an operand.
 MIXING_IN = {
     aten.pad.default,
     aten.constant_pad_nd.default,
@@ -94,6 +42,35 @@ MIXING_IN = {
     aten.select_scatter.default,
     aten.maximum.default,
     aten.minimum.default,
+}
+
+#: Operators whose result holds entries of the operand, each any number of times, and zeros or constants.
+INDEX_MAPS = MIXING_IN | {
+    aten.roll.default,
+    aten.flip.default,
+    aten.stack.default,
+    aten.index.Tensor,
+    aten.as_strided.default,
+    aten.index_select.default,
+    aten.gather.default,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.broadcast_to.default,
+    aten.unfold.default,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+    aten.channel_shuffle.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.t.default,
+    aten.unsafe_chunk.default,
+    aten.narrow.default,
+    aten.diagonal.default,
+    aten.max_pool2d.default,
 }
 
 

@@ -15,6 +15,9 @@ UPDATES: tuple[Update, ...] = get_args(Update)
 #: What a block hands to a function of all maps.
 Kind = Literal["attention", "gradient", "relevance", "tokens", "received"]
 
+#: What is said where maps of several blocks cannot be read together.
+NEEDS_SAME_TOKENS = "needs attention maps over one and the same sequence of tokens in every block"
+
 _OF_GRADIENT: tuple[Update, ...] = ("gradient_relevance", "gradient_attention", "gradcam")
 _OF_RELEVANCE: tuple[Update, ...] = ("gradient_relevance", "relevance")
 

@@ -27,12 +27,10 @@ from fastrel.transform.context import Context
 from fastrel.transform.emit import Emitter, common_lane_dtype
 from fastrel.transform.grids import on_grid, picture_of, samples_first
 from fastrel.transform.lanes import Lane, Lanes, lane_dtype
-from fastrel.transform.method import AllMaps, Kind, LaneSum, Method
+from fastrel.transform.method import NEEDS_SAME_TOKENS, AllMaps, Kind, LaneSum, Method
 from fastrel.transform.program import Map, Program
 
 aten = torch.ops.aten
-
-_OTHER_TOKENS = "this method needs attention maps over one and the same sequence of tokens in every block"
 
 
 class _Found(NamedTuple):
@@ -184,19 +182,17 @@ class _Walk:
     def _reading(self, node: fx.Node, lanes: Lanes) -> Lane:
         """The explanation at the value where it is read, with size 1 in feature dimensions."""
         t, reading = self.t, self.t.method.reading
-        if isinstance(reading, AllMaps):
-            assert t.read_row
-            assert lanes.row
-            combined = t.emit.call(reading.combine, t.read_row, *(self._of_all_blocks(kind) for kind in reading.of))
-            row = t.rollout.share(lanes.row, lambda several: t.added(node, several, is_row=True))
-            return Lane(t.emit.call(as_row, combined, t.dense(row, node, is_row=True).node))
         if not isinstance(reading, LaneSum):
             assert lanes.row
             row = t.rollout.share(lanes.row, lambda several: t.added(node, several, is_row=True))
             row = t.dense(row, node, is_row=True)
-            if not t.method.per_attention:
-                return row
-            return Lane(t.emit.call(divided, row.node, self._of_all_blocks("received")))
+            if isinstance(reading, AllMaps):
+                assert t.read_row
+                combined = t.emit.call(reading.combine, t.read_row, *(self._of_all_blocks(kind) for kind in reading.of))
+                return Lane(t.emit.call(as_row, combined, row.node))
+            if t.method.per_attention:
+                return Lane(t.emit.call(divided, row.node, self._of_all_blocks("received")))
+            return row
         lane = lanes.rel if reading.lane == "relevance" else lanes.grad
         assert lane
         dense = t.dense(lane, node).node
@@ -223,7 +219,7 @@ def as_row(found: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         InputError: it is over other tokens.
     """
     if found.shape != row.flatten(2).shape:
-        raise InputError(_OTHER_TOKENS)
+        raise InputError(f"this method {NEEDS_SAME_TOKENS}")
     return found.reshape(row.shape)
 
 
@@ -235,7 +231,7 @@ def divided(row: torch.Tensor, received: Sequence[torch.Tensor]) -> torch.Tensor
     """
     tokens = row.flatten(2)
     if any(own.shape != tokens.shape[1:] for own in received):
-        raise InputError(_OTHER_TOKENS)
+        raise InputError(f"this method {NEEDS_SAME_TOKENS}")
     return per_attention(tokens, received).reshape(row.shape)
 
 

@@ -90,8 +90,8 @@ class Recorded:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def to_ttir(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Any:
-    """The kernel through Triton's front end.
+def front_end(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The backend for a target, its options, and the kernel as its front end has it.
 
     Raises:
         triton.CompilationError: as at a user's first call.
@@ -102,7 +102,12 @@ def to_ttir(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> An
     ir.load_dialects(context)
     backend.load_dialects(context)
     implementation = backend.get_codegen_implementation(parsed)
-    return source.make_ir(target, parsed, implementation, backend.get_module_map(), context)
+    return backend, parsed, source.make_ir(target, parsed, implementation, backend.get_module_map(), context)
+
+
+def to_ttir(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Any:
+    """The kernel through Triton's front end, as `front_end`."""
+    return front_end(source, target, options)[2]
 
 
 class _Compiled:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource
+
+from tests.devices.recorder import front_end
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,7 @@ class Compiled:
 def compile_to_ptx(source: ASTSource, capability: int, options: dict[str, Any]) -> Compiled:
     """What `triton.compile` does, up to PTX."""
     target = GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    parsed = backend.parse_options(dict(options))
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    implementation = backend.get_codegen_implementation(parsed)
-    module: Any = source.make_ir(target, parsed, implementation, backend.get_module_map(), context)
+    backend, parsed, module = front_end(source, target, options)
     stages: dict[str, Any] = {}
     backend.add_stages(stages, parsed, source.language)
     metadata: dict[str, Any] = {"target": target, **parsed.__dict__}
