@@ -238,6 +238,48 @@ def test_other_methods_and_options(tmp_path: Path, method: str, options: dict[st
     same(artefact(images, target=3), explainer(images, target=3))
 
 
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    config = GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=32, num_labels=4, pad_token_id=0)
+    return GPT2ForSequenceClassification(config)
+
+
+def timm_model(name: str, **options: Any) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, num_classes=4, **options)
+
+
+#: Architectures, as small as their code allows; at their real sizes and compiled: python -m benchmarks.artefacts.
+KINDS = {
+    "DeiT": lambda: timm_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1),
+    "Swin": lambda: timm_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(2,), num_heads=(2,)),
+    "DINOv2": lambda: timm_model("vit_small_patch14_reg4_dinov2", img_size=28, depth=1, embed_dim=32, num_heads=2),
+    "CLIP": lambda: timm_model("vit_base_patch16_clip_quickgelu_224", img_size=32, depth=1, embed_dim=32, num_heads=2),
+    "GPT-2": gpt2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_other_architectures(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    model = KINDS[name]().eval()
+    torch.nn.init.normal_([x for x in model.parameters() if x.dim() == 2][-1])  # some heads begin as zeros
+
+    def given(batch: int) -> Tensor:
+        size = 28 if name == "DINOv2" else 32
+        return ids(batch, 5 + batch) if name == "GPT-2" else torch.randn(batch, 3, size, size)
+
+    explainer = fastrel.Explainer(model, backend="torch")
+    artefact = fastrel.load(fastrel.export(explainer, given(3), path=tmp_path / "a.pt2", targets=2))
+    x, target = given(2), torch.tensor([[3, 0], [1, 1]])
+    found = artefact(x, target=target)
+    same(found, explainer(x, target=target))
+    assert found.ok.all()
+    assert found.relevance.abs().amax(-1).min() > 0
+
+
 def test_a_text_model_with_its_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -1,5 +1,6 @@
 """`fastrel serve`: what a request gets, and that it holds under load. Loopback only; every loop is bounded."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -29,7 +31,11 @@ from fastrel.artefact.metadata import RANK
 from fastrel.artefact.reading import reader
 from fastrel.cli import main
 from fastrel.data import pictures
+from fastrel.serving.asking import Asked
 from fastrel.serving.explaining import Explaining
+from fastrel.serving.front import Front
+from fastrel.serving.service import Service
+from fastrel.serving.window import Window
 from fastrel.serving.wire import Answer, Work, pack, unpack
 from tests.served import ROOT, Server, load, percentile, picture, served
 
@@ -245,6 +251,52 @@ def test_picture_bombs_and_odd_pictures_get_4xx_or_a_right_map(server: Server, a
         same_map(answer, expected(artefact, body))
 
 
+# When requests go on, without any stages.
+
+
+def test_those_who_wait_go_on_together() -> None:
+    async def lasted(count: int, size: int) -> list[float]:
+        window, began = Window(0.2, size), time.monotonic()
+
+        async def one(number: int) -> float:
+            await asyncio.sleep(0.02 * number)
+            await window.wait()
+            return time.monotonic() - began
+
+        waiting = [asyncio.create_task(one(i)) for i in range(count)]
+        await asyncio.sleep(0.01)
+        if count == 3:
+            waiting.pop(0).cancel()  # its client hung up
+        return await asyncio.gather(*waiting)
+
+    left = asyncio.run(lasted(count=3, size=8))
+    assert all(0.19 < seconds < 0.4 for seconds in left)
+    assert left[1] - left[0] < 0.05
+    assert max(asyncio.run(lasted(count=4, size=2))) < 0.15  # two are a batch
+    assert min(asyncio.run(lasted(count=2, size=8))) > 0.19
+
+
+@pytest.mark.parametrize(("requests", "waits"), [(1, False), (2, True)])
+def test_a_request_that_is_alone_waits_for_nobody(vit_artefact: Path, requests: int, waits: bool) -> None:
+    class Stageless(Front):
+        async def _asked_of_stages(self, data: bytes, seconds: float) -> Answer:
+            return Answer()
+
+    async def lasted() -> float:
+        front, began = Stageless(Service(str(vit_artefact), wait_ms=300)), time.monotonic()
+
+        async def one() -> None:
+            async with front._place():
+                await asyncio.sleep(0)  # the other one is there
+                assert (await front._answered(Asked(b"", (1,), 5000), "explain", False)).status == 200
+
+        front._ready = True
+        await asyncio.gather(*[one() for _ in range(requests)])
+        return time.monotonic() - began
+
+    assert (asyncio.run(lasted()) > 0.25) == waits
+
+
 # Under load.
 
 
@@ -322,6 +374,36 @@ def test_a_killed_worker_costs_its_own_batch_at_most_and_comes_back(vit_artefact
     assert codes[408] + codes[500] <= 4 + 4  # its batch, and one that was on its way to it
     assert max(seconds for _, seconds in results) <= TIMEOUT / 1000 + 2
     assert server.explain(picture())[0] == 200
+
+
+@pytest.mark.load
+def test_a_picture_that_kills_its_decoder_is_not_tried_again_and_the_decoder_comes_back(
+    vit_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a decoder with a bug does it: any process of this service dies of a picture 13 pixels wide, and leaves a line."""
+    deaths = tmp_path / "deaths"
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os
+from PIL import Image
+load = Image.Image.resize
+def deadly(image, *args, **kwargs):
+    if image.width == 13:
+        with open({str(deaths)!r}, "a") as file:
+            print(os.getpid(), file=file)
+        os.kill(os.getpid(), 9)
+    return load(image, *args, **kwargs)
+Image.Image.resize = deadly
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with served(vit_artefact, *OPTIONS[:2], "--decoders", "2", *OPTIONS[4:]) as server, ThreadPoolExecutor(1) as pool:
+        poison = pool.submit(server.explain, picture(size=(13, 13)))
+        others = [server.explain(picture(i))[0] for i in range(10)]
+        assert poison.result(TIMEOUT / 1000 + 5)[0] == 408
+        assert [server.explain(picture(i))[0] for i in range(10)] == [200] * 10
+        stages = psutil.Process(server.process.pid).children(recursive=True)
+        assert sum("multiprocessing.spawn" in " ".join(one.cmdline()) for one in stages) == 4
+    assert len(deaths.read_text().splitlines()) == 1
+    assert set(others) == {200}, others
 
 
 def test_health_metrics_and_the_canary(server: Server) -> None:

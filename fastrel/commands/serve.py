@@ -46,7 +46,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--batch", type=shared.positive, default=8, metavar="N", help="explained together (default: %(default)s)"
     )
     group.add_argument(
-        "--wait-ms", type=shared.positive, default=5, metavar="N", help="for a batch to fill up (default: %(default)s)"
+        "--wait-ms",
+        type=shared.positive,
+        default=5,
+        metavar="N",
+        help="for others, where any are worked on (default: %(default)s)",
     )
     group = parser.add_argument_group("limits")
     for name, default, what in (

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import aiohttp
+import uvloop
 from aiohttp import web
 
 from fastrel.artefact import metadata
@@ -24,6 +25,7 @@ from fastrel.serving import answers, wire
 from fastrel.serving.asking import Asked, Refusal, asked
 from fastrel.serving.metrics import Metrics
 from fastrel.serving.service import VARIABLE, Service
+from fastrel.serving.window import Window
 from fastrel.serving.wire import Answer
 
 PAGE = Path(__file__).parent / "page.html"
@@ -45,6 +47,7 @@ class Front:
         self._admitted, self._draining, self._ready = 0, False, False
         #: Requests beyond these wait here, where those whose client hangs up or whose deadline passes cost nothing.
         self._slots = asyncio.Semaphore(service.workers * service.batch * 2 + service.decoders)
+        self._window = Window(service.wait_ms / 1000, service.batch)
         self._idle = asyncio.Event()
         self._idle.set()
         self._session: aiohttp.ClientSession
@@ -130,7 +133,7 @@ class Front:
                     answer = await self._answered(asking, want, kind == answers.PNG)
                 if answer.status != 200:
                     raise Refusal(answer.status, "failed" if answer.status >= 500 else "input", answer.error)
-                body = await asyncio.to_thread(answers.rendered, answer, self.about, kind, asking.opacity)
+                body = await self._rendered(answer, kind, asking.opacity)
                 response = web.Response(body=body, content_type=kind)
             except Refusal as refusal:
                 response = self._refused(refusal)
@@ -146,6 +149,12 @@ class Front:
             return response
 
         return handle
+
+    async def _rendered(self, answer: Answer, kind: str, opacity: float) -> bytes:
+        """JSON at once, for a thread costs more than that; pictures and tables beside other requests."""
+        if kind == answers.JSON:
+            return answers.rendered(answer, self.about, kind, opacity)
+        return await asyncio.to_thread(answers.rendered, answer, self.about, kind, opacity)
 
     def _refused(self, refusal: Refusal) -> web.Response:
         self.metrics.rejected.labels(refusal.reason).inc()
@@ -206,6 +215,8 @@ class Front:
 
         async def answer_in_turn() -> Answer:
             async with self._slots:
+                if self._admitted > 1:  # a request that is alone waits for nobody
+                    await self._window.wait()
                 left = deadline - time.monotonic()
                 return await self._asked_of_stages(wire.pack(header, {"body": asking.body}), left + 1)
 
@@ -268,4 +279,4 @@ def serve(service: Service) -> int:
     async def run() -> int:
         return await Front(replace(service, inner=service.inner or free_port())).run()
 
-    return asyncio.run(run())
+    return uvloop.run(run())

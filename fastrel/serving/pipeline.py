@@ -31,7 +31,7 @@ def run() -> None:
         Explain,
         num=service.workers,
         max_batch_size=service.batch,
-        max_wait_time=service.wait_ms,
+        max_wait_time=1,  # the window is the front's; these are requests that it lets go together
         env=environment,
         timeout=timeout,
         route=route,

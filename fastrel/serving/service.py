@@ -18,7 +18,7 @@ class Service:
         artefact: its path.
         host, port: where requests are taken; `inner`: the port of the stages on the loopback interface, 0 for any free one.
         workers, decoders: processes that explain, and that decode; threads: of each that explains.
-        batch, wait_ms: samples at most that are explained together, and how long the first one waits for others.
+        batch, wait_ms: samples at most that are explained together, and how long one waits for others if any are worked on.
         queue: requests that are admitted at a time, those being worked on included.
         timeout_ms: what a request may take at most, from its last byte on; upload_ms: its upload.
         max_body, max_pixels, max_targets: of a request.
