@@ -24,7 +24,11 @@ LONG = (
     "test_properties.py",
     "test_live_model.py",
     "test_coverage.py",
+    "test_second_path.py",
+    "test_artefact.py",
+    "test_engine.py",
     "test_spellings.py",
+    "test_verification.py",
     "test_stability.py",
 )
 

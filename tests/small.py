@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastrel
+from fastrel.graph.capture import Captured, capture
 
 WIDTH = 16
 
@@ -89,3 +90,17 @@ def whole(
     explainer = fastrel.Explainer(model, "rollout", normalize_rollout=normalize, start_layer=start, backend="torch")
     maps = explainer(*inputs, target=target, **named).maps
     return sum(one.relevance.flatten(1).sum(1) for one in maps.values())  # type: ignore[return-value]
+
+
+def remembered() -> Callable[..., Captured]:
+    """`capture`, once for every kind of call: for explainers of one model and its copies, none of which changes."""
+    known: dict[Any, Captured] = {}
+
+    def captured(model: nn.Module, args: Any, kwargs: Any, batch_varies: bool = True) -> Captured:
+        sizes = [(x.shape, x.dtype) for x in args]
+        key = (*sizes, batch_varies, next(model.parameters()).dtype)
+        if key not in known:
+            known[key] = capture(model, args, kwargs, batch_varies)
+        return known[key]
+
+    return captured

@@ -654,7 +654,7 @@ def test_many_models_in_many_threads_while_they_predict_elsewhere() -> None:
         while not done.is_set():
             with torch.no_grad():
                 assert torch.allclose(models[i](x), expected[i], rtol=1e-10)
-            time.sleep(0.02)  # lest the others wait for Python alone
+            time.sleep(0.05)  # lest the others wait for Python alone
 
     for _ in range(ROUNDS):
         done.clear()

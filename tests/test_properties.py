@@ -1,6 +1,7 @@
 """Properties that hold for every small transformer, drawn at random: structure, shapes, masks, readouts, methods."""
 
 from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import torch
@@ -9,12 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, fx, nn
 
 import fastrel
+from fastrel import engine
 from fastrel.graph import axes as axes_
 from fastrel.transform.context import add_rows
 from fastrel.transform.lanes import Branch, Lane, Part, Row
 from fastrel.transform.rollout import Rollout
+from tests.small import remembered
 
-#: Random transformers in CI; each is captured several times, which takes most of its time.
+#: Random transformers in CI.
 EXAMPLES = 300
 
 slow = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -188,6 +191,11 @@ def close(a: Tensor, b: Tensor) -> bool:
 @given(CHOICES)
 def test_every_small_transformer(choice: dict[str, Any]) -> None:
     """Batch = singles, guards hold at other sizes, backends agree, rows add up, the second path agrees with the first."""
+    with mock.patch.object(engine, "capture", remembered()):  # capturing takes most of the time; `verify` does it again
+        hold(choice)
+
+
+def hold(choice: dict[str, Any]) -> None:
     model = Transformer(choice)
     explainer = fastrel.Explainer(model, backend="torch")
     x, keep = inputs(choice, choice["batch"], choice["length"])
