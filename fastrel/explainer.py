@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -267,18 +268,23 @@ class Explainer:
         """
         return self.predict(*args, **kwargs).noise_floor(target, draws)
 
-    def graphed(self, *args: Any, targets: int = 0, **kwargs: Any) -> Graphed:
+    def graphed(
+        self, *args: Any, targets: int = 0, batch_sizes: Sequence[int] = (), checks: bool = True, **kwargs: Any
+    ) -> Graphed:
         """Predictions and explanations of inputs of these very sizes as one CUDA graph; see `fastrel.graphed`.
 
         Args:
             args: the model's inputs, on a CUDA device; sizes and dtypes are those of every later call.
             targets: how many classes per sample will be explained; 0 for the predicted one.
+            batch_sizes: a graph for each of these; later calls may have any batch up to the largest. Default: that of the inputs.
+            checks: whether NaN and infinity in outputs and maps are refused, for which a call waits for the device. False: it
+                returns at once, and NaN in is NaN out.
             kwargs: further inputs by name.
 
         Raises:
-            InputError: the model is not on a CUDA device, or this method cannot be captured.
+            InputError: the model is not on a CUDA device, this method cannot be captured, or a batch size below 1.
         """
-        return Graphed(self._engine, self._options, args, kwargs, targets)
+        return Graphed(self._engine, self._options, args, kwargs, targets, batch_sizes, checks)
 
     def programmed(self, *args: Any, **kwargs: Any) -> tuple[Call, Program]:
         """What runs for inputs like these: the call of the captured graph, and the program that explains its logits.

@@ -2,6 +2,7 @@
 
     graphed = explainer.graphed(images, targets=1)   # warms up and captures: sizes, targets per sample and weights' places are fixed
     explanation = graphed(images, target=[281, 207])
+    graphed = explainer.graphed(images, batch_sizes=(1, 4, 16))   # a graph each: any batch up to 16, filled up to the next of these
 
 Nothing in it waits for the device or depends on data: forward pass, seeds and reverse pass are launched once and replayed.
 """
@@ -59,8 +60,12 @@ def reverse(program: Program, seed: Tensor, saved: Sequence[Any]) -> tuple[list[
     return relevance, [None if grid is None else grid.transpose(0, 1) for grid in grids]
 
 
-def record(compute: Callable[[], Results], device: torch.device) -> tuple[Results, Callable[[], None]]:
-    """A CUDA graph of `compute`: its results, and what computes them anew in the same places.
+#: A CUDA graph's results, what computes them anew in the same places, and the memory it was recorded in.
+Recorded = tuple[Results, Callable[[], None], Any]
+
+
+def record(compute: Callable[[], Results], device: torch.device, pool: Any = None) -> Recorded:
+    """A CUDA graph of `compute`, in the memory of another one (`pool`) that is never replayed meanwhile.
 
     Raises:
         InputError: the device is no GPU.
@@ -76,9 +81,9 @@ def record(compute: Callable[[], Results], device: torch.device) -> tuple[Result
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile, a DataLoader's that pins memory for one.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             results = compute()
-    return results, graph.replay
+    return results, graph.replay, graph.pool()
 
 
 def check_same_kind(given: Sequence[Tensor], captured: Sequence[Tensor]) -> None:
@@ -93,9 +98,66 @@ def check_same_kind(given: Sequence[Tensor], captured: Sequence[Tensor]) -> None
 
 
 class Graphed:
-    """Predictions and explanations by replay. Not for several threads at a time: inputs and results have one place each."""
+    """Predictions and explanations by replay, a graph for each of some batch sizes. Not for several threads at a time: inputs and
+    results have one place each."""
 
-    def __init__(self, engine: Engine, options: Options, args: Any, kwargs: dict[str, Any], targets: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        options: Options,
+        args: Any,
+        kwargs: dict[str, Any],
+        targets: int,
+        batch_sizes: Sequence[int] = (),
+        checks: bool = True,
+    ) -> None:
+        self._model, self._checks = engine.model, checks
+        batch = _batch(args, kwargs)
+        sizes = sorted({*(batch_sizes or [batch])})
+        if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+            raise InputError(f"batch_sizes must be whole numbers from 1 on, not {batch_sizes!r}")
+        self._replays: dict[int, _Replay] = {}
+        pool = None
+        for size in reversed(sizes):  # the others have room in the memory of the largest
+            these, named = pytree.tree_map(lambda x, size=size: _filled(x, batch, size), (args, kwargs))
+            one = self._replays[size] = _Replay(engine, options, these, named, targets, pool)
+            pool = one.pool
+
+    def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Explanation:
+        """Explain a batch for as many classes per sample as were captured. Between two sizes that were captured it is filled up to
+        the larger one by its last sample, which changes none of the others.
+
+        Raises:
+            InputError: inputs or targets of other sizes or dtypes than captured; NaN or infinity in the output or the result, which
+                nobody asks with `checks=False`; the model changed since, but for weights that were written in place (`live=False`
+                does not ask).
+        """
+        ordered = in_order(self._model, args, kwargs)
+        batch = _batch(args, ordered)
+        size = next((one for one in reversed(self._replays) if one >= batch), max(self._replays))
+        replay = self._replays[size]
+        classes = replay.classes(target, batch)
+        if batch >= size:
+            return replay(args, ordered, classes, self._checks)
+        args, ordered, classes = pytree.tree_map(lambda x: _filled(x, batch, size), (args, ordered, classes))
+        return replay(args, ordered, classes, self._checks)[:batch]
+
+
+def _batch(args: Any, kwargs: Any) -> int:
+    return next((len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()), 1)
+
+
+def _filled(x: Any, batch: int, size: int) -> Any:
+    """The first `size` samples of a tensor, its last one again and again where it has fewer."""
+    if not isinstance(x, Tensor) or not x.dim() or len(x) != batch or batch == size:
+        return x
+    return x[torch.arange(size, device=x.device).clamp(max=batch - 1)]
+
+
+class _Replay:
+    """One of the graphs: inputs of the very sizes that were captured."""
+
+    def __init__(self, engine: Engine, options: Options, args: Any, kwargs: Any, targets: int, pool: Any) -> None:
         args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
         self._model = engine.model
         call = engine.enter(args, kwargs)
@@ -117,51 +179,56 @@ class Graphed:
         self._sizes = [image_size(values[len(captured.owners) + one.input], one.picture) for one in self._program.maps]
         batch = len(self._inputs[0])
         self._classes = torch.zeros(batch, targets, dtype=torch.long, device=device) if targets else None
-        self._results, self._replay = record(lambda: run(self._program, values, self._classes), device)
+        self._results, self._replay, self.pool = record(lambda: run(self._program, values, self._classes), device, pool)
 
-    def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Explanation:
-        """Explain inputs of the captured sizes, for as many classes per sample as were captured.
+    def classes(self, target: Target, batch: int) -> Tensor | None:
+        """The classes of a target for a batch of so many samples, [batch, K]; None for the predicted ones.
 
         Raises:
-            InputError: inputs or targets of other sizes or dtypes than captured; NaN or infinity in the output or the result; the
-                model changed since, but for weights that were written in place (`live=False` does not ask).
+            InputError: another number of them than was captured.
         """
+        if (target is None) != (self._classes is None):
+            raise InputError(
+                "a graph captured with targets=0 explains the predicted class; with targets=K it needs target=[B, K]"
+            )
+        if self._classes is None:
+            return None
+        logits = self._results[0][self._program.leaves[0]]
+        classes = classes_of(logits[:1].expand(batch, *logits.shape[1:]), target).reshape(batch, -1)
+        if classes.shape[1] != self._classes.shape[1]:
+            raise InputError(
+                f"target of shape {tuple(classes.shape)} does not fit the captured {(batch, self._classes.shape[1])}"
+            )
+        return classes
+
+    def __call__(self, args: Any, ordered: dict[str, Any], classes: Tensor | None, checks: bool) -> Explanation:
         self._check_model()
-        ordered = in_order(self._model, args, kwargs)
         given = [x for x in pytree.tree_leaves((args, ordered)) if isinstance(x, Tensor)]
         check_same_kind(given, self._inputs)
         if not self._is_same_call(args, ordered):
             raise InputError(
                 "other constants, keywords, tied inputs or ambient modes than captured; call graphed(...) again with these"
             )
-        if (target is None) != (self._classes is None):
-            raise InputError(
-                "a graph captured with targets=0 explains the predicted class; with targets=K it needs target=[B, K]"
-            )
-        if self._classes is not None:
-            logits = self._results[0][self._program.leaves[0]]
-            classes = classes_of(logits, target).reshape(len(logits), -1)
-            if classes.shape != self._classes.shape:
-                raise InputError(
-                    f"target of shape {tuple(classes.shape)} does not fit the captured {tuple(self._classes.shape)}"
-                )
+        if self._classes is not None and classes is not None:
             self._classes.copy_(classes)
         for place, x in zip(self._inputs, given, strict=True):
             place.copy_(x)
         self._replay()
-        outputs, classes, relevance, grids = pytree.tree_map(
+        outputs, explained, relevance, grids = pytree.tree_map(
             lambda x: x.clone() if isinstance(x, Tensor) else x, self._results
         )
-        check_finite("the model's output", outputs[self._program.leaves[0]])
+        if checks:
+            check_finite("the model's output", outputs[self._program.leaves[0]])
+            for row in relevance:
+                check_finite("the explanation", row)
         one = self._classes is None or self._classes.shape[1] == 1
         maps: dict[str, TokenMap] = {}
         for name, size, row, grid in zip(self._names, self._sizes, relevance, grids, strict=True):
-            check_finite("the explanation", row)
             grid = grid[:, 0] if one and grid is not None else grid
             maps[name] = TokenMap(row[:, 0] if one else row, grid, size)
         output = pytree.tree_unflatten(outputs, self._spec)
-        classes = classes[:, 0] if one else classes
-        return Explanation(outputs[self._program.leaves[0]], classes, maps, output, self._program.generic)
+        explained = explained[:, 0] if one else explained
+        return Explanation(outputs[self._program.leaves[0]], explained, maps, output, self._program.generic)
 
     def _is_same_call(self, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a call is like the captured one but for the numbers; tensors may be given by position or by name."""

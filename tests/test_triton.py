@@ -135,7 +135,7 @@ def test_nothing_between_inputs_and_map_looks_at_values(name: str) -> None:
 def no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Explainer.graphed` with a graph that is replayed by computing again into the same places: no device is needed."""
 
-    def record(compute: Any, device: torch.device) -> Any:
+    def record(compute: Any, device: torch.device, pool: Any) -> Any:
         with torch.no_grad():
             results = compute()
 
@@ -146,7 +146,7 @@ def no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
                 if isinstance(place, torch.Tensor):
                     place.copy_(new)
 
-        return results, replay
+        return results, replay, None
 
     monkeypatch.setattr(graphed, "record", record)
 
@@ -161,6 +161,41 @@ def test_a_graph_takes_keywords_in_any_order(no_graph: None) -> None:
     ours = explainer.graphed(**given)(**swapped)
     assert torch.equal(ours.logits, expected.logits)
     assert torch.equal(ours.relevance, expected.relevance)
+
+
+@pytest.mark.parametrize(("batch", "target"), [(1, [[2]]), (2, [1, 4]), (3, [[0], [5], [0]]), (4, 3)])
+def test_a_batch_between_two_graphs_is_filled_up_to_the_larger_one(no_graph: None, batch: int, target: Any) -> None:
+    model, given = models.build("timm_vit"), models.inputs("timm_vit", batch=4)["x"]
+    explainer = Explainer(model, backend="torch")
+    replayed = explainer.graphed(given[:2], targets=1, batch_sizes=(1, 4))
+    ours, expected = replayed(given[:batch], target=target), explainer(given[:batch], target=target)
+    for found, wanted in ((ours.logits, expected.logits), (ours.relevance, expected.relevance.reshape(batch, -1))):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    assert ours.target.tolist() == expected.target.reshape(-1).tolist()
+
+
+def test_a_graph_refuses_larger_batches_and_odd_sizes(no_graph: None) -> None:
+    model, given = models.build("timm_vit"), models.inputs("timm_vit", batch=4)["x"]
+    explainer = Explainer(model, backend="torch")
+    replayed = explainer.graphed(given[:2], batch_sizes=(2, 1))
+    with pytest.raises(
+        InputError, match=r"\(3, 3, 32, 32\).* do not fit the captured graph, which takes .*\(2, 3, 32, 32\)"
+    ):
+        replayed(given[:3])
+    with pytest.raises(InputError, match=r"from 1 on, not \(0, 2\)"):
+        explainer.graphed(given, batch_sizes=(0, 2))
+    two = explainer.graphed(given, targets=2)
+    with pytest.raises(InputError, match=r"\(4, 1\) does not fit the captured \(4, 2\)"):
+        two(given, target=1)
+
+
+def test_a_graph_without_checks_gives_nan_for_nan(no_graph: None) -> None:
+    model, given = models.build("timm_vit"), models.inputs("timm_vit")
+    replayed = Explainer(model, backend="torch").graphed(**given, checks=False)
+    given["x"][1, 0, 0, 0] = torch.nan
+    explanation = replayed(given["x"])
+    assert explanation.relevance[1].isnan().all()
+    assert explanation.relevance[[0, 2]].isfinite().all()
 
 
 def test_a_graph_refuses_other_dtypes_and_what_is_not_finite(no_graph: None) -> None:
