@@ -25,13 +25,16 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 import fastrel
 from fastrel.artefact.metadata import RANK
 from fastrel.artefact.reading import reader
 from fastrel.cli import main
 from fastrel.data import pictures
+from fastrel.errors import InputError
 from fastrel.serving.asking import Asked
+from fastrel.serving.decoding import Decoding
 from fastrel.serving.explaining import Explaining
 from fastrel.serving.front import Front
 from fastrel.serving.service import Service
@@ -193,6 +196,12 @@ def test_overlays_and_arrow_by_accept(server: Server, artefact: fastrel.Artefact
         (None, "?class=1", {}, 400, "'class'"),
         (None, "?opacity=NaN", {}, 422, "NaN"),
         (None, "?timeout_ms=0", {}, 422, "timeout_ms '0'"),
+        (None, "?target=--5", {}, 422, "'--5'"),
+        (None, "?target=%C2%B2", {}, 422, "'²'"),
+        (None, "?target=" + 5000 * "9", {}, 422, "999"),
+        (b"[" * 200_000, "", {"Content_Type": "application/json"}, 400, "not JSON"),
+        (b'{"image": "", "targets": 1}', "", {"Content_Type": "application/json"}, 400, "'targets'"),
+        (b'{"image": "", "opacity": ' + 400 * b"9" + b"}", "", {"Content_Type": "application/json"}, 422, "opacity 999"),
     ],
 )
 def test_what_is_malformed_is_refused_with_the_value(
@@ -251,7 +260,48 @@ def test_picture_bombs_and_odd_pictures_get_4xx_or_a_right_map(server: Server, a
         same_map(answer, expected(artefact, body))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_artefacts_of_other_dtypes_are_served(tmp_path: Path, dtype: torch.dtype) -> None:
+    images = torch.randn(2, 3, 16, 16, dtype=dtype)
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=4).eval().to(dtype)
+    artefact = fastrel.load(fastrel.export(fastrel.Explainer(model), images, path=tmp_path / "a.pt2"))
+    explaining = Explaining(artefact)
+    explaining.warm(2)
+    (answer,) = explaining([Work("explain", (1,), float("inf"), (images[0].float().numpy(),))])
+    assert answer.status == 200
+    np.testing.assert_allclose(answer.arrays["map"], artefact(images[:1], target=[[1]]).patches[0].float(), rtol=1e-4)
+
+
+def test_what_is_past_its_deadline_is_not_decoded(vit_artefact: Path) -> None:
+    header = {"want": "explain", "classes": [1], "deadline": time.monotonic() - 1, "picture": False}
+    with pytest.raises(InputError, match="deadline passed"):
+        Decoding(Service(str(vit_artefact)))(pack(header, {"body": b"no picture"}))
+
+
 # When requests go on, without any stages.
+
+
+def test_what_nobody_waits_for_keeps_its_slot_until_the_stages_are_done(vit_artefact: Path) -> None:
+    """Else the stages would be given more than they can take, by clients that hang up."""
+
+    class Slow(Front):
+        at_once = most = 0
+
+        async def _asked_of_stages(self, data: bytes, seconds: float) -> Answer:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+            await asyncio.sleep(0.1)
+            self.at_once -= 1
+            return Answer()
+
+    async def run() -> tuple[int, list[int]]:
+        front = Slow(Service(str(vit_artefact), workers=1, batch=1, decoders=1, wait_ms=1))  # three slots
+        late = await asyncio.gather(*[front._answered(Asked(b"", (1,), 20), "explain", False) for _ in range(9)])
+        patient = await front._answered(Asked(b"", (1,), 5000), "explain", False)
+        return front.most, [*(one.status for one in late), patient.status]
+
+    assert asyncio.run(run()) == (3, [408] * 9 + [200])
 
 
 def test_those_who_wait_go_on_together() -> None:
@@ -446,15 +496,17 @@ def test_sigterm_answers_what_was_admitted_and_ends_with_0(vit_artefact: Path) -
         server.wait_ready()
         with ThreadPoolExecutor(8) as pool:
             waiting = [pool.submit(server.explain, picture(i), "?top=4") for i in range(8)]
-            time.sleep(0.02)
+            while (admitted := server.metric("fastrel_admitted")) == 0:
+                assert not all(one.done() for one in waiting), "too fast for this test"
             server.process.send_signal(signal.SIGTERM)
             codes = []
             for one in waiting:
                 try:
                     codes.append(one.result()[0])
-                except OSError:
+                except ConnectionRefusedError:
                     codes.append(0)  # it came after the signal: refused, as a load balancer's health check tells
         assert {*codes} <= {200, 0}
+        assert codes.count(200) >= admitted
         assert server.process.wait(60) == 0
         with pytest.raises(OSError):  # noqa: PT011
             server.get("/health")
@@ -469,6 +521,7 @@ def test_a_service_that_cannot_serve_says_so(
         ([str(tmp_path / "none.pt2")], "there is no artefact"),
         ([str(vit_artefact), "--port", str(server.port)], "cannot listen"),
         ([], "give an ARTEFACT"),
+        ([str(vit_artefact), "--rules", "official"], "--rules"),
     ):
         assert main(["serve", *arguments]) == 2
         assert said in capsys.readouterr().err

@@ -29,22 +29,31 @@ def beside(path: Path) -> Path:
     return path.with_suffix(SUFFIX)
 
 
-def machine() -> dict[str, Any]:
-    """What compiled code depends on here: torch's version, the kind of machine, and extensions of its instruction set."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What code compiled for a kind of device depends on here: torch's version, the kind of machine, extensions of its instruction set,
+    and the GPU."""
     try:
         found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         found = None
     words = found[1].split() if found else [torch.backends.cpu.get_cpu_capability().lower()]
     extensions = sorted(word for word in words if not found or _EXTENSIONS.fullmatch(word))
-    return {"torch": torch.__version__, "machine": f"{platform.system()} {platform.machine()}", "extensions": extensions}
+    found_here = {
+        "torch": torch.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "extensions": extensions,
+    }
+    if device == "cpu":
+        return found_here
+    major, minor = torch.cuda.get_device_capability()
+    return found_here | {"GPU": f"of capability {major}.{minor}, CUDA {torch.version.cuda}"}
 
 
 def unfit(needs: Mapping[str, Any]) -> str | None:
     """Why code compiled on a machine like this cannot run here; None: it can."""
-    here = machine()
-    for name in ("torch", "machine"):
-        if needs[name] != here[name]:
+    here = machine("cuda" if "GPU" in needs else "cpu")
+    for name in ("torch", "machine", "GPU"):
+        if needs.get(name) != here.get(name):
             return f"it was compiled for {name} {needs[name]}, and this is {here[name]}"
     missing = sorted({*needs["extensions"]} - {*here["extensions"]})
     return f"it was compiled for a processor with {', '.join(missing)}, which this one lacks" if missing else None
@@ -64,6 +73,6 @@ def write(path: Path, exported: torch.export.ExportedProgram, about: Metadata, e
             raise FastrelError(f"AOTInductor could not compile the explanation: {first_line(error)}") from error
         with zipfile.ZipFile(temporary, "a", zipfile.ZIP_STORED) as archive:
             root = archive.namelist()[0].partition("/")[0]
-            facts = replace(about, compiled=machine())
+            facts = replace(about, compiled=machine(about.device))
             for name, content in {METADATA: facts.to_json(), **extra}.items():
                 archive.writestr(f"{root}/extra/{name}", content)

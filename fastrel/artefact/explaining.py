@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastrel.artefact.lengths import source_of
 from fastrel.artefact.metadata import RANK
 from fastrel.engine import Call
 from fastrel.graphed import reverse
@@ -62,8 +63,8 @@ def counts(call: Call) -> list[int | None]:
     found: dict[str, int] = {}
     for node in call.captured.graph.nodes:
         if node.target is aten.embedding.default:
-            size = int(node.args[0].meta["val"].shape[0])
-            found[node.args[1].name] = min(size, found.get(node.args[1].name, size))
+            size, name = int(node.args[0].meta["val"].shape[0]), source_of(node.args[1]).name
+            found[name] = min(size, found.get(name, size))
     return [found.get(node.name) for node in call.captured.inputs if isinstance(node.meta.get("val"), Tensor)]
 
 

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from fastrel.artefact import compiled
 from fastrel.artefact.describing import Description, describe
 from fastrel.artefact.explaining import Explaining, counts
+from fastrel.artefact.lengths import longest
 from fastrel.artefact.metadata import METADATA, RANK, SELF_TEST, Input, MapOf, Metadata
 from fastrel.data import files
 from fastrel.engine import Call
@@ -201,8 +202,9 @@ def _metadata(
 ) -> Metadata:
     nodes = call.captured.inputs
     shapes = [tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape) for node in nodes]
+    most = longest(call)
     read = [
-        Input(name, str(x.dtype).removeprefix("torch."), shape, count)
+        Input(name, str(x.dtype).removeprefix("torch."), shape, count, most)
         for name, x, shape, count in zip(call.names, call.tensors, shapes, counts(call), strict=True)
     ]
     maps = [

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastrel.artefact import compiled as compiled_
 from fastrel.artefact import metadata
-from fastrel.artefact.metadata import RANK, SELF_TEST, Metadata
+from fastrel.artefact.metadata import RANK, SELF_TEST, Input, Metadata
 from fastrel.errors import InputError, first_line
 from fastrel.explanation import Explanation
 from fastrel.inputs import image_size
@@ -152,11 +152,9 @@ class Artefact:
             if not isinstance(value, Tensor):
                 raise InputError(f"{x.name} must be a tensor, not {type(value).__name__}")
             kind = (str(value.dtype).removeprefix("torch."), value.device.type)
-            fits = len(value.shape) == len(x.shape) and all(
-                b in (None, a) for a, b in zip(value.shape, x.shape, strict=True)
-            )
-            if not fits or kind != (x.dtype, self.metadata.device) or not value.numel():
-                shape = [size or "any" for size in x.shape]
+            if not _fits(value, x) or kind != (x.dtype, self.metadata.device) or not value.numel():
+                varies = "any" if x.longest is None else f"up to {x.longest}"
+                shape = [size or (varies if dim else "any") for dim, size in enumerate(x.shape)]
                 raise InputError(
                     f"{x.name} {tuple(value.shape)} of {kind[0]} on {kind[1]} does not fit the artefact, which reads {shape} of "
                     f"{x.dtype} on {self.metadata.device}"
@@ -177,7 +175,7 @@ def load(path: str | os.PathLike[str], compiled: bool | None = None) -> Artefact
         The artefact, to be called like the explainer that it was made of.
 
     Raises:
-        InputError: no artefact, or one of a newer format; the compiled form is asked for and does not fit this machine or torch;
+        InputError: no artefact, or one of another format; the compiled form is asked for and does not fit this machine or torch;
             or the self-test gives other results than at the export.
     """
     path = Path(path)
@@ -211,7 +209,21 @@ def _compiled(path: Path, about: Metadata) -> tuple[Callable[..., Any] | None, s
     if reason:
         log.warning("%s is not used: %s; the program runs uncompiled", beside, reason)
         return None, reason
-    return torch._inductor.aoti_load_package(str(beside)), ""
+    try:
+        return torch._inductor.aoti_load_package(str(beside)), ""
+    except Exception as error:  # whatever torch finds wrong with it
+        log.warning("%s is not used: %s; the program runs uncompiled", beside, first_line(error))
+        return None, f"torch cannot load it: {first_line(error)}"
+
+
+def _fits(value: Tensor, expected: Input) -> bool:
+    """Whether a tensor has a shape that the program reads."""
+    if value.dim() != len(expected.shape):
+        return False
+    sizes = list(zip(value.shape, expected.shape, strict=True))
+    varying = [size for size, fixed in sizes[1:] if fixed is None]
+    fixed = all(wanted in (None, size) for size, wanted in sizes)
+    return fixed and (expected.longest is None or max(varying, default=0) <= expected.longest)
 
 
 def _stored(path: Path) -> dict[str, Tensor]:

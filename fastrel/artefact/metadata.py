@@ -11,7 +11,7 @@ from typing import Any
 
 from fastrel.errors import InputError
 
-#: Of the layout of the file and of the program's inputs and outputs; a newer one is refused.
+#: Of the layout of the file and of the program's inputs and outputs; any other one is refused.
 FORMAT = 1
 
 #: Class RANK + r stands for the class with the r-th highest logit, r from 0: RANK alone for the predicted one.
@@ -24,12 +24,13 @@ METADATA, SELF_TEST, TOKENIZER = "fastrel.json", "selftest.safetensors.b64", "to
 @dataclass(frozen=True)
 class Input:
     """A tensor that the program reads: name and dtype as the model has them, None for sizes that vary; count: integers in it must
-    be below this, if anything."""
+    be below this, if anything; longest: sizes that vary besides the batch may be at most this, if anything."""
 
     name: str
     dtype: str
     shape: tuple[int | None, ...]
     count: int | None = None
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Metadata:
         """From what is kept in a file.
 
         Raises:
-            InputError: it is of a newer format.
+            InputError: it is of another format.
         """
         given = json.loads(text)
         if given.get("format") != FORMAT:
@@ -105,7 +106,7 @@ def read(path: str | os.PathLike[str]) -> Metadata:
     """The metadata of the artefact at `path`.
 
     Raises:
-        InputError: there is no such file, or it is no artefact of fastrel, or of a newer format.
+        InputError: there is no such file, or it is no artefact of fastrel, or of another format.
     """
     return Metadata.from_json(extra(path, METADATA))
 

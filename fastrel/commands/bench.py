@@ -102,7 +102,10 @@ def _calls(
     if options.artefact:
         artefact = load(options.artefact)
         form = "compiled" if artefact.compiled else "program"
-        calls[f"artefact | {artefact.metadata.options['precision']} | {form}"] = (batch, lambda: artefact(*args, **kwargs))
+        calls[f"artefact | {artefact.metadata.options['precision']} | {form}"] = (
+            batch,
+            _waited(lambda: artefact(*args, **kwargs), loaded),
+        )
     return calls
 
 

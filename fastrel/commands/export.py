@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from PIL import Image
 
+from fastrel import precision
 from fastrel.artefact import compiled, onnx
 from fastrel.artefact.exporting import export
 from fastrel.batch.settings import Settings
 from fastrel.commands import options as shared
 from fastrel.data import pictures
+from fastrel.errors import InputError
 from fastrel.models import Loaded, Sample
 
 HELP = "write a model's explanation as one file that needs neither the model's code nor its libraries"
@@ -41,26 +44,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
     shared.model(parser)
     shared.method(parser)
     group = parser.add_argument_group("computing")
-    group.add_argument("--precision", default="float32", choices=["float32", "mixed", "low"], help="default: %(default)s")
+    group.add_argument("--precision", default="float32", choices=precision.PRECISIONS, help="default: %(default)s")
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the file."""
+    out = Path(options.out)
+    if out.suffix != f".{options.format}":
+        raise InputError(f"--out {options.out!r} must end in .{options.format}, which --format says")
     if options.format == "onnx":
         onnx.require()
-    out = Path(options.out)
-    path = out.with_suffix(".pt2") if options.format == "onnx" else out
-    written = write(
-        shared.settings(options, random=options.random),
-        path,
-        compile=options.format == "pt2" and not options.no_compile,
-        targets=options.targets,
-        image=None if options.image is None else pictures.read(options.image).image,
-        text=options.text,
-    )
-    if options.format == "onnx":
-        onnx.write(path, out)
-        written.append(out)
+    with tempfile.TemporaryDirectory(prefix="fastrel-") as folder:
+        written = write(
+            shared.settings(options, random=options.random),
+            Path(folder) / "explain.pt2" if options.format == "onnx" else out,
+            compile=options.format == "pt2" and not options.no_compile,
+            targets=options.targets,
+            image=None if options.image is None else pictures.read(options.image).image,
+            text=options.text,
+        )
+        if options.format == "onnx":
+            written = [onnx.write(written[0], out)]
     for one in written:
         print(f"-> {one}: {one.stat().st_size / 1e6:.1f} MB")
     return 0

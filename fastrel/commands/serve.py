@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from fastrel.commands import export as exporting
@@ -23,6 +25,9 @@ examples:
   curl --data-binary @cat.jpg 'localhost:8000/explain?target=281&target=207'
   curl --data-binary @cat.jpg -H 'Accept: image/png' 'localhost:8000/explain?target=tabby' > overlay.png
 """
+
+#: Options that say which model is exported, and how.
+OF_MODELS = ("weights", "classes", "dtype", "device", "method", "rules", "start_layer", "normalize", "random", "compile")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -84,8 +89,23 @@ def run(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in names}
     given["threads"] = options.threads or max(1, available_cores() // options.workers)
     if options.artefact is not None:
+        _refuse(options)
         return serve(Service(options.artefact, **given))
     with tempfile.TemporaryDirectory(prefix="fastrel-") as folder:
         path = Path(folder) / "explain.pt2"
-        exporting.write(shared.settings(options, random=options.random), path, compile=options.compile)
+        settings = shared.settings(options, random=options.random)
+        # In a process of its own, for what it takes is not given back.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(exporting.write, settings, path, compile=options.compile).result()
         return serve(Service(str(path), **given))
+
+
+def _refuse(options: argparse.Namespace) -> None:
+    """Raise InputError for what is said of a model that is not loaded here."""
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    defaults = parser.parse_args([])
+    for name in OF_MODELS:
+        if getattr(options, name) != getattr(defaults, name):
+            word = name.replace("_", "-")
+            raise InputError(f"--{word} belongs to --model; {options.artefact!r} is served as it was exported")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -84,7 +85,7 @@ class Loaded:
 
 def class_index(target: str, names: Sequence[str]) -> int:
     """A class given by number, by name or by part of a name; see `Loaded.class_index`."""
-    if target.lstrip("-").isdigit():
+    if re.fullmatch(r"-?[0-9]{1,18}", target):
         if not 0 <= int(target) < len(names):
             raise InputError(f"target {target} is out of range: the model has {len(names)} classes, 0 to {len(names) - 1}")
         return int(target)

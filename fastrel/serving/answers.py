@@ -28,7 +28,7 @@ def chosen(accept: str, about: Metadata, want: str) -> str | None:
     """The first type that is accepted and can be had; None: none."""
     possible = [JSON]
     if want == "explain":
-        possible += [PNG] * (about.kind == "image") + [ARROW]
+        possible += [PNG] * (about.kind == "image" and about.maps[0].grid) + [ARROW]
     for part in accept.split(",") if accept.strip() else ["*/*"]:
         kind, *parameters = (word.strip().lower() for word in part.split(";"))
         if "q=0" in parameters:
@@ -132,7 +132,8 @@ def _arrow(answer: Answer, about: Metadata, opacity: float) -> bytes:
         columns["map"] = pa.FixedShapeTensorArray.from_numpy_ndarray(maps)
     else:
         columns["relevance"] = pa.array(list(maps), pa.list_(pa.float32()))
-        columns["tokens"] = pa.array([answer.header["tokens"]] * len(classes))
+        if "tokens" in answer.header:
+            columns["tokens"] = pa.array([answer.header["tokens"]] * len(classes))
     facts = {"weights": about.weights, **{name: str(value) for name, value in about.options.items()}}
     table = pa.table(columns).replace_schema_metadata(facts)
     sink = io.BytesIO()

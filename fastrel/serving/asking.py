@@ -15,6 +15,9 @@ from fastrel.errors import FastrelError, InputError
 from fastrel.models.loaded import class_index
 from fastrel.serving.service import Service
 
+#: What a request may say besides the picture or the text, in its query or in JSON.
+OPTIONS = ("target", "top", "timeout_ms", "opacity")
+
 
 class Refusal(FastrelError):
     """A request that is not answered: HTTP status, reason for the metrics, and a message for the client."""
@@ -45,18 +48,18 @@ def asked(
     if not body:
         raise Refusal(400, "empty", 'the body is empty; send a picture\'s bytes, or JSON with "image" (base64) or "text"')
     content, named = _content(content_type, body, about)
-    given: dict[str, Any] = {name: named[name] for name in ("target", "top", "timeout_ms", "opacity") if name in named}
-    for name in ("target", "top", "timeout_ms", "opacity"):
+    given: dict[str, Any] = {name: named[name] for name in OPTIONS if name in named}
+    for name in OPTIONS:
         values = [value for key, value in query if key == name]
         if values:
             given[name] = values if name == "target" else values[-1]
-    unknown = sorted({key for key, _ in query} - {"target", "top", "timeout_ms", "opacity"})
+    unknown = sorted(({key for key, _ in query} | {*named}) - {*OPTIONS, "image", "text"})
     if unknown:
-        raise Refusal(400, "query", f"unknown query {unknown[0]!r}; there are target, top, timeout_ms and opacity")
+        raise Refusal(400, "query", f"unknown option {unknown[0]!r}; there are {', '.join(OPTIONS)}")
     timeout = _whole(given.get("timeout_ms", service.timeout_ms), "timeout_ms", 1, service.timeout_ms)
     try:
         opacity = float(given.get("opacity", 0.75))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         opacity = -1.0
     if not 0 <= opacity <= 1:
         raise Refusal(422, "query", f"opacity {given['opacity']!r} is no number from 0 to 1")
@@ -75,7 +78,7 @@ def _content(content_type: str, body: bytes, about: Metadata) -> tuple[bytes, Ma
         return body, {}
     try:
         found = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(400, "malformed", f"the body is not JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get(wanted), str):
         shown = sorted(found) if isinstance(found, dict) else type(found).__name__

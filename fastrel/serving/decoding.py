@@ -43,6 +43,8 @@ class Decoding:
         header, arrays = wire.unpack(data)
         if header["want"] == "canary":
             return Work("canary", (), header["deadline"])
+        if header["deadline"] < began:  # nobody waits for it
+            raise InputError("the deadline passed before the request was decoded")
         text = isinstance(self._read, ReadsTexts)
         notes: tuple[str, ...] = ()
         picture, tokens = None, None

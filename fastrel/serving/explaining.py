@@ -32,7 +32,8 @@ class Explaining:
     def warm(self, batch: int) -> None:
         """Run what requests will run, for all sizes of a batch up to `batch`."""
         stored = self._artefact.stored
-        sample = [stored[f"input{i}"][:1].numpy() for i in range(len(self._artefact.metadata.inputs))]
+        read = self._artefact.metadata.inputs
+        sample = [stored[f"input{i}"][:1].to(_as_decoded(x.dtype)).numpy() for i, x in enumerate(read)]
         for size in range(1, batch + 1):
             for want in ("explain", "predict"):
                 work = Work(want, (RANK,), float("inf"), tuple(x[0] for x in sample))
@@ -65,7 +66,11 @@ class Explaining:
     def _answered(self, want: str, size: int, works: Sequence[Work]) -> list[Answer]:
         began = self._clock()
         try:
-            inputs = [torch.from_numpy(x).to(self._artefact.metadata.device) for x in self._collated(works)]
+            about = self._artefact.metadata
+            inputs = [
+                torch.from_numpy(array).to(about.device, getattr(torch, x.dtype))
+                for array, x in zip(self._collated(works), about.inputs, strict=True)
+            ]
             found = self._predicted(inputs, works) if want == "predict" else self._explained(inputs, size, works)
         except Exception as error:  # whatever the model raises; the request is answered, the worker goes on
             log.exception("a batch of %d failed", len(works))
@@ -106,6 +111,11 @@ class Explaining:
         return {"pid": os.getpid(), "done": self._done}
 
 
+def _as_decoded(dtype: str) -> torch.dtype:
+    """In what numbers the decode stage gives what the model reads in `dtype`."""
+    return torch.float32 if getattr(torch, dtype).is_floating_point else getattr(torch, dtype)
+
+
 def _size(count: int) -> int:
     """The next power of two: requests of similar numbers of targets share a batch, and none is filled up to twice its own."""
     return 1 << (count - 1).bit_length() if count else 0
@@ -118,7 +128,7 @@ class Explain(Worker):
         super().__init__()
         service = Service.from_environment()
         torch.set_num_threads(service.threads)
-        self._explaining = Explaining(load(service.artefact, service.compiled))
+        self._explaining = Explaining(load(service.artefact))
         self._explaining.warm(service.batch)
         self._several = service.batch > 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -28,10 +29,21 @@ from fastrel.serving.service import VARIABLE, Service
 from fastrel.serving.window import Window
 from fastrel.serving.wire import Answer
 
+log = logging.getLogger("fastrel")
+
+#: Why a request with this status was refused, for the metrics; others failed.
+REASONS = {408: "deadline", 422: "input", 429: "full", 503: "not ready"}
+
 PAGE = Path(__file__).parent / "page.html"
 
 #: Seconds between self-tests of a worker, and between tries while none has answered yet.
 CANARY, TRY = 60.0, 0.2
+
+#: How many self-tests in a row may fail before the service is not ready any more.
+FAILING = 3
+
+#: Seconds that a connection may be silent, and that the stages may take to end.
+KEEP_ALIVE, ENDING = 15, 15
 
 
 class Front:
@@ -44,9 +56,10 @@ class Front:
             raise InputError(f"the artefact has {len(self.about.maps)} maps; one is served")
         self.metrics = Metrics(self.about)
         self._about = json.dumps(asdict(self.about) | {"source": None}, ensure_ascii=False)
-        self._admitted, self._draining, self._ready = 0, False, False
+        self._admitted, self._uploading, self._draining, self._ready = 0, 0, False, False
         #: Requests beyond these wait here, where those whose client hangs up or whose deadline passes cost nothing.
         self._slots = asyncio.Semaphore(service.workers * service.batch * 2 + service.decoders)
+        self._with_stages: set[asyncio.Task[Answer]] = set()
         self._window = Window(service.wait_ms / 1000, service.batch)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -73,7 +86,13 @@ class Front:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        runner = web.AppRunner(self.application(), handler_cancellation=True, access_log=None, shutdown_timeout=5)
+        runner = web.AppRunner(
+            self.application(),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=5,
+            keepalive_timeout=KEEP_ALIVE,
+        )
         await runner.setup()
         site = web.TCPSite(runner, self.service.host, self.service.port, backlog=1024)
         try:
@@ -82,7 +101,9 @@ class Front:
             raise InputError(f"cannot listen on {self.service.host}:{self.service.port}: {error.strerror}") from error
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as self._session:
             stages = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "fastrel.serving"), env={**os.environ, VARIABLE: self.service.to_environment()}
+                *(sys.executable, "-m", "fastrel.serving"),
+                env={**os.environ, VARIABLE: self.service.to_environment()},
+                start_new_session=True,  # a terminal's Ctrl-C is for the front, which lets them answer first
             )
             ended, asked_to_stop = asyncio.create_task(stages.wait()), asyncio.create_task(stop.wait())
             watching = asyncio.create_task(self._watch())
@@ -98,22 +119,30 @@ class Front:
             asked_to_stop.cancel()
             await runner.cleanup()
             if not failed:
-                stages.send_signal(signal.SIGTERM)
-                await ended
+                await _end(stages)
         return int(failed)
 
     async def _watch(self) -> None:
         """Ask for the self-test until it is answered, and every minute from then on."""
+        failed = 0
         while True:
             answer = await self._asked_of_stages(wire.pack({"want": "canary", "deadline": time.monotonic() + 60}), 60)
+            failed = 0 if answer.status == 200 else failed + 1
+            if failed >= FAILING and self._ready:
+                self._note_ready(False)
+                self.metrics.canary.set(float("nan"))
+                print(f"fastrel: not ready, the self-test fails: {answer.error}", file=sys.stderr, flush=True)
             if answer.status == 200:
                 self.metrics.canary.set(answer.header["error_of_self_test"])
                 self.metrics.note(answer)
                 if not self._ready:
-                    self._ready = True
-                    self.metrics.ready.set(1)
+                    self._note_ready(True)
                     print(f"fastrel: ready on http://{self.service.host}:{self.service.port}", file=sys.stderr, flush=True)
             await asyncio.sleep(CANARY if self._ready else TRY)
+
+    def _note_ready(self, ready: bool) -> None:
+        self._ready = ready
+        self.metrics.ready.set(ready)
 
     def _handled(self, want: wire.Want) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -132,16 +161,19 @@ class Front:
                 async with self._place():
                     answer = await self._answered(asking, want, kind == answers.PNG)
                 if answer.status != 200:
-                    raise Refusal(answer.status, "failed" if answer.status >= 500 else "input", answer.error)
+                    raise Refusal(answer.status, REASONS.get(answer.status, "failed"), answer.error)
                 body = await self._rendered(answer, kind, asking.opacity)
                 response = web.Response(body=body, content_type=kind)
             except Refusal as refusal:
                 response = self._refused(refusal)
             except InputError as error:
                 response = self._refused(Refusal(422, "input", str(error)))
-            except (asyncio.CancelledError, ConnectionResetError) as error:
+            except (asyncio.CancelledError, ConnectionResetError, web.RequestPayloadError) as error:
                 self.metrics.rejected.labels("hung up").inc()
                 raise asyncio.CancelledError from error
+            except Exception as error:
+                log.exception("a request failed")
+                response = self._refused(Refusal(500, "failed", f"the service failed: {type(error).__name__}"))
             if self._draining:
                 response.force_close()  # a client that keeps its connection turns to another replica
             self.metrics.requests.labels(want, response.status).inc()
@@ -158,7 +190,7 @@ class Front:
 
     def _refused(self, refusal: Refusal) -> web.Response:
         self.metrics.rejected.labels(refusal.reason).inc()
-        if refusal.status == 408:
+        if refusal.reason == "deadline":
             self.metrics.expired.inc()
         response = web.json_response({"error": str(refusal)}, status=refusal.status)
         if refusal.status in (429, 503):
@@ -178,7 +210,7 @@ class Front:
         try:
             if (request.content_length or 0) > limit:
                 raise web.HTTPRequestEntityTooLarge(limit, request.content_length or 0)
-            body = await asyncio.wait_for(request.read(), self.service.upload_ms / 1000)
+            body = await asyncio.wait_for(self._uploaded(request, limit), self.service.upload_ms / 1000)
         except web.HTTPRequestEntityTooLarge as error:
             raise Refusal(413, "size", f"the body has more than {limit} bytes") from error
         except asyncio.TimeoutError as error:
@@ -186,6 +218,21 @@ class Front:
         return asked(
             list(request.query.items()), request.content_type, body, self.about, self.service, explains=want == "explain"
         )
+
+    async def _uploaded(self, request: web.Request, limit: int) -> bytes:
+        """The body. All that come in at a time may hold as much as a full queue does."""
+        body = bytearray()
+        try:
+            async for chunk in request.content.iter_any():
+                body += chunk
+                self._uploading += len(chunk)
+                if len(body) > limit:
+                    raise web.HTTPRequestEntityTooLarge(limit, len(body))
+                if self._uploading > limit * self.service.queue:
+                    raise Refusal(429, "full", "too much is being uploaded; try again later")
+        finally:
+            self._uploading -= len(body)
+        return bytes(body)
 
     def _check_room(self) -> None:
         if not self._ready:
@@ -214,11 +261,15 @@ class Front:
         header = {"want": want, "deadline": deadline, "classes": asking.classes, "picture": picture}
 
         async def answer_in_turn() -> Answer:
-            async with self._slots:
-                if self._admitted > 1:  # a request that is alone waits for nobody
-                    await self._window.wait()
-                left = deadline - time.monotonic()
-                return await self._asked_of_stages(wire.pack(header, {"body": asking.body}), left + 1)
+            if self._admitted > 1:  # a request that is alone waits for nobody
+                await self._window.wait()
+            await self._slots.acquire()
+            asked = self._asked_of_stages(wire.pack(header, {"body": asking.body}), deadline - time.monotonic() + 1)
+            task = asyncio.create_task(asked)
+            # The stages go on with what nobody waits for any more; until they are done, its slot is theirs.
+            self._with_stages.add(task)
+            task.add_done_callback(self._returned)
+            return await asyncio.shield(task)
 
         try:
             answer = await asyncio.wait_for(answer_in_turn(), seconds)
@@ -226,6 +277,10 @@ class Front:
             return Answer(408, f"not done within {asking.timeout_ms} ms")
         self.metrics.note(answer)
         return answer
+
+    def _returned(self, task: asyncio.Task[Answer]) -> None:
+        self._with_stages.discard(task)
+        self._slots.release()
 
     async def _asked_of_stages(self, data: bytes, seconds: float) -> Answer:
         url = f"http://127.0.0.1:{self.service.inner}/inference"
@@ -264,6 +319,16 @@ class Front:
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
         return web.FileResponse(PAGE)
+
+
+async def _end(stages: asyncio.subprocess.Process) -> None:
+    """SIGTERM, and an end by force of what does not end by that."""
+    with contextlib.suppress(ProcessLookupError):
+        stages.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(stages.wait(), ENDING)
+        except asyncio.TimeoutError:
+            os.killpg(stages.pid, signal.SIGKILL)
 
 
 def free_port() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 
 from fastrel.artefact.metadata import Metadata
@@ -15,6 +17,7 @@ class Metrics:
 
     def __init__(self, about: Metadata) -> None:
         self._registry = registry = CollectorRegistry()
+        self._pids: set[int] = set()
         self.requests = Counter("fastrel_requests", "Answers by route and status", ["route", "code"], registry=registry)
         self.rejected = Counter("fastrel_rejected", "Requests refused, by reason", ["reason"], registry=registry)
         self.expired = Counter("fastrel_expired", "Requests whose deadline passed", registry=registry)
@@ -49,10 +52,25 @@ class Metrics:
         if "batch" in header:
             self.batch.observe(header["batch"])
         if "done" in header:
+            self._forget_the_dead()
             self.explained.labels(str(header["pid"])).set(header["done"])
+            self._pids.add(header["pid"])
         if "ok" in answer.arrays:
             self.not_ok.inc(int((~answer.arrays["ok"]).sum()))
+
+    def _forget_the_dead(self) -> None:
+        for pid in [pid for pid in self._pids if not _is_alive(pid)]:
+            self._pids.discard(pid)
+            self.explained.remove(str(pid))
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -22,7 +22,6 @@ class Service:
         queue: requests that are admitted at a time, those being worked on included.
         timeout_ms: what a request may take at most, from its last byte on; upload_ms: its upload.
         max_body, max_pixels, max_targets: of a request.
-        compiled: as `fastrel.load` takes it.
         ui: whether / is a page for people.
     """
 
@@ -41,7 +40,6 @@ class Service:
     max_body: int = 10_000_000
     max_pixels: int = 50_000_000
     max_targets: int = 16
-    compiled: bool | None = None
     ui: bool = False
 
     def to_environment(self) -> str:
