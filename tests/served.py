@@ -43,7 +43,7 @@ class Server:
 
     def __init__(self, artefact: Path, *options: str, ready: bool = True) -> None:
         self.port = free_port()
-        words = [sys.executable, "-m", "fastrel", "serve", str(artefact), "--port", str(self.port), *options]
+        words = [sys.executable, "-m", "fastrel", "serve", str(artefact), *options, "--port", str(self.port)]
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(words, cwd=ROOT, stderr=self._said)
         if ready:

@@ -40,6 +40,7 @@ from fastrel.serving.front import Front
 from fastrel.serving.service import Service
 from fastrel.serving.window import Window
 from fastrel.serving.wire import Answer, Work, pack, unpack
+from tests import tiny
 from tests.served import ROOT, Server, load, percentile, picture, served
 
 QUEUE, TIMEOUT, UPLOAD = 16, 5000, 2000
@@ -196,6 +197,7 @@ def test_overlays_and_arrow_by_accept(server: Server, artefact: fastrel.Artefact
         (None, "?class=1", {}, 400, "'class'"),
         (None, "?opacity=NaN", {}, 422, "NaN"),
         (None, "?timeout_ms=0", {}, 422, "timeout_ms '0'"),
+        (None, "?method=rollout", {}, 422, "'rollout' is not served; there are transformer_attribution"),
         (None, "?target=--5", {}, 422, "'--5'"),
         (None, "?target=%C2%B2", {}, 422, "'²'"),
         (None, "?target=" + 5000 * "9", {}, 422, "999"),
@@ -258,6 +260,27 @@ def test_picture_bombs_and_odd_pictures_get_4xx_or_a_right_map(server: Server, a
         status, answer = server.explain(body)
         assert status == 200, answer
         same_map(answer, expected(artefact, body))
+
+
+def test_one_batch_holds_requests_for_several_methods(artefact: fastrel.Artefact, tmp_path: Path) -> None:
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    explainer, loaded = fastrel.Explainer(tiny.vit(), "gradient_attention"), fastrel.models.load("tests.tiny:vit")
+    other = fastrel.load(fastrel.export(explainer, images, path=tmp_path / "other.pt2", loaded=loaded))
+    works = [Work("explain", (2,), float("inf"), (x.numpy(),), method=i % 2) for i, x in enumerate(images)]
+    answers = Explaining(artefact, beside=[other])(works)
+    for x, answer, one in zip(images, answers, (artefact, other, artefact), strict=True):
+        np.testing.assert_allclose(answer.arrays["map"], one(x[None], target=[[2]]).patches[0], rtol=1e-4, atol=1e-7)
+    assert [*Front(Service(str(artefact.path), beside=(str(other.path),))).methods] == [
+        "transformer_attribution",
+        "gradient_attention",
+    ]
+    with pytest.raises(InputError, match="by 'transformer_attribution, positive'; one of them is enough"):
+        Front(Service(str(artefact.path), beside=(str(artefact.path),)))
+    changed = tiny.vit()
+    torch.nn.init.ones_(changed.head.weight)
+    third = fastrel.export(fastrel.Explainer(changed, "rollout"), images, path=tmp_path / "third.pt2", loaded=loaded)
+    with pytest.raises(InputError, match="is of another model"):
+        Front(Service(str(artefact.path), beside=(str(third),)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

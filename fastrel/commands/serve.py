@@ -6,8 +6,10 @@ import argparse
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+from fastrel import methods
 from fastrel.commands import export as exporting
 from fastrel.commands import options as shared
 from fastrel.commands.doctor import available_cores
@@ -27,12 +29,29 @@ examples:
 """
 
 #: Options that say which model is exported, and how.
-OF_MODELS = ("weights", "classes", "dtype", "device", "method", "rules", "start_layer", "normalize", "random", "compile")
+OF_MODELS = (
+    "weights",
+    "classes",
+    "dtype",
+    "device",
+    "method",
+    "rules",
+    "start_layer",
+    "normalize",
+    "random",
+    "compile",
+    "beside",
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Its options."""
-    parser.add_argument("artefact", nargs="?", metavar="ARTEFACT", help="what `fastrel export` wrote; or give --model")
+    parser.add_argument(
+        "artefact",
+        nargs="*",
+        metavar="ARTEFACT",
+        help="what `fastrel export` wrote, or give --model; several are of one model by other methods: ?method=rollout",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone; 0.0.0.0: everybody")
     parser.add_argument("--port", type=shared.positive, default=8000, metavar="N", help="default: %(default)s")
     parser.add_argument("--ui", action="store_true", help="a page for people at /")
@@ -69,6 +88,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{name}", type=shared.positive, default=default, metavar="N", help=f"{what} (default: %(default)s)"
         )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        choices=list(methods.METHODS),
+        metavar="METHOD",
+        help="with --model: further methods",
+    )
     parser.add_argument("--random", action="store_true", help="random weights: nothing is loaded but the architecture")
     parser.add_argument(
         "--compile", action="store_true", help="with --model: compile it for this machine first, for minutes"
@@ -82,22 +109,25 @@ def run(options: argparse.Namespace) -> int:
     with needed("serve", "serve"):
         from fastrel.serving.front import serve
         from fastrel.serving.service import Service
-    if (options.artefact is None) == (options.model is None):
+    if bool(options.artefact) == (options.model is not None):
         raise InputError("give an ARTEFACT of fastrel export, or --model NAME")
     names = ("host", "port", "ui", "workers", "decoders", "batch", "wait_ms", "queue", "timeout_ms", "upload_ms",
              "max_body", "max_pixels", "max_targets")  # fmt: skip
     given = {name: getattr(options, name) for name in names}
     given["threads"] = options.threads or max(1, available_cores() // options.workers)
-    if options.artefact is not None:
+    if options.artefact:
         _refuse(options)
-        return serve(Service(options.artefact, **given))
+        first, *beside = options.artefact
+        return serve(Service(first, beside=tuple(beside), **given))
     with tempfile.TemporaryDirectory(prefix="fastrel-") as folder:
-        path = Path(folder) / "explain.pt2"
         settings = shared.settings(options, random=options.random)
+        chosen = [settings, *(replace(settings, method=name) for name in options.beside)]
+        paths = [Path(folder) / f"{i}.pt2" for i in range(len(chosen))]
         # In a process of its own, for what it takes is not given back.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(exporting.write, settings, path, compile=options.compile).result()
-        return serve(Service(str(path), **given))
+            for one, path in zip(chosen, paths, strict=True):
+                pool.submit(exporting.write, one, path, compile=options.compile).result()
+        return serve(Service(str(paths[0]), beside=tuple(map(str, paths[1:])), **given))
 
 
 def _refuse(options: argparse.Namespace) -> None:
@@ -108,4 +138,4 @@ def _refuse(options: argparse.Namespace) -> None:
     for name in OF_MODELS:
         if getattr(options, name) != getattr(defaults, name):
             word = name.replace("_", "-")
-            raise InputError(f"--{word} belongs to --model; {options.artefact!r} is served as it was exported")
+            raise InputError(f"--{word} belongs to --model; {options.artefact[0]!r} is served as it was exported")

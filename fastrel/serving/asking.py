@@ -16,7 +16,7 @@ from fastrel.models.loaded import class_index
 from fastrel.serving.service import Service
 
 #: What a request may say besides the picture or the text, in its query or in JSON.
-OPTIONS = ("target", "top", "timeout_ms", "opacity")
+OPTIONS = ("target", "top", "timeout_ms", "opacity", "method")
 
 
 class Refusal(FastrelError):
@@ -29,18 +29,26 @@ class Refusal(FastrelError):
 
 @dataclass(frozen=True)
 class Asked:
-    """Bytes of a picture, or of a text in UTF-8; classes, ranks among them; how long the client waits; how strong an overlay is."""
+    """Bytes of a picture, or of a text in UTF-8; classes, ranks among them; how long the client waits; how strong an overlay is; by
+    which of the service's artefacts."""
 
     body: bytes
     classes: tuple[int, ...]
     timeout_ms: int
     opacity: float = 0.75
+    method: int = 0
 
 
 def asked(
-    query: Sequence[tuple[str, str]], content_type: str, body: bytes, about: Metadata, service: Service, explains: bool
+    query: Sequence[tuple[str, str]],
+    content_type: str,
+    body: bytes,
+    about: Metadata,
+    service: Service,
+    explains: bool,
+    methods: Sequence[str] = (),
 ) -> Asked:
-    """What a request asks for.
+    """What a request asks for; `methods` are the names of the service's artefacts.
 
     Raises:
         Refusal: 400 where the request itself is malformed, 422 where what it names does not exist or does not fit.
@@ -63,7 +71,13 @@ def asked(
         opacity = -1.0
     if not 0 <= opacity <= 1:
         raise Refusal(422, "query", f"opacity {given['opacity']!r} is no number from 0 to 1")
-    return Asked(content, _classes(given, about, service) if explains else (), timeout, opacity)
+    method = given.get("method")
+    if method is not None and method not in methods:
+        raise Refusal(
+            422, "query", f"method {method!r} is not served; there are {', '.join(methods) or 'none to choose from'}"
+        )
+    classes = _classes(given, about, service) if explains else ()
+    return Asked(content, classes, timeout, opacity, 0 if method is None else methods.index(method))
 
 
 def _content(content_type: str, body: bytes, about: Metadata) -> tuple[bytes, Mapping[str, Any]]:

@@ -59,7 +59,8 @@ class Decoding:
         facts: dict[str, Any] = {"notes": list(notes), "decode_seconds": time.monotonic() - began}
         if text:
             facts["tokens"] = tokens
-        return Work(header["want"], tuple(header["classes"]), header["deadline"], tuple(sample), facts, picture)
+        classes, deadline, method = tuple(header["classes"]), header["deadline"], header.get("method", 0)
+        return Work(header["want"], classes, deadline, tuple(sample), facts, picture, method)
 
 
 class Decode(Worker):

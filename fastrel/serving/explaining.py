@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,92 +24,93 @@ log = logging.getLogger("fastrel")
 
 
 class Explaining:
-    """Answers batches of work by an artefact."""
+    """Answers batches of work by an artefact, or by others `beside` it, which read the same."""
 
-    def __init__(self, artefact: Artefact, clock: Any = time.monotonic) -> None:
-        self._artefact, self._clock = artefact, clock
+    def __init__(self, artefact: Artefact, clock: Any = time.monotonic, beside: Sequence[Artefact] = ()) -> None:
+        self._artefacts, self._clock = (artefact, *beside), clock
         self._done = 0  # samples that went through the model
 
     def warm(self, batch: int) -> None:
         """Run what requests will run, for all sizes of a batch up to `batch`."""
-        stored = self._artefact.stored
-        read = self._artefact.metadata.inputs
+        stored = self._artefacts[0].stored
+        read = self._artefacts[0].metadata.inputs
         sample = [stored[f"input{i}"][:1].to(_as_decoded(x.dtype)).numpy() for i, x in enumerate(read)]
         for size in range(1, batch + 1):
-            for want in ("explain", "predict"):
-                work = Work(want, (RANK,), float("inf"), tuple(x[0] for x in sample))
+            for i in range(len(self._artefacts)):
+                work = Work("explain", (RANK,), float("inf"), tuple(x[0] for x in sample), method=i)
                 self([work] * size)
+            self([replace(work, want="predict", method=0)] * size)
 
     def __call__(self, works: Sequence[Work]) -> list[Answer]:
         """An answer for each."""
         answers: list[Answer | None] = [None] * len(works)
-        groups: dict[tuple[str, int], list[int]] = {}
+        groups: dict[tuple[str, int, int], list[int]] = {}
         for i, work in enumerate(works):
             if work.deadline < self._clock():
                 answers[i] = Answer(408, "the deadline passed before the request was explained", {"expired": True})
             elif work.want == "canary":
                 answers[i] = self._canary()
             else:
-                groups.setdefault((work.want, _size(len(work.classes))), []).append(i)
-        for (want, size), places in groups.items():
+                groups.setdefault((work.want, _size(len(work.classes)), work.method), []).append(i)
+        for (want, size, method), places in groups.items():
             chosen = [works[i] for i in places]
-            for i, answer in zip(places, self._answered(want, size, chosen), strict=True):
+            for i, answer in zip(places, self._answered(self._artefacts[method], want, size, chosen), strict=True):
                 answers[i] = answer
         return [answer for answer in answers if answer is not None]
 
     def _canary(self) -> Answer:
         try:
-            return Answer(header={"error_of_self_test": self._artefact.self_test(), **self._facts()})
+            worst = max(artefact.self_test() for artefact in self._artefacts)
+            return Answer(header={"error_of_self_test": worst, **self._facts()})
         except Exception:  # requests in the same batch are answered
             log.exception("the self-test failed")
             return Answer(500, "the self-test failed")
 
-    def _answered(self, want: str, size: int, works: Sequence[Work]) -> list[Answer]:
+    def _answered(self, artefact: Artefact, want: str, size: int, works: Sequence[Work]) -> list[Answer]:
         began = self._clock()
         try:
-            about = self._artefact.metadata
+            about = artefact.metadata
             inputs = [
                 torch.from_numpy(array).to(about.device, getattr(torch, x.dtype))
-                for array, x in zip(self._collated(works), about.inputs, strict=True)
+                for array, x in zip(collate([list(work.sample) for work in works], about), about.inputs, strict=True)
             ]
-            found = self._predicted(inputs, works) if want == "predict" else self._explained(inputs, size, works)
+            found = _predicted(artefact, inputs) if want == "predict" else _explained(artefact, inputs, size, works)
         except Exception as error:  # whatever the model raises; the request is answered, the worker goes on
             log.exception("a batch of %d failed", len(works))
             if len(works) > 1:
-                return [answer for work in works for answer in self._answered(want, size, [work])]
+                return [answer for work in works for answer in self._answered(artefact, want, size, [work])]
             return [Answer(500, f"the model failed on this input: {type(error).__name__}")]
         self._done += len(works)
         facts = {"explain_seconds": self._clock() - began, "batch": len(works), **self._facts()}
         return [Answer(header={**work.header, **facts}, arrays=arrays) for work, arrays in zip(works, found, strict=True)]
 
-    def _collated(self, works: Sequence[Work]) -> list[np.ndarray]:
-        return collate([list(work.sample) for work in works], self._artefact.metadata)
-
-    def _predicted(self, inputs: list[Tensor], works: Sequence[Work]) -> list[dict[str, np.ndarray]]:
-        by_name = {x.name: value for x, value in zip(self._artefact.metadata.inputs, inputs, strict=True)}
-        return [{"logits": row} for row in self._artefact.predict(**by_name).float().cpu().numpy()]
-
-    def _explained(self, inputs: list[Tensor], size: int, works: Sequence[Work]) -> list[dict[str, np.ndarray]]:
-        """Rows of classes are filled up by their last one, so that all have `size`."""
-        rows = [[*work.classes, *[work.classes[-1]] * (size - len(work.classes))] for work in works]
-        explanation = self._artefact.explain(inputs, torch.tensor(rows))
-        one = explanation.only
-        maps = (one.relevance if one.grid is None else one.grid).float().cpu().numpy()
-        logits, classes = explanation.logits.float().cpu().numpy(), explanation.target
-        assert classes is not None
-        assert explanation.ok is not None
-        found = []
-        for b, work in enumerate(works):
-            count = len(work.classes)
-            tokens = work.header.get("tokens")
-            own = maps[b, :count] if tokens is None else maps[b, :count, : len(tokens)]
-            arrays = {"logits": logits[b], "classes": classes[b, :count].cpu().numpy(), "map": own}
-            arrays["ok"] = explanation.ok[b, :count].cpu().numpy()
-            found.append(arrays | ({} if work.picture is None else {"picture": work.picture}))
-        return found
-
     def _facts(self) -> dict[str, Any]:
         return {"pid": os.getpid(), "done": self._done}
+
+
+def _predicted(artefact: Artefact, inputs: list[Tensor]) -> list[dict[str, np.ndarray]]:
+    by_name = {x.name: value for x, value in zip(artefact.metadata.inputs, inputs, strict=True)}
+    return [{"logits": row} for row in artefact.predict(**by_name).float().cpu().numpy()]
+
+
+def _explained(artefact: Artefact, inputs: list[Tensor], size: int, works: Sequence[Work]) -> list[dict[str, np.ndarray]]:
+    """Rows of classes are filled up by their last one, so that all have `size`."""
+    rows = [[*work.classes, *[work.classes[-1]] * (size - len(work.classes))] for work in works]
+    explanation = artefact.explain(inputs, torch.tensor(rows))
+    one = explanation.only
+    maps = (one.relevance if one.grid is None else one.grid).float().cpu().numpy()
+    logits, classes = explanation.logits.float().cpu().numpy(), explanation.target
+    assert classes is not None
+    assert explanation.ok is not None
+    found = []
+    for b, work in enumerate(works):
+        count = len(work.classes)
+        tokens = work.header.get("tokens")
+        own = maps[b, :count] if tokens is None else maps[b, :count, : len(tokens)]
+        arrays = {"logits": logits[b], "classes": classes[b, :count].cpu().numpy(), "map": own}
+        arrays["ok"] = explanation.ok[b, :count].cpu().numpy()
+        found.append(arrays | ({} if work.picture is None else {"picture": work.picture}))
+    return found
 
 
 def _as_decoded(dtype: str) -> torch.dtype:
@@ -128,7 +130,7 @@ class Explain(Worker):
         super().__init__()
         service = Service.from_environment()
         torch.set_num_threads(service.threads)
-        self._explaining = Explaining(load(service.artefact))
+        self._explaining = Explaining(load(service.artefact), beside=[load(path) for path in service.beside])
         self._explaining.warm(service.batch)
         self._several = service.batch > 1
 

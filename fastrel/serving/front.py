@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import uvloop
 from aiohttp import web
 
 from fastrel.artefact import metadata
+from fastrel.artefact.metadata import Metadata
 from fastrel.artefact.reading import reader
 from fastrel.errors import InputError
 from fastrel.serving import answers, wire
@@ -50,12 +51,12 @@ class Front:
     """One service: its stages, what it has admitted, and its metrics."""
 
     def __init__(self, service: Service) -> None:
-        self.service, self.about = service, metadata.read(service.artefact)
+        #: What every artefact says about itself, by the name that requests ask for it.
+        self.methods = _methods([service.artefact, *service.beside])
+        self.about, *_ = self.methods.values()
         reader(service.artefact, self.about)  # what cannot work fails before anything is started
-        if len(self.about.maps) != 1:
-            raise InputError(f"the artefact has {len(self.about.maps)} maps; one is served")
-        self.metrics = Metrics(self.about)
-        self._about = json.dumps(asdict(self.about) | {"source": None}, ensure_ascii=False)
+        self.service, self.metrics = service, Metrics(self.about)
+        self._about = json.dumps(asdict(self.about) | {"source": None, "methods": [*self.methods]}, ensure_ascii=False)
         self._admitted, self._uploading, self._draining, self._ready = 0, 0, False, False
         #: Requests beyond these wait here, where those whose client hangs up or whose deadline passes cost nothing.
         self._slots = asyncio.Semaphore(service.workers * service.batch * 2 + service.decoders)
@@ -162,7 +163,7 @@ class Front:
                     answer = await self._answered(asking, want, kind == answers.PNG)
                 if answer.status != 200:
                     raise Refusal(answer.status, REASONS.get(answer.status, "failed"), answer.error)
-                body = await self._rendered(answer, kind, asking.opacity)
+                body = await self._rendered(answer, kind, asking)
                 response = web.Response(body=body, content_type=kind)
             except Refusal as refusal:
                 response = self._refused(refusal)
@@ -182,11 +183,12 @@ class Front:
 
         return handle
 
-    async def _rendered(self, answer: Answer, kind: str, opacity: float) -> bytes:
+    async def _rendered(self, answer: Answer, kind: str, asking: Asked) -> bytes:
         """JSON at once, for a thread costs more than that; pictures and tables beside other requests."""
+        about = [*self.methods.values()][asking.method]
         if kind == answers.JSON:
-            return answers.rendered(answer, self.about, kind, opacity)
-        return await asyncio.to_thread(answers.rendered, answer, self.about, kind, opacity)
+            return answers.rendered(answer, about, kind, asking.opacity)
+        return await asyncio.to_thread(answers.rendered, answer, about, kind, asking.opacity)
 
     def _refused(self, refusal: Refusal) -> web.Response:
         self.metrics.rejected.labels(refusal.reason).inc()
@@ -216,7 +218,13 @@ class Front:
         except asyncio.TimeoutError as error:
             raise Refusal(408, "upload", f"the upload took longer than {self.service.upload_ms} ms") from error
         return asked(
-            list(request.query.items()), request.content_type, body, self.about, self.service, explains=want == "explain"
+            list(request.query.items()),
+            request.content_type,
+            body,
+            self.about,
+            self.service,
+            explains=want == "explain",
+            methods=[*self.methods],
         )
 
     async def _uploaded(self, request: web.Request, limit: int) -> bytes:
@@ -259,6 +267,7 @@ class Front:
         seconds = asking.timeout_ms / 1000
         deadline = time.monotonic() + seconds
         header = {"want": want, "deadline": deadline, "classes": asking.classes, "picture": picture}
+        header["method"] = asking.method
 
         async def answer_in_turn() -> Answer:
             if self._admitted > 1:  # a request that is alone waits for nobody
@@ -319,6 +328,29 @@ class Front:
 
     async def _page(self, request: web.Request) -> web.StreamResponse:
         return web.FileResponse(PAGE)
+
+
+def _methods(paths: Sequence[str]) -> dict[str, Metadata]:
+    """What artefacts of one model say about themselves, by method, and where that does not tell them apart by rules too.
+
+    Raises:
+        InputError: one that has several maps, two by the same name, or another model's.
+    """
+    abouts = [metadata.read(path) for path in paths]
+    found: dict[str, Metadata] = {}
+    for path, about in zip(paths, abouts, strict=True):
+        if len(about.maps) != 1:
+            raise InputError(f"the artefact {path!r} has {len(about.maps)} maps; one is served")
+        first = abouts[0]
+        if (about.weights, about.inputs, about.reader) != (first.weights, first.inputs, first.reader):
+            raise InputError(f"the artefact {path!r} is of another model or reads other inputs than {paths[0]!r}")
+        name = str(about.options["method"])
+        if sum(one.options["method"] == name for one in abouts) > 1:
+            name = f"{name}, {about.options['rules']}"
+        if name in found:
+            raise InputError(f"two artefacts explain by {name!r}; one of them is enough")
+        found[name] = about
+    return found
 
 
 async def _end(stages: asyncio.subprocess.Process) -> None:

@@ -15,7 +15,7 @@ class Service:
     """An artefact and how it is served.
 
     Attributes:
-        artefact: its path.
+        artefact: its path; `beside`: of artefacts of the same model by other methods, which requests may ask for.
         host, port: where requests are taken; `inner`: the port of the stages on the loopback interface, 0 for any free one.
         workers, decoders: processes that explain, and that decode; threads: of each that explains.
         batch, wait_ms: samples at most that are explained together, and how long one waits for others if any are worked on.
@@ -41,6 +41,7 @@ class Service:
     max_pixels: int = 50_000_000
     max_targets: int = 16
     ui: bool = False
+    beside: tuple[str, ...] = ()
 
     def to_environment(self) -> str:
         """As JSON, for `VARIABLE`."""
@@ -49,4 +50,5 @@ class Service:
     @classmethod
     def from_environment(cls) -> Service:
         """What `to_environment` gave, in a process of a stage."""
-        return cls(**json.loads(os.environ[VARIABLE]))
+        given = json.loads(os.environ[VARIABLE])
+        return cls(**{**given, "beside": tuple(given["beside"])})

@@ -50,6 +50,7 @@ class Work:
         sample: one array per input of the artefact, without its batch.
         header: goes back with the answer: notes, times, and (texts) tokens.
         picture: RGB as the model sees it, if it was asked for.
+        method: which of the artefacts of the service explains it.
     """
 
     want: Want
@@ -58,6 +59,7 @@ class Work:
     sample: tuple[np.ndarray, ...] = ()
     header: Mapping[str, Any] = field(default_factory=dict)
     picture: np.ndarray | None = None
+    method: int = 0
 
 
 @dataclass(frozen=True)
