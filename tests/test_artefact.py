@@ -126,7 +126,7 @@ def test_inputs_that_do_not_fit_are_refused_with_what_fits(artefact: fastrel.Art
     ):
         with pytest.raises(InputError, match=said):
             artefact(wrong)
-    with pytest.raises(InputError, match="reads x"):
+    with pytest.raises(InputError, match=r"reads x, all of them as it was exported; .* x missing"):
         artefact(pixels=images)
     for target, said in (([1, 2], r"\(2,\)"), (0.5, "float"), ("cat", "'cat'")):
         with pytest.raises(InputError, match=said):
@@ -310,6 +310,8 @@ def test_a_text_model_with_its_tokenizer(tmp_path: Path) -> None:
     wrong = {**batch, "input_ids": batch["input_ids"].clone()}
     wrong["input_ids"][0, 1] = 11  # a token that the vocabulary does not have
     assert artefact(**wrong).ok.tolist() == [False, True]
+    with pytest.raises(InputError, match=r"has 4 where input_ids has \d: they go together"):
+        artefact(**{**batch, "attention_mask": batch["attention_mask"][:, :4]})
     with pytest.raises(InputError, match="up to 32"):
         artefact(**{name: x.repeat(1, 10) for name, x in batch.items()})
 

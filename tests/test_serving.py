@@ -33,6 +33,7 @@ from fastrel.artefact.reading import reader
 from fastrel.cli import main
 from fastrel.data import pictures
 from fastrel.errors import InputError
+from fastrel.serving import answers
 from fastrel.serving.asking import Asked
 from fastrel.serving.decoding import Decoding
 from fastrel.serving.explaining import Explaining
@@ -197,6 +198,11 @@ def test_overlays_and_arrow_by_accept(server: Server, artefact: fastrel.Artefact
         (None, "?class=1", {}, 400, "'class'"),
         (None, "?opacity=NaN", {}, 422, "NaN"),
         (None, "?timeout_ms=0", {}, 422, "timeout_ms '0'"),
+        (None, "?top=1&top=2", {}, 422, "top is given as 1 and as 2"),
+        (b'{"image": "", "target": 1}', "?target=2", {"Content_Type": "application/json"}, 422, "1 in the JSON and '2'"),
+        (b'{"image": 5}', "", {"Content_Type": "application/json"}, 400, "'image': 'int'"),
+        (b'{"image": ""}', "", {}, 400, "Content-Type: application/json"),
+        (b"--x", "", {"Content_Type": "multipart/form-data; boundary=x"}, 400, "--data-binary"),
         (None, "?method=rollout", {}, 422, "'rollout' is not served; there are transformer_attribution"),
         (None, "?target=--5", {}, 422, "'--5'"),
         (None, "?target=%C2%B2", {}, 422, "'²'"),
@@ -211,6 +217,25 @@ def test_what_is_malformed_is_refused_with_the_value(
 ) -> None:
     found, answer = server.explain(picture() if body is None else body, query, **headers)
     assert (found, said in answer["error"]) == (status, True), answer
+
+
+def test_predict_names_as_many_classes_as_are_asked_for(server: Server) -> None:
+    assert [len(server.explain(picture(), query, "/predict")[1]["top"]) for query in ("", "?top=2", "?top=7")] == [5, 2, 7]
+    for query, said in (("?top=8", "'8'"), ("?top=abc", "'abc'"), ("?target=1", "is for /explain")):
+        status, answer = server.explain(picture(), query, "/predict")
+        assert (status, said in answer["error"]) == (422, True), answer
+
+
+def test_the_type_of_the_highest_weight_is_answered(artefact: fastrel.Artefact) -> None:
+    for accept, kind in (
+        ("application/json;q=0.5, image/png;q=0.9", answers.PNG),
+        ("*/*;q=0.1, image/png", answers.PNG),
+        ("application/json;q=0, image/png", answers.PNG),
+        ("application/json;q=0, */*", answers.PNG),
+        ("", answers.JSON),
+        ("image/jpeg", None),
+    ):
+        assert answers.chosen(accept, artefact.metadata, "explain") == kind, accept
 
 
 def test_other_methods_and_routes_are_refused(server: Server) -> None:
@@ -548,6 +573,16 @@ def test_a_service_that_cannot_serve_says_so(
     ):
         assert main(["serve", *arguments]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_workers_that_cannot_load_the_artefact_end_it_with_the_reason(vit_artefact: Path, tmp_path: Path) -> None:
+    content = bytearray(vit_artefact.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    (tmp_path / "damaged.pt2").write_bytes(content)
+    server = Server(tmp_path / "damaged.pt2", *OPTIONS, ready=False)
+    assert server.process.wait(120) == 1
+    assert "no worker can serve: " in server.said()
 
 
 @pytest.mark.load

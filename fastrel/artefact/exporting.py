@@ -202,10 +202,11 @@ def _metadata(
 ) -> Metadata:
     nodes = call.captured.inputs
     shapes = [tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape) for node in nodes]
+    symbols = [tuple(str(size) for size in node.meta["val"].shape) for node in nodes]
     most = longest(call)
     read = [
-        Input(name, str(x.dtype).removeprefix("torch."), shape, count, most)
-        for name, x, shape, count in zip(call.names, call.tensors, shapes, counts(call), strict=True)
+        Input(name, str(x.dtype).removeprefix("torch."), shape, count, most, names)
+        for name, x, shape, names, count in zip(call.names, call.tensors, shapes, symbols, counts(call), strict=True)
     ]
     maps = [
         MapOf(name, one.input, found[name].grid is not None, one.picture)

@@ -146,7 +146,11 @@ class Artefact:
         names = [x.name for x in wanted]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if len(args) > len(names) or sorted(given) != sorted(names) or len(given) != len(args) + len(kwargs):
-            raise InputError(f"the artefact reads {', '.join(names)}; given were {len(args)} by place and {sorted(kwargs)}")
+            missing = [name for name in names[len(args) :] if name not in kwargs]
+            raise InputError(
+                f"the artefact reads {', '.join(names)}, all of them as it was exported; given were {len(args)} by place and "
+                f"{', '.join(sorted(kwargs)) or 'none'} by name: {', '.join(missing) or 'none'} missing"
+            )
         for x in wanted:
             value = given[x.name]
             if not isinstance(value, Tensor):
@@ -161,6 +165,14 @@ class Artefact:
                 )
         if len({len(value) for value in given.values()}) != 1:
             raise InputError(f"inputs of several batch sizes {sorted({len(value) for value in given.values()})}")
+        sizes: dict[str, tuple[str, int]] = {}
+        for x in wanted:
+            for symbol, size, fixed in zip(x.names, given[x.name].shape, x.shape, strict=False):
+                first, expected = sizes.setdefault(symbol, (x.name, size))
+                if fixed is None and size != expected:
+                    raise InputError(
+                        f"{x.name} {tuple(given[x.name].shape)} has {size} where {first} has {expected}: they go together"
+                    )
         return [given[name] for name in names]
 
 

@@ -23,14 +23,21 @@ METADATA, SELF_TEST, TOKENIZER = "fastrel.json", "selftest.safetensors.b64", "to
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor that the program reads: name and dtype as the model has them, None for sizes that vary; count: integers in it must
-    be below this, if anything; longest: sizes that vary besides the batch may be at most this, if anything."""
+    """A tensor that the program reads.
+
+    Attributes:
+        name, dtype: as the model has them.
+        shape: None for sizes that vary; names: of all sizes, the same where they are the same.
+        count: integers in it must be below this, if anything.
+        longest: sizes that vary besides the batch may be at most this, if anything.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...]
     count: int | None = None
     longest: int | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,9 @@ class Metadata:
                 f"the artefact has format {given.get('format')!r}, this fastrel reads {FORMAT}; export it with the fastrel "
                 "that shall read it"
             )
-        given["inputs"] = tuple(Input(**{**x, "shape": tuple(x["shape"])}) for x in given["inputs"])
+        given["inputs"] = tuple(
+            Input(**{**x, "shape": tuple(x["shape"]), "names": tuple(x.get("names", ()))}) for x in given["inputs"]
+        )
         given["maps"] = tuple(MapOf(**x) for x in given["maps"])
         given["class_names"], given["report"] = tuple(given["class_names"]), tuple(given["report"])
         return cls(**given)

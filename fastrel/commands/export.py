@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--random", action="store_true", help="random weights: nothing is loaded but the architecture")
     parser.add_argument("--image", metavar="FILE", help="a picture for the self-test (default: noise)")
-    parser.add_argument("--text", default=_TEXT, help="a text for the self-test of a model of texts (default: %(default)r)")
+    parser.add_argument("--text", help=f"a text for the self-test of a model of texts (default: {_TEXT!r})")
     shared.model(parser)
     shared.method(parser)
     group = parser.add_argument_group("computing")
@@ -77,11 +77,14 @@ def write(
     compile: bool,
     targets: int = 1,
     image: Image.Image | None = None,
-    text: str = _TEXT,
+    text: str | None = None,
 ) -> list[Path]:
     """Export a model that settings name, with a self-test on this picture (default: noise) or text; the files."""
     loaded = settings.load()
-    args, kwargs = loaded.arguments(loaded.inputs(_samples(loaded, image or pictures.noise(), text)))
+    if (text if loaded.kind == "image" else image) is not None:
+        raise InputError(f"{settings.model or 'the embedded model'} is a model of {'pictures' if loaded.kind == 'image' else 'texts'}: "
+                         f"{'--text' if loaded.kind == 'image' else '--image'} is none of its inputs")  # fmt: skip
+    args, kwargs = loaded.arguments(loaded.inputs(_samples(loaded, image or pictures.noise(), text or _TEXT)))
     explainer = settings.explainer(loaded)
     export(explainer, *args, path=path, targets=targets, loaded=loaded, compile=compile, **kwargs)
     return [path, compiled.beside(path)] if compile else [path]

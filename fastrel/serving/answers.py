@@ -29,22 +29,33 @@ def chosen(accept: str, about: Metadata, want: str) -> str | None:
     possible = [JSON]
     if want == "explain":
         possible += [PNG] * (about.kind == "image" and about.maps[0].grid) + [ARROW]
-    for part in accept.split(",") if accept.strip() else ["*/*"]:
-        kind, *parameters = (word.strip().lower() for word in part.split(";"))
-        if "q=0" in parameters:
-            continue
+    parts = [_weighed(part) for part in (accept.split(",") if accept.strip() else ["*/*"])]
+    refused = {kind for weight, kind in parts if weight <= 0}
+    for _, kind in sorted(parts, key=lambda part: -part[0]):
         for one in possible:
-            if kind in ("*/*", one, f"{one.partition('/')[0]}/*"):
+            if not refused & {one, kind} and kind in ("*/*", one, f"{one.partition('/')[0]}/*"):
                 return one
     return None
 
 
-def rendered(answer: Answer, about: Metadata, kind: str, opacity: float) -> bytes:
-    """An answer with status 200 as bytes of a type.
+def _weighed(part: str) -> tuple[float, str]:
+    """A part of an Accept header: its weight, and the type."""
+    kind, *parameters = (word.strip().lower() for word in part.split(";"))
+    found = [word[2:] for word in parameters if word.startswith("q=")]
+    try:
+        return (float(found[0]) if found else 1.0), kind
+    except ValueError:
+        return 1.0, kind
+
+
+def rendered(answer: Answer, about: Metadata, kind: str, opacity: float, top: int = TOP) -> bytes:
+    """An answer with status 200 as bytes of a type; JSON names the `top` highest classes besides those explained.
 
     Raises:
         InputError: a picture is asked for of a map that could not be made.
     """
+    if kind == JSON:
+        return json.dumps(described(answer, about, top), ensure_ascii=False).encode()
     return _RENDERERS[kind](answer, about, opacity)
 
 
@@ -71,11 +82,11 @@ def _number(x: Any) -> float | None:
     return float(x) if np.isfinite(x) else None
 
 
-def described(answer: Answer, about: Metadata) -> dict[str, Any]:
+def described(answer: Answer, about: Metadata, count: int = TOP) -> dict[str, Any]:
     """An answer as JSON."""
     logits = answer.arrays["logits"]
     chances = _chances(logits, about)
-    top = [int(c) for c in logits.argsort()[::-1][:TOP]]
+    top = [int(c) for c in logits.argsort()[::-1][:count]]
     found: dict[str, Any] = {"top": [_class(about, logits, chances, c) for c in top]}
     if "map" in answer.arrays:
         maps = []
@@ -88,10 +99,6 @@ def described(answer: Answer, about: Metadata) -> dict[str, Any]:
         if answer.header.get(name):
             found[name] = answer.header[name]
     return found | {"model": about.weights[:16], "method": about.options["method"]}
-
-
-def _json(answer: Answer, about: Metadata, opacity: float) -> bytes:
-    return json.dumps(described(answer, about), ensure_ascii=False).encode()
 
 
 def _png(answer: Answer, about: Metadata, opacity: float) -> bytes:
@@ -142,4 +149,4 @@ def _arrow(answer: Answer, about: Metadata, opacity: float) -> bytes:
     return sink.getvalue()
 
 
-_RENDERERS: dict[str, Callable[[Answer, Metadata, float], bytes]] = {JSON: _json, PNG: _png, ARROW: _arrow}
+_RENDERERS: dict[str, Callable[[Answer, Metadata, float], bytes]] = {PNG: _png, ARROW: _arrow}

@@ -13,6 +13,7 @@ from typing import Any
 from fastrel.artefact.metadata import RANK, Metadata
 from fastrel.errors import FastrelError, InputError
 from fastrel.models.loaded import class_index
+from fastrel.serving.answers import TOP
 from fastrel.serving.service import Service
 
 #: What a request may say besides the picture or the text, in its query or in JSON.
@@ -30,13 +31,14 @@ class Refusal(FastrelError):
 @dataclass(frozen=True)
 class Asked:
     """Bytes of a picture, or of a text in UTF-8; classes, ranks among them; how long the client waits; how strong an overlay is; by
-    which of the service's artefacts."""
+    which of the service's artefacts; how many of the highest classes are named."""
 
     body: bytes
     classes: tuple[int, ...]
     timeout_ms: int
     opacity: float = 0.75
     method: int = 0
+    top: int = TOP
 
 
 def asked(
@@ -59,6 +61,12 @@ def asked(
     given: dict[str, Any] = {name: named[name] for name in OPTIONS if name in named}
     for name in OPTIONS:
         values = [value for key, value in query if key == name]
+        if values and name in given:
+            raise Refusal(
+                422, "query", f"{name} is {given[name]!r} in the JSON and {values[-1]!r} in the query; give it once"
+            )
+        if len(values) > 1 and name != "target":
+            raise Refusal(422, "query", f"{name} is given as {' and as '.join(values)}; give it once")
         if values:
             given[name] = values if name == "target" else values[-1]
     unknown = sorted(({key for key, _ in query} | {*named}) - {*OPTIONS, "image", "text"})
@@ -76,14 +84,23 @@ def asked(
         raise Refusal(
             422, "query", f"method {method!r} is not served; there are {', '.join(methods) or 'none to choose from'}"
         )
-    classes = _classes(given, about, service) if explains else ()
-    return Asked(content, classes, timeout, opacity, 0 if method is None else methods.index(method))
+    number = 0 if method is None else methods.index(method)
+    if explains:
+        return Asked(content, _classes(given, about, service), timeout, opacity, number)
+    for name in ("target", "opacity", "method"):
+        if name in given:
+            raise Refusal(422, "query", f"{name}={given[name]!r} is for /explain; /predict takes top and timeout_ms")
+    return Asked(content, (), timeout, top=_whole(given.get("top", min(TOP, about.classes)), "top", 1, about.classes))
 
 
 def _content(content_type: str, body: bytes, about: Metadata) -> tuple[bytes, Mapping[str, Any]]:
     text = about.kind != "image"
     wanted = "text" if text else "image"
     if content_type != "application/json":
+        if content_type == "multipart/form-data":
+            raise Refusal(400, "malformed", "a form; send the bytes themselves (curl --data-binary @FILE), or JSON")
+        if not text and body.lstrip()[:1] == b"{":
+            raise Refusal(400, "malformed", "JSON without its name; say Content-Type: application/json")
         if text:
             try:
                 body.decode()
@@ -95,12 +112,14 @@ def _content(content_type: str, body: bytes, about: Metadata) -> tuple[bytes, Ma
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "malformed", f"the body is not JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get(wanted), str):
-        shown = sorted(found) if isinstance(found, dict) else type(found).__name__
-        raise Refusal(400, "malformed", f'the JSON must be an object with the string "{wanted}"; given was {shown}')
+        shown = (
+            {key: type(value).__name__ for key, value in found.items()} if isinstance(found, dict) else type(found).__name__
+        )
+        raise Refusal(400, "malformed", f'the JSON must be an object in which "{wanted}" is a string; given was {shown}')
     if text:
         return found["text"].encode("utf-8", "replace"), found
     try:
-        return base64.b64decode(found["image"], validate=True), found
+        return base64.b64decode(re.sub(r"^data:[\w/+.-]+;base64,", "", found["image"]), validate=True), found
     except (binascii.Error, ValueError) as error:
         raise Refusal(400, "malformed", f'"image" is not base64: {error}') from error
 
@@ -112,8 +131,11 @@ def _classes(given: Mapping[str, Any], about: Metadata, service: Service) -> tup
         return tuple(range(RANK, RANK + _whole(given.get("top", 1), "top", 1, min(service.max_targets, about.classes))))
     words = given["target"] if isinstance(given["target"], list) else [given["target"]]
     parts = [part for word in words for part in (str(word).split(",") if re.fullmatch(r"[\d,\s-]+", str(word)) else [word])]
-    parts = [part for part in parts if part != ""]
-    if not parts or not all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts):
+    if (
+        not parts
+        or any(part == "" for part in parts)
+        or not all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts)
+    ):
         raise Refusal(422, "target", f"target {given['target']!r} is no class, and no list of classes")
     if len(parts) > service.max_targets:
         raise Refusal(422, "target", f"{len(parts)} targets; at most {service.max_targets} are explained at a time")

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from torch import Tensor
 from fastrel.artefact.loading import Artefact, load
 from fastrel.artefact.metadata import RANK
 from fastrel.artefact.reading import collate
-from fastrel.serving.service import Service
+from fastrel.data import files
+from fastrel.errors import first_line
+from fastrel.serving.service import REASON, Service
 from fastrel.serving.wire import Answer, Work
 
 log = logging.getLogger("fastrel")
@@ -130,8 +133,13 @@ class Explain(Worker):
         super().__init__()
         service = Service.from_environment()
         torch.set_num_threads(service.threads)
-        self._explaining = Explaining(load(service.artefact), beside=[load(path) for path in service.beside])
-        self._explaining.warm(service.batch)
+        try:
+            self._explaining = Explaining(load(service.artefact), beside=[load(path) for path in service.beside])
+            self._explaining.warm(service.batch)
+        except Exception as error:
+            with files.replaced(Path(os.environ[REASON])) as path:  # mosec would try for ever
+                path.write_text(first_line(error))
+            raise
         self._several = service.batch > 1
 
     def forward(self, data: Any) -> Any:

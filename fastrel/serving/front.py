@@ -7,9 +7,11 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
@@ -26,7 +28,7 @@ from fastrel.errors import InputError
 from fastrel.serving import answers, wire
 from fastrel.serving.asking import Asked, Refusal, asked
 from fastrel.serving.metrics import Metrics
-from fastrel.serving.service import VARIABLE, Service
+from fastrel.serving.service import REASON, VARIABLE, Service
 from fastrel.serving.window import Window
 from fastrel.serving.wire import Answer
 
@@ -101,17 +103,20 @@ class Front:
         except OSError as error:
             raise InputError(f"cannot listen on {self.service.host}:{self.service.port}: {error.strerror}") from error
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as self._session:
+            reason = Path(tempfile.mkdtemp(prefix="fastrel-")) / "reason"
             stages = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "fastrel.serving"),
-                env={**os.environ, VARIABLE: self.service.to_environment()},
+                env={**os.environ, VARIABLE: self.service.to_environment(), REASON: str(reason)},
                 start_new_session=True,  # a terminal's Ctrl-C is for the front, which lets them answer first
             )
             ended, asked_to_stop = asyncio.create_task(stages.wait()), asyncio.create_task(stop.wait())
-            watching = asyncio.create_task(self._watch())
-            await asyncio.wait([ended, asked_to_stop], return_when=asyncio.FIRST_COMPLETED)
-            failed = ended.done()
+            watching = asyncio.create_task(self._watch(reason))
+            await asyncio.wait([ended, asked_to_stop, watching], return_when=asyncio.FIRST_COMPLETED)
+            failed = not asked_to_stop.done()
             if failed:
-                print("fastrel: the workers ended; see above for why", file=sys.stderr)
+                why = reason.read_text() if reason.exists() else "see above for why"
+                print(f"fastrel: error: no worker can serve: {why}", file=sys.stderr)
+            shutil.rmtree(reason.parent, ignore_errors=True)
             self._draining = True
             await site.stop()
             with contextlib.suppress(asyncio.TimeoutError):
@@ -119,14 +124,15 @@ class Front:
             watching.cancel()
             asked_to_stop.cancel()
             await runner.cleanup()
-            if not failed:
+            if not ended.done():
                 await _end(stages)
         return int(failed)
 
-    async def _watch(self) -> None:
-        """Ask for the self-test until it is answered, and every minute from then on."""
+    async def _watch(self, reason: Path) -> None:
+        """Ask for the self-test until it is answered, and every minute from then on. Ends where a worker says, before any has answered,
+        why it cannot."""
         failed = 0
-        while True:
+        while self._ready or not reason.exists():
             answer = await self._asked_of_stages(wire.pack({"want": "canary", "deadline": time.monotonic() + 60}), 60)
             failed = 0 if answer.status == 200 else failed + 1
             if failed >= FAILING and self._ready:
@@ -187,8 +193,8 @@ class Front:
         """JSON at once, for a thread costs more than that; pictures and tables beside other requests."""
         about = [*self.methods.values()][asking.method]
         if kind == answers.JSON:
-            return answers.rendered(answer, about, kind, asking.opacity)
-        return await asyncio.to_thread(answers.rendered, answer, about, kind, asking.opacity)
+            return answers.rendered(answer, about, kind, asking.opacity, asking.top)
+        return await asyncio.to_thread(answers.rendered, answer, about, kind, asking.opacity, asking.top)
 
     def _refused(self, refusal: Refusal) -> web.Response:
         self.metrics.rejected.labels(refusal.reason).inc()

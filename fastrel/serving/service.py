@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 #: The environment variable by which the processes of the stages get it.
 VARIABLE = "FASTREL_SERVICE"
 
+#: Names the file in which a worker that cannot start says why.
+REASON = "FASTREL_SERVICE_REASON"
+
 
 @dataclass(frozen=True)
 class Service:
