@@ -425,6 +425,31 @@ def test_evaluate_writes_tables_and_plots_and_resumes(tmp_path: Path, capsys: py
     assert {"partial_lrp, positive", "partial_lrp, official", "transformer_attribution, official"} <= names
 
 
+def test_scores_of_one_set_of_rules_are_not_those_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*EVALUATE, "--limit", "2", "--out", str(tmp_path)]
+    assert main([*command, "--rules", "positive"]) == 0
+    assert main([*command, "--rules", "official"]) == 0
+    found = {s["configuration"] for s in scores(tmp_path)}
+    assert found == {"transformer_attribution, positive", "transformer_attribution, official"}
+    assert capsys.readouterr().out.count("| transformer_attribution |") == 2  # alone in its table, it needs no more of a name
+
+
+def test_scores_of_other_weights_are_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, weights = tiny.pictures(tmp_path / "p", 2), tmp_path / "w.pth"
+    for path in folder.iterdir():
+        path.rename(folder / f"1_{path.name}")
+    command = ["evaluate", "--data", f"images:{folder}", "--model", "tests.tiny:vit", "--weights", str(weights)]
+    command += ["--metric", "insertion", "--out", str(tmp_path / "out")]
+    model = tiny.vit()
+    torch.save(model.state_dict(), weights)
+    assert main(command) == 0
+    with torch.no_grad():
+        model.head.bias += 1  # type: ignore[union-attr,operator]
+    torch.save(model.state_dict(), weights)
+    assert main(command) == 2
+    assert "holds scores made with {'sha256': " in capsys.readouterr().err
+
+
 def test_the_perturbation_curve_is_that_of_the_metric(tmp_path: Path) -> None:
     import fastrel
     from fastrel import demo, metrics

@@ -23,7 +23,7 @@ _UNREADABLE = (InputError, OSError, ValueError, SyntaxError)
 
 @dataclass(frozen=True)
 class Configuration:
-    """A method with its options, under the name that tables give it."""
+    """A method with its options, under the name that scores are kept by: that of the method, and of the rules if they matter."""
 
     name: str
     method: str
@@ -49,9 +49,16 @@ def configurations(
         method = methods.get(name)
         own = (start_layer, normalize) if name == "transformer_attribution" else (None, None)
         for chosen in rules if method.needs_relevance else rules[:1]:
-            label = f"{name}, {chosen}" if method.needs_relevance and len(rules) > 1 else name
-            found.append(Configuration(label, name, chosen, *own))
+            found.append(Configuration(f"{name}, {chosen}" if method.needs_relevance else name, name, chosen, *own))
     return found
+
+
+def labels(chosen: Sequence[Configuration]) -> dict[str, str]:
+    """What tables call configurations, by their names: the method alone where it has one set of rules among these."""
+    names: dict[str, set[str]] = {}
+    for one in chosen:
+        names.setdefault(one.method, set()).add(one.name)
+    return {one.name: one.method if len(names[one.method]) == 1 else one.name for one in chosen}
 
 
 def evaluate(
