@@ -95,6 +95,45 @@ def test_explain_takes_bytes_pictures_arrays_and_names_what_fails() -> None:
     assert explain({"image": []})["item"] == []
 
 
+def test_a_picture_gives_the_map_of_its_bytes_whatever_its_mode() -> None:
+    explain = Explain("tests.tiny:vit", target=3)
+    grey, alpha = np.asarray(hostile.rgb().convert("L")), np.full((48, 64), 90, np.uint8)
+    turned = hostile.rgb()
+    turned.getexif()[0x0112] = 6
+    given = [
+        Image.merge("RGBA", (*hostile.rgb().resize((64, 48)).split(), Image.fromarray(alpha))),
+        Image.fromarray(grey.astype(np.uint16) * 200),
+        turned,
+    ]
+    encoded = [hostile.encoded(image, "PNG", exif=image.getexif()) for image in given]
+    from_bytes, from_pictures = explain({"image": encoded}), explain({"image": given})
+    assert from_pictures["error"] == [None] * 3
+    assert from_pictures["notes"] == from_bytes["notes"]
+    assert all(from_bytes["notes"])
+    assert np.array_equal(from_pictures["map"], from_bytes["map"])
+
+
+def test_items_of_one_name_keep_their_own_maps() -> None:
+    first, second = hostile.rgb(), hostile.rgb().rotate(90)
+    explain = Explain("tests.tiny:vit", target=3)
+    apart, together = explain({"image": [first, second]}), explain({"item": ["x", "x"], "image": [first, second]})
+    assert not np.allclose(apart["map"][0], apart["map"][1])
+    assert np.array_equal(together["map"], apart["map"])
+
+
+def test_an_item_without_a_sample_is_a_failure_of_its_own() -> None:
+    explain = Explain("tests.tiny:vit", target=1)
+    good = {"x": np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)}
+    made = explain.rows([decoding.Decoded("none", samples=[]), decoding.Decoded("good", samples=[good])])
+    assert [(row.item, row.error) for row in made] == [("none", "the model's reader makes no sample of it"), ("good", None)]
+
+
+@pytest.mark.parametrize("target", [[3, 4], (3, "4"), np.array([3, 4])])
+def test_targets_may_be_class_numbers(target: Any) -> None:
+    made = Explain("tests.tiny:vit", target=target)({"image": [hostile.rgb()]})
+    assert (made["error"], made["target"].tolist()) == ([None, None], [3, 4])
+
+
 def test_explain_never_raises_not_even_for_a_model_that_is_not_there() -> None:
     made = Explain("no.module:f")({"item": ["a.jpg", "b.jpg"]})
     assert made["item"] == ["a.jpg", "b.jpg"]

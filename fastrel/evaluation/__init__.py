@@ -9,4 +9,14 @@ from fastrel.evaluation.store import Store
 from fastrel.evaluation.subjects import ImageSubject, TextSubject
 from fastrel.evaluation.summary import Row, summarise
 
-__all__ = ["Configuration", "ImageSubject", "Row", "Store", "TextSubject", "configurations", "evaluate", "labels", "summarise"]
+__all__ = [
+    "Configuration",
+    "ImageSubject",
+    "Row",
+    "Store",
+    "TextSubject",
+    "configurations",
+    "evaluate",
+    "labels",
+    "summarise",
+]
