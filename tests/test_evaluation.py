@@ -5,6 +5,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import time
@@ -112,17 +113,21 @@ def test_coco_masks(tmp_path: Path) -> None:
         data.read(f"coco:{tmp_path / 'coco'}")
 
 
-def test_imagenet_segmentation_is_read_as_matlab_wrote_it(tmp_path: Path) -> None:
-    picture = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
-    mask = np.zeros((5, 7), np.uint8)
-    mask[1:3, 2:6] = 1
-    path = tmp_path / "gtsegs_ijcv.mat"
+def matlab_file(path: Path, picture: np.ndarray, mask: np.ndarray) -> Path:
     with h5py.File(path, "w") as file:  # MATLAB writes arrays in column-major order, cells as references
         image, gt = file.create_dataset("#refs#/i", data=picture.T), file.create_dataset("#refs#/g", data=mask.T)
         cell = file.create_dataset("#refs#/c", (1, 1), h5py.ref_dtype)
         cell[0, 0] = gt.ref
         for name, target in (("img", image), ("gt", cell)):
             file.create_dataset(f"value/{name}", (1, 1), h5py.ref_dtype)[0, 0] = target.ref
+    return path
+
+
+def test_imagenet_segmentation_is_read_as_matlab_wrote_it(tmp_path: Path) -> None:
+    picture = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    mask = np.zeros((5, 7), np.uint8)
+    mask[1:3, 2:6] = 1
+    path = matlab_file(tmp_path / "gtsegs_ijcv.mat", picture, mask)
     (item,) = data.read(f"imagenet-seg:{path}")
     assert np.array_equal(np.asarray(item.picture()), picture)
     assert np.array_equal(item.mask(), mask == 1)
@@ -163,6 +168,43 @@ def test_sst_keeps_the_words_of_the_sentence_s_polarity(tmp_path: Path) -> None:
         1,
         [False, False, False, True],
     )
+
+
+def test_items_of_every_kind_of_data_can_be_sent_to_the_processes_that_read(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    scene(tmp_path / "images" / "1_x.png")
+    matlab = matlab_file(tmp_path / "m.mat", np.zeros((5, 7, 3), np.uint8), np.eye(5, 7, dtype=np.uint8))
+    (tmp_path / "e.jsonl").write_text('{"id": "x", "label": 1, "text": "so good", "spans": [[1, 2]]}')
+    (tmp_path / "t.txt").write_text("(3 (2 a) (4 gem))")
+    paths = {
+        "mosaics": "",
+        "images": tmp_path / "images",
+        "coco": coco_folder(tmp_path / "coco"),
+        "imagenet-seg": matlab,
+        "eraser": tmp_path / "e.jsonl",
+        "sst": tmp_path / "t.txt",
+    }
+    assert paths.keys() == data.READERS.keys()
+    for kind, path in paths.items():
+        item = data.read(f"{kind}:{path}")[0]
+        sent = pickle.loads(pickle.dumps(item))
+        assert sent.name == item.name
+        if isinstance(item, data.ImageItem):
+            assert sent.picture() == item.picture(), kind
+            assert (sent.mask is None) == (item.mask is None)
+            assert item.mask is None or np.array_equal(sent.mask(), item.mask())
+        else:
+            assert sent.words == item.words
+
+
+def test_what_cannot_be_sent_to_other_processes_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = next(ahead.ahead([[2]], lambda x: 3 * x, 0))
+    assert found == 6  # forked processes have the function
+    with pytest.raises(InputError, match=r"<function .*lambda.* cannot be sent .*functools\.partial"):
+        next(ahead.ahead([[lambda: 2]], abs, 0))
+    monkeypatch.setattr(ahead.sys, "platform", "darwin")
+    with pytest.raises(InputError, match=r"<function .*lambda.* cannot be sent .*functools\.partial"):
+        next(ahead.ahead([[2]], lambda x: x, 0))
 
 
 def test_data_that_is_not_there_or_empty(tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ class Explain:
 
         Args:
             batch: "item" (or "path"): names; "image" (or "bytes", as `ray.data.read_binary_files` calls it): the bytes of
-                files, PIL images (of several frames the one they are at) or arrays [H, W, 3] of uint8; or "text": strings. Without these, items are paths.
+                files, PIL images (of several frames the one they are at) or arrays [H, W, 3] of uint8; or "text": strings.
+                Without these, items are paths.
 
         Returns:
             The columns that `fastrel batch` writes, of `fastrel.batch.row.Row`: "map" [N, gh, gw] float32, or (texts) lists of

@@ -127,18 +127,27 @@ def imagenet_segmentation(path: Path) -> list[ImageItem]:
     with needed("reading .mat files", "evaluate"):
         import h5py
 
-    def picture(i: int) -> Image.Image:
-        with h5py.File(path) as file:
-            return Image.fromarray(np.array(file[file["value/img"][i, 0]]).T)
-
-    def mask(i: int) -> np.ndarray:
-        with h5py.File(path) as file:
-            cells = file[file["value/gt"][i, 0]]
-            return np.array(file[cells[0, 0]]).T != 0
-
     try:
         with h5py.File(path) as file:
             count = len(file["value/img"])
     except (OSError, KeyError) as error:
         raise InputError(f"{path} is not gtsegs_ijcv.mat: {error}") from error
-    return [ImageItem(f"{i:04d}", f"{i:04d}", partial(picture, i), (), partial(mask, i)) for i in range(count)]
+    return [
+        ImageItem(f"{i:04d}", f"{i:04d}", partial(_matlab_picture, path, i), (), partial(_matlab_mask, path, i))
+        for i in range(count)
+    ]
+
+
+def _matlab_picture(path: Path, i: int) -> Image.Image:
+    import h5py
+
+    with h5py.File(path) as file:
+        return Image.fromarray(np.array(file[file["value/img"][i, 0]]).T)
+
+
+def _matlab_mask(path: Path, i: int) -> np.ndarray:
+    import h5py
+
+    with h5py.File(path) as file:
+        cells = file[file["value/gt"][i, 0]]
+        return np.array(file[cells[0, 0]]).T != 0
