@@ -160,6 +160,13 @@ def test_eraser_in_its_own_format_and_in_one_file(tmp_path: Path) -> None:
         data.read(f"eraser:{tmp_path / 'cut.jsonl.gz'}")
 
 
+def test_items_numbered_by_integers_are_known_again(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"id": 7, "label": 1, "text": "so good", "spans": [[1, 2]]}')
+    (item,) = data.read(f"eraser:{tmp_path / 't.jsonl'}")
+    Store(tmp_path, {}).add(group(item.name))
+    assert Store(tmp_path, {}).done(item.name, "rollout", "pointing")
+
+
 def test_sst_keeps_the_words_of_the_sentence_s_polarity(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("(3 (2 a) (4 (1 (1 not) (1 dull)) (4 gem)))\n(2 (2 so) (2 so))\n(1 (2 a) (2 film))\n")
     (item,) = data.read(f"sst:{tmp_path / 't.txt'}")

@@ -178,8 +178,8 @@ def _require_picklable(given: Any) -> None:
         pickle.dumps(given)
     except Exception as error:  # PicklingError, AttributeError, TypeError: as what it holds has it
         raise InputError(
-            f"{repr(given):.200} cannot be sent to the processes that read: {reason(error)}; use functions and classes of a module's top "
-            "level (functools.partial for arguments) instead of lambdas and those defined inside a function"
+            f"{given!s:.200} cannot be sent to the processes that read: {reason(error)}; use functions and classes of a module's "
+            "top level (functools.partial for arguments) instead of lambdas and those defined inside a function"
         ) from error
 
 
