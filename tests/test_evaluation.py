@@ -9,6 +9,7 @@ import pickle
 import resource
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fastrel import data
 from fastrel.cli import main
 from fastrel.data import ahead
 from fastrel.errors import InputError
-from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, summarise
+from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, summarise, summary
 from fastrel.evaluation.store import Score
 from fastrel.evaluation.summary import holm, interval, markdown, paired
 from fastrel.explainer import Explainer
@@ -454,6 +455,30 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_approximation_for_many_val
     assert [low, high] == pytest.approx([values.mean() - 0.196, values.mean() + 0.196], abs=0.03)
 
 
+def test_many_pictures_are_resampled_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(3).normal(size=5_000)
+    tracemalloc.start()
+    try:
+        interval(values)
+        monkeypatch.setattr(summary, "_RESAMPLES", 5_000)
+        paired(values)
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("count", [33, 101])
+def test_resamples_do_not_depend_on_how_many_are_drawn_at_a_time(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(4).normal(0.2, 1, count)
+    drawn = np.random.default_rng(0).integers(0, count, (summary._RESAMPLES // 10, count))
+    signs = 1 - 2.0 * np.random.default_rng(0).integers(0, 2, (summary._RESAMPLES, count), np.int8)
+    extreme = 1 + int((abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)).sum())
+    for size in (1 << 22, 6_000):
+        monkeypatch.setattr(summary, "_DRAWN", size)
+        assert interval(values) == tuple(np.percentile(values[drawn].mean(1), (2.5, 97.5)))
+        assert paired(values)[1] == extreme / (summary._RESAMPLES + 1)
+
+
 # The command
 
 
@@ -532,6 +557,18 @@ def test_bad_items_are_named_and_the_others_scored(tmp_path: Path, capsys: pytes
     (folder / "a.png").unlink()
     assert main([*command[:-1], str(tmp_path / "none")]) == 2
     assert "none of 2 items could be scored" in capsys.readouterr().err
+
+
+def test_a_metric_that_fails_for_all_items_is_an_error_also_beside_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = coco_folder(tmp_path / "coco")
+    command = ["evaluate", "--data", f"coco:{folder}", "--out", str(tmp_path / "out"), "--model", "tests.tiny:vit"]
+    assert main([*command, "--metric", "pointing"]) == 0
+    for name in "ab":
+        Image.fromarray(np.full((10, 10), 7, np.uint8)).save(folder / f"{name}_mask.png")
+    assert main([*command, "--metric", "segmentation"]) == 2
+    assert "none of 2 items could be scored; a.png/thing: transformer_attribution" in capsys.readouterr().err
 
 
 def test_evaluate_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,8 @@ def run(options: argparse.Namespace) -> int:
         if score.item in wanted and score.scorer in options.metric and score.configuration in called
     ]
     rows = summarise(shown, list(called.values()))
+    if not rows:
+        raise InputError(f"{', '.join(options.metric)}: undefined for each of the {len(items)} items")
     table = markdown(rows)
     files.write(out / "results.md", table + "\n")
     files.write(out / "results.csv", _table(rows))

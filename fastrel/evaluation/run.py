@@ -84,7 +84,7 @@ def evaluate(
         workers: processes that read and decode ahead; 0: one, which does not.
 
     Raises:
-        InputError: items of a kind that the subject does not take, or an unknown metric.
+        InputError: items of a kind that the subject does not take, an unknown metric, or none of the items could be scored.
         CaptureError: the model cannot be captured.
         UnsupportedModelError: the model cannot be explained.
     """
@@ -110,7 +110,9 @@ def evaluate(
                     store.add([Score(item.name, item.group, name, metric, key, value) for key, value in values.items()])
         for item, _ in batch:
             progress(item.name)
-    if len(failures) == len(items) and not store.scores:
+    wanted = {item.name for item in items}
+    scored = any(s.item in wanted and s.configuration in explainers and s.scorer in functions for s in store.scores)
+    if failures and not scored:
         first, why = next(iter(failures.items()))
         raise InputError(f"none of {len(items)} items could be scored; {first}: {why}")
     return failures
