@@ -229,6 +229,26 @@ def test_the_output_is_parquet_with_tensors_and_says_what_made_it(tmp_path: Path
         batch.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cpus", "2"], "--cpus: of a Ray cluster; add --ray"),
+        (["--gpus", "1", "--actors", "1"], "--actors --gpus: of a Ray cluster; add --ray"),
+        (["--address", "auto"], "--address: of a Ray cluster; add --ray"),
+        (["--ray", "--workers", "4"], "--workers 4: on Ray, actors read what they explain"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*given: Any, **options: Any) -> None:
+        raise InputError("too late")
+
+    monkeypatch.setattr("fastrel.commands.batch.Explain", loaded)
+    assert main(["batch", str(tmp_path), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_other_settings_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = tiny.pictures(tmp_path / "p", 2), str(tmp_path / "out")
     command = ["batch", str(folder), *VIT, "--out", out, "--workers", "0"]

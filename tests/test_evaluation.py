@@ -24,7 +24,7 @@ from fastrel import data
 from fastrel.cli import main
 from fastrel.data import ahead
 from fastrel.errors import InputError
-from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, summarise, summary
+from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, scorers, summarise, summary
 from fastrel.evaluation.store import Score
 from fastrel.evaluation.summary import holm, interval, markdown, paired
 from fastrel.explainer import Explainer
@@ -557,6 +557,13 @@ def test_bad_items_are_named_and_the_others_scored(tmp_path: Path, capsys: pytes
     (folder / "a.png").unlink()
     assert main([*command[:-1], str(tmp_path / "none")]) == 2
     assert "none of 2 items could be scored" in capsys.readouterr().err
+
+
+def test_the_help_says_which_metrics_are_whose(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"pictures: {', '.join(scorers.IMAGE_SCORERS)}; texts: {', '.join(scorers.TEXT_SCORERS)}" in said
 
 
 def test_a_metric_that_fails_for_all_items_is_an_error_also_beside_another(

@@ -51,7 +51,7 @@ def run(
     schema: Any,
     progress: Progress,
     *,
-    actors: int,
+    actors: int = 1,
     cpus: float = 1,
     gpus: float = 0,
     address: str | None = None,

@@ -51,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         choices=[*scorers.IMAGE_SCORERS, *scorers.TEXT_SCORERS],
-        help="pictures: the first four; texts: the last two",
+        help=f"pictures: {', '.join(scorers.IMAGE_SCORERS)}; texts: {', '.join(scorers.TEXT_SCORERS)}",
     )
     parser.add_argument("--start-layer", type=int, metavar="N", help="of transformer attribution (default: 0)")
     parser.add_argument(
