@@ -22,7 +22,7 @@ from scipy.stats import ttest_1samp
 
 from fastrel import data
 from fastrel.cli import main
-from fastrel.data import ahead
+from fastrel.data import ahead, pictures
 from fastrel.errors import InputError
 from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, scorers, summarise, summary
 from fastrel.evaluation.store import Score
@@ -542,6 +542,24 @@ def test_the_perturbation_curve_is_that_of_the_metric(tmp_path: Path) -> None:
         assert found[f"{order} predicted (black)"] == pytest.approx(curve.auc)
         assert found[f"{order} predicted (black) at 0.3"] == curve.accuracy[3]
     assert (out / "curves.png").exists()
+
+
+def test_a_picture_is_decoded_once_and_not_in_the_main_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, here = multiprocessing.get_context("fork").Value("i", 0), []
+    read = pictures.read
+
+    def counted(*given: Any) -> Any:
+        with opened.get_lock():
+            opened.value += 1
+        here.append(os.getpid())
+        return read(*given)
+
+    monkeypatch.setattr(pictures, "read", counted)
+    command = ["evaluate", "--data", f"coco:{coco_folder(tmp_path / 'coco')}", "--model", "tests.tiny:vit", "--methods"]
+    command += ["rollout", "raw_attention", "--metric", "pointing", "segmentation", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert len({(s["item"], s["configuration"], s["scorer"]) for s in scores(tmp_path / "out")}) == 2 * 2 * 2
+    assert (opened.value, here) == (2, [])
 
 
 def test_bad_items_are_named_and_the_others_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
