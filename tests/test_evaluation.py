@@ -294,6 +294,18 @@ def test_damage_costs_at_most_the_group_that_has_it(damage: Any, tmp_path: Path)
     assert sorted(Store(tmp_path, {}).scores) == sorted(group("a") + group("b") + group("c"))
 
 
+def test_a_stray_quote_in_a_long_file_costs_what_follows_and_is_no_traceback(tmp_path: Path) -> None:
+    store = Store(tmp_path, {})
+    for i in range(3_000):
+        store.add([Score(f"item{i}", "group", "rollout", "pointing", "pointing", 0.5)])
+    content = store.path.read_bytes()
+    assert len(content) > csv.field_size_limit()
+    store.path.write_bytes(content.replace(b"item2,", b'"item2,', 1))
+    again = Store(tmp_path, {})
+    assert {"item0", "item1"} <= {score.item for score in again.scores}
+    assert not again.done("item2", "rollout", "pointing")
+
+
 def test_an_interrupted_repair_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path, {})
     for item in "abc":
