@@ -105,10 +105,7 @@ def collect(subject: str, limit: int | None) -> None:
         path = file_of(subject, item)
         if path.exists():
             continue
-        sample = own.read(item)
-        words: list[int | None] = []
-        if isinstance(item, TextItem):
-            sample, words = sample
+        sample, words = own.read(item)
         args, kwargs = own.loaded.arguments(own.loaded.inputs([sample]))
         if isinstance(item, TextItem):
             target = item.label
@@ -117,6 +114,7 @@ def collect(subject: str, limit: int | None) -> None:
             target = max(item.classes, key=lambda c: float(logits[c]))
         found = blocks(explainer, args, kwargs, target)
         part = path.with_suffix(".part.npz")
+        words = words if isinstance(item, TextItem) else ()
         np.savez(part, words=np.array([-1 if w is None else w for w in words]), **found._asdict())
         part.rename(path)
         print(f"{number + 1}/{len(items)} {item.name}", file=sys.stderr, flush=True)
@@ -125,7 +123,8 @@ def collect(subject: str, limit: int | None) -> None:
 def image_scores(
     own: ImageSubject, item: ImageItem, kept: Any, readings: dict[str, np.ndarray]
 ) -> Iterator[tuple[str, str, float]]:
-    mask = own.mask(item)
+    picture = item.picture()
+    mask = own.mask(item, (picture.height, picture.width))
     if mask is None or not mask.any():
         return
     for name, row in readings.items():

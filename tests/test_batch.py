@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -93,6 +93,45 @@ def test_explain_takes_bytes_pictures_arrays_and_names_what_fails() -> None:
     assert np.isnan(made["map"][3:]).all()
     assert "more pixels than are read" in made["error"][5]
     assert explain({"image": []})["item"] == []
+
+
+def test_a_picture_gives_the_map_of_its_bytes_whatever_its_mode() -> None:
+    explain = Explain("tests.tiny:vit", target=3)
+    grey, alpha = np.asarray(hostile.rgb().convert("L")), np.full((48, 64), 90, np.uint8)
+    turned = hostile.rgb()
+    turned.getexif()[0x0112] = 6
+    given = [
+        Image.merge("RGBA", (*hostile.rgb().resize((64, 48)).split(), Image.fromarray(alpha))),
+        Image.fromarray(grey.astype(np.uint16) * 200),
+        turned,
+    ]
+    encoded = [hostile.encoded(image, "PNG", exif=image.getexif()) for image in given]
+    from_bytes, from_pictures = explain({"image": encoded}), explain({"image": given})
+    assert from_pictures["error"] == [None] * 3
+    assert from_pictures["notes"] == from_bytes["notes"]
+    assert all(from_bytes["notes"])
+    assert np.array_equal(from_pictures["map"], from_bytes["map"])
+
+
+def test_items_of_one_name_keep_their_own_maps() -> None:
+    first, second = hostile.rgb(), hostile.rgb().rotate(90)
+    explain = Explain("tests.tiny:vit", target=3)
+    apart, together = explain({"image": [first, second]}), explain({"item": ["x", "x"], "image": [first, second]})
+    assert not np.allclose(apart["map"][0], apart["map"][1])
+    assert np.array_equal(together["map"], apart["map"])
+
+
+def test_an_item_without_a_sample_is_a_failure_of_its_own() -> None:
+    explain = Explain("tests.tiny:vit", target=1)
+    good = {"x": np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)}
+    made = explain.rows([decoding.Decoded("none", samples=[]), decoding.Decoded("good", samples=[good])])
+    assert [(row.item, row.error) for row in made] == [("none", "the model's reader makes no sample of it"), ("good", None)]
+
+
+@pytest.mark.parametrize("target", [[3, 4], (3, "4"), np.array([3, 4])])
+def test_targets_may_be_class_numbers(target: Any) -> None:
+    made = Explain("tests.tiny:vit", target=target)({"image": [hostile.rgb()]})
+    assert (made["error"], made["target"].tolist()) == ([None, None], [3, 4])
 
 
 def test_explain_never_raises_not_even_for_a_model_that_is_not_there() -> None:
@@ -188,6 +227,26 @@ def test_the_output_is_parquet_with_tensors_and_says_what_made_it(tmp_path: Path
     assert frame["map"][3].shape == (4, 4)
     with pytest.raises(InputError, match="no folder of results"):
         batch.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cpus", "2"], "--cpus: of a Ray cluster; add --ray"),
+        (["--gpus", "1", "--actors", "1"], "--actors --gpus: of a Ray cluster; add --ray"),
+        (["--address", "auto"], "--address: of a Ray cluster; add --ray"),
+        (["--ray", "--workers", "4"], "--workers 4: on Ray, actors read what they explain"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*given: Any, **options: Any) -> None:
+        raise InputError("too late")
+
+    monkeypatch.setattr("fastrel.commands.batch.Explain", loaded)
+    assert main(["batch", str(tmp_path), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_other_settings_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,17 +472,18 @@ def test_ten_thousand_items_in_flat_memory_and_few_files(tmp_path: Path) -> None
     items = [inputs.Item(f"{i}", inputs.Value(content)) for i in range(10_000)]
     explain = Explain("tests.test_batch:one_block", batch_size=256)
     schema = table.schema(explain.shape(), {})
-    peak: list[int] = []
+    process, resident = psutil.Process(), []
     with Store(str(tmp_path), explain.settings.describe(explain.loaded)) as store:
         tasks = store.tasks(items, retry=False, size=512)
 
         def watch(done: int, failed: int) -> None:
-            peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            resident.append(process.memory_info().rss)
 
         local.run(explain, tasks, store, schema, 0, watch)
     assert rows(tmp_path).num_rows == 10_000
     assert len(parts(tmp_path)) == 20
-    assert peak[-1] - peak[len(peak) // 4] < 10_000  # kB over the last 7,500 items; their rows alone would be 15,000
+    _, second, _, last = np.array_split(resident, 4)
+    assert np.mean(last) - np.mean(second) < 5 << 20  # the rows of the 5,000 items between them would be 10 MB
 
 
 def one_block() -> torch.nn.Module:

@@ -196,12 +196,36 @@ def test_the_callable_maps_a_data_set_of_one_s_own(tmp_path: Path) -> None:
     assert np.stack(list(frame["map"])).shape == (19, 4, 4)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "gpus", "expected"),
+    [
+        ([{"CPU": 4.0}] * 4, 16, 0, 0),  # together as many as one actor needs, and none that can hold it
+        ([{"CPU": 4.0}] * 4, 3, 0, 4),
+        ([{"CPU": 4.0}, {"CPU": 7.0}], 2, 0, 5),
+        ([{"CPU": 3.0}], 0.3, 0, 10),
+        ([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 64.0}], 1, 1, 2),
+        ([{"CPU": 8.0, "GPU": 2.0}], 1, 0.6, 2),  # no actor has parts of two GPUs
+        ([{"CPU": 8.0, "GPU": 2.0}], 1, 0.25, 8),
+        ([{"GPU": 2.0, "memory": 1e9}], 0, 1, 2),
+        ([], 1, 0, 0),
+    ],
+)
+def test_actors_fit_where_a_node_has_room_for_them(
+    nodes: list[dict[str, float]], cpus: float, gpus: float, expected: int
+) -> None:
+    from fastrel.batch.on_ray import room
+
+    assert room(nodes, cpus, gpus) == expected
+
+
 @pytest.mark.usefixtures("connected")
 def test_too_few_processors_are_an_error_not_a_hang(explain: Explain, tmp_path: Path) -> None:
     folder = tiny.pictures(tmp_path / "p", 2)
     started = time.monotonic()
-    with pytest.raises(InputError, match="3 actors of 1 CPUs each need 3; the cluster has 2"):
+    with pytest.raises(
+        InputError, match="3 actors of 1 CPUs and 0 GPUs each: the cluster has room for 2; its nodes have 1 CPUs"
+    ):
         run("ray", explain, folder, tmp_path / "out", actors=3)
-    with pytest.raises(InputError, match="1 actors of 1 GPUs each need 1; the cluster has 0"):
+    with pytest.raises(InputError, match="1 actors of 1 CPUs and 1 GPUs each: the cluster has room for 0"):
         run("ray", explain, folder, tmp_path / "out", actors=1, gpus=1)
     assert time.monotonic() - started < 60

@@ -1,5 +1,6 @@
 """The command line as a user runs it."""
 
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from safetensors.torch import save_file
 
 from fastrel import demo, methods
 from fastrel.cli import main
+from fastrel.commands.outputs import Outputs
+from fastrel.data import files, inputs
 from fastrel.demo.score import score
+from fastrel.errors import InputError
 from tests import hostile, tiny
 
 
@@ -235,6 +239,71 @@ def test_the_same_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Ca
     assert main([*command, "--style", "contours"]) == 0
     assert {p.name for p in out.glob("*.png")} == {"0-1.png", "1-1.png", "2-1.png"}
     assert main(command) == 0
+
+
+def test_files_that_cannot_be_written_are_failures_of_their_own_and_long_names_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    samples = dict(zip(("a", "é" * 124 + ".png", "z.png"), demo.sample_paths()[:3], strict=True))
+    samples["a.png"] = samples.pop("a")
+    for name, sample in samples.items():
+        (tmp_path / "in" / name).write_bytes(sample.read_bytes())
+    write = files.write
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "a-1.png":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(files, "write", full)
+    command = [
+        "explain",
+        str(tmp_path / "in"),
+        "--model",
+        "tests.tiny:vit",
+        "--target",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 1
+    assert "in/a.png: OSError: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"z-1.png", "é" * 100 + "-1.png"}
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert "2 of 3 were explained before" in capsys.readouterr().out
+
+
+def test_two_runs_do_not_write_files_to_one_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    refused = context.Value("b", 0)
+
+    def other() -> None:
+        try:
+            Outputs(str(tmp_path), {})
+        except InputError as error:
+            refused.value = "another process is writing" in str(error)
+
+    with Outputs(str(tmp_path), {}):
+        process = context.Process(target=other)
+        process.start()
+        process.join()
+    assert refused.value
+    Outputs(str(tmp_path), {})
+
+
+def test_texts_are_known_again_without_being_kept(tmp_path: Path) -> None:
+    text, other = ("word " * 10_000 + end for end in "ab")
+    with Outputs(str(tmp_path), {}) as outputs:
+        item = inputs.Item("t.csv:0", inputs.Value(text))
+        (path,) = outputs.claim(item, [".html"])
+        path.touch()
+        outputs.finish(item)
+    with Outputs(str(tmp_path), {}) as outputs:
+        assert outputs.done(item)
+        assert not outputs.done(inputs.Item("t.csv:0", inputs.Value(other)))
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 2_000
 
 
 def test_hostile_files_are_named_and_the_others_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,11 @@ import gzip
 import json
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ from scipy.stats import ttest_1samp
 
 from fastrel import data
 from fastrel.cli import main
-from fastrel.data import ahead
+from fastrel.data import ahead, pictures
 from fastrel.errors import InputError
-from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, summarise
+from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, scorers, summarise, summary
 from fastrel.evaluation.store import Score
 from fastrel.evaluation.summary import holm, interval, markdown, paired
 from fastrel.explainer import Explainer
@@ -112,17 +114,21 @@ def test_coco_masks(tmp_path: Path) -> None:
         data.read(f"coco:{tmp_path / 'coco'}")
 
 
-def test_imagenet_segmentation_is_read_as_matlab_wrote_it(tmp_path: Path) -> None:
-    picture = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
-    mask = np.zeros((5, 7), np.uint8)
-    mask[1:3, 2:6] = 1
-    path = tmp_path / "gtsegs_ijcv.mat"
+def matlab_file(path: Path, picture: np.ndarray, mask: np.ndarray) -> Path:
     with h5py.File(path, "w") as file:  # MATLAB writes arrays in column-major order, cells as references
         image, gt = file.create_dataset("#refs#/i", data=picture.T), file.create_dataset("#refs#/g", data=mask.T)
         cell = file.create_dataset("#refs#/c", (1, 1), h5py.ref_dtype)
         cell[0, 0] = gt.ref
         for name, target in (("img", image), ("gt", cell)):
             file.create_dataset(f"value/{name}", (1, 1), h5py.ref_dtype)[0, 0] = target.ref
+    return path
+
+
+def test_imagenet_segmentation_is_read_as_matlab_wrote_it(tmp_path: Path) -> None:
+    picture = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    mask = np.zeros((5, 7), np.uint8)
+    mask[1:3, 2:6] = 1
+    path = matlab_file(tmp_path / "gtsegs_ijcv.mat", picture, mask)
     (item,) = data.read(f"imagenet-seg:{path}")
     assert np.array_equal(np.asarray(item.picture()), picture)
     assert np.array_equal(item.mask(), mask == 1)
@@ -155,6 +161,13 @@ def test_eraser_in_its_own_format_and_in_one_file(tmp_path: Path) -> None:
         data.read(f"eraser:{tmp_path / 'cut.jsonl.gz'}")
 
 
+def test_items_numbered_by_integers_are_known_again(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"id": 7, "label": 1, "text": "so good", "spans": [[1, 2]]}')
+    (item,) = data.read(f"eraser:{tmp_path / 't.jsonl'}")
+    Store(tmp_path, {}).add(group(item.name))
+    assert Store(tmp_path, {}).done(item.name, "rollout", "pointing")
+
+
 def test_sst_keeps_the_words_of_the_sentence_s_polarity(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("(3 (2 a) (4 (1 (1 not) (1 dull)) (4 gem)))\n(2 (2 so) (2 so))\n(1 (2 a) (2 film))\n")
     (item,) = data.read(f"sst:{tmp_path / 't.txt'}")
@@ -163,6 +176,43 @@ def test_sst_keeps_the_words_of_the_sentence_s_polarity(tmp_path: Path) -> None:
         1,
         [False, False, False, True],
     )
+
+
+def test_items_of_every_kind_of_data_can_be_sent_to_the_processes_that_read(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    scene(tmp_path / "images" / "1_x.png")
+    matlab = matlab_file(tmp_path / "m.mat", np.zeros((5, 7, 3), np.uint8), np.eye(5, 7, dtype=np.uint8))
+    (tmp_path / "e.jsonl").write_text('{"id": "x", "label": 1, "text": "so good", "spans": [[1, 2]]}')
+    (tmp_path / "t.txt").write_text("(3 (2 a) (4 gem))")
+    paths = {
+        "mosaics": "",
+        "images": tmp_path / "images",
+        "coco": coco_folder(tmp_path / "coco"),
+        "imagenet-seg": matlab,
+        "eraser": tmp_path / "e.jsonl",
+        "sst": tmp_path / "t.txt",
+    }
+    assert paths.keys() == data.READERS.keys()
+    for kind, path in paths.items():
+        item = data.read(f"{kind}:{path}")[0]
+        sent = pickle.loads(pickle.dumps(item))
+        assert sent.name == item.name
+        if isinstance(item, data.ImageItem):
+            assert sent.picture() == item.picture(), kind
+            assert (sent.mask is None) == (item.mask is None)
+            assert item.mask is None or np.array_equal(sent.mask(), item.mask())
+        else:
+            assert sent.words == item.words
+
+
+def test_what_cannot_be_sent_to_other_processes_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = next(ahead.ahead([[2]], lambda x: 3 * x, 0))
+    assert found == 6  # forked processes have the function
+    with pytest.raises(InputError, match=r"<function .*lambda.* cannot be sent .*functools\.partial"):
+        next(ahead.ahead([[lambda: 2]], abs, 0))
+    monkeypatch.setattr(ahead.sys, "platform", "darwin")
+    with pytest.raises(InputError, match=r"<function .*lambda.* cannot be sent .*functools\.partial"):
+        next(ahead.ahead([[2]], lambda x: x, 0))
 
 
 def test_data_that_is_not_there_or_empty(tmp_path: Path) -> None:
@@ -242,6 +292,18 @@ def test_damage_costs_at_most_the_group_that_has_it(damage: Any, tmp_path: Path)
     if "a" not in items:
         again.add(group("a"))
     assert sorted(Store(tmp_path, {}).scores) == sorted(group("a") + group("b") + group("c"))
+
+
+def test_a_stray_quote_in_a_long_file_costs_what_follows_and_is_no_traceback(tmp_path: Path) -> None:
+    store = Store(tmp_path, {})
+    for i in range(3_000):
+        store.add([Score(f"item{i}", "group", "rollout", "pointing", "pointing", 0.5)])
+    content = store.path.read_bytes()
+    assert len(content) > csv.field_size_limit()
+    store.path.write_bytes(content.replace(b"item2,", b'"item2,', 1))
+    again = Store(tmp_path, {})
+    assert {"item0", "item1"} <= {score.item for score in again.scores}
+    assert not again.done("item2", "rollout", "pointing")
 
 
 def test_an_interrupted_repair_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,6 +467,30 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_approximation_for_many_val
     assert [low, high] == pytest.approx([values.mean() - 0.196, values.mean() + 0.196], abs=0.03)
 
 
+def test_many_pictures_are_resampled_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(3).normal(size=5_000)
+    tracemalloc.start()
+    try:
+        interval(values)
+        monkeypatch.setattr(summary, "_RESAMPLES", 5_000)
+        paired(values)
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("count", [33, 101])
+def test_resamples_do_not_depend_on_how_many_are_drawn_at_a_time(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(4).normal(0.2, 1, count)
+    drawn = np.random.default_rng(0).integers(0, count, (summary._RESAMPLES // 10, count))
+    signs = 1 - 2.0 * np.random.default_rng(0).integers(0, 2, (summary._RESAMPLES, count), np.int8)
+    extreme = 1 + int((abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)).sum())
+    for size in (1 << 22, 6_000):
+        monkeypatch.setattr(summary, "_DRAWN", size)
+        assert interval(values) == tuple(np.percentile(values[drawn].mean(1), (2.5, 97.5)))
+        assert paired(values)[1] == extreme / (summary._RESAMPLES + 1)
+
+
 # The command
 
 
@@ -425,6 +511,33 @@ def test_evaluate_writes_tables_and_plots_and_resumes(tmp_path: Path, capsys: py
     assert {"partial_lrp, positive", "partial_lrp, official", "transformer_attribution, official"} <= names
 
 
+def test_scores_of_one_set_of_rules_are_not_those_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*EVALUATE, "--limit", "2", "--out", str(tmp_path)]
+    assert main([*command, "--rules", "positive"]) == 0
+    assert main([*command, "--rules", "official"]) == 0
+    found = {s["configuration"] for s in scores(tmp_path)}
+    assert found == {"transformer_attribution, positive", "transformer_attribution, official"}
+    assert (
+        capsys.readouterr().out.count("| transformer_attribution |") == 2
+    )  # alone in its table, it needs no more of a name
+
+
+def test_scores_of_other_weights_are_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, weights = tiny.pictures(tmp_path / "p", 2), tmp_path / "w.pth"
+    for path in folder.iterdir():
+        path.rename(folder / f"1_{path.name}")
+    command = ["evaluate", "--data", f"images:{folder}", "--model", "tests.tiny:vit", "--weights", str(weights)]
+    command += ["--metric", "insertion", "--out", str(tmp_path / "out")]
+    model = tiny.vit()
+    torch.save(model.state_dict(), weights)
+    assert main(command) == 0
+    with torch.no_grad():
+        model.head.bias += 1  # type: ignore[union-attr,operator]
+    torch.save(model.state_dict(), weights)
+    assert main(command) == 2
+    assert "holds scores made with {'sha256': " in capsys.readouterr().err
+
+
 def test_the_perturbation_curve_is_that_of_the_metric(tmp_path: Path) -> None:
     import fastrel
     from fastrel import demo, metrics
@@ -443,6 +556,24 @@ def test_the_perturbation_curve_is_that_of_the_metric(tmp_path: Path) -> None:
     assert (out / "curves.png").exists()
 
 
+def test_a_picture_is_decoded_once_and_not_in_the_main_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, here = multiprocessing.get_context("fork").Value("i", 0), []
+    read = pictures.read
+
+    def counted(*given: Any) -> Any:
+        with opened.get_lock():
+            opened.value += 1
+        here.append(os.getpid())
+        return read(*given)
+
+    monkeypatch.setattr(pictures, "read", counted)
+    command = ["evaluate", "--data", f"coco:{coco_folder(tmp_path / 'coco')}", "--model", "tests.tiny:vit", "--methods"]
+    command += ["rollout", "raw_attention", "--metric", "pointing", "segmentation", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert len({(s["item"], s["configuration"], s["scorer"]) for s in scores(tmp_path / "out")}) == 2 * 2 * 2
+    assert (opened.value, here) == (2, [])
+
+
 def test_bad_items_are_named_and_the_others_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = coco_folder(tmp_path / "coco")
     Image.fromarray(np.full((10, 10), 7, np.uint8)).save(folder / "b_mask.png")
@@ -456,6 +587,25 @@ def test_bad_items_are_named_and_the_others_scored(tmp_path: Path, capsys: pytes
     (folder / "a.png").unlink()
     assert main([*command[:-1], str(tmp_path / "none")]) == 2
     assert "none of 2 items could be scored" in capsys.readouterr().err
+
+
+def test_the_help_says_which_metrics_are_whose(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"pictures: {', '.join(scorers.IMAGE_SCORERS)}; texts: {', '.join(scorers.TEXT_SCORERS)}" in said
+
+
+def test_a_metric_that_fails_for_all_items_is_an_error_also_beside_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = coco_folder(tmp_path / "coco")
+    command = ["evaluate", "--data", f"coco:{folder}", "--out", str(tmp_path / "out"), "--model", "tests.tiny:vit"]
+    assert main([*command, "--metric", "pointing"]) == 0
+    for name in "ab":
+        Image.fromarray(np.full((10, 10), 7, np.uint8)).save(folder / f"{name}_mask.png")
+    assert main([*command, "--metric", "segmentation"]) == 2
+    assert "none of 2 items could be scored; a.png/thing: transformer_attribution" in capsys.readouterr().err
 
 
 def test_evaluate_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastrel import data
 from fastrel.data import inputs, pictures
 from fastrel.data.preprocessing import Preprocessing, Wrapped, shown
 from fastrel.errors import InputError
@@ -243,6 +245,62 @@ def test_tar_shards_are_read_in_place_and_a_torn_one_says_so(tmp_path: Path) -> 
     (tmp_path / "s.tar.gz").write_bytes(b"")
     with pytest.raises(InputError, match="unpack it"):
         inputs.find([str(tmp_path / "s.tar.gz")], "image").items[0].where.load()
+
+
+def test_hard_links_in_archives_are_items_and_of_two_members_of_one_name_the_last_counts(tmp_path: Path) -> None:
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, "w") as archive:
+        for name, content in (("0.jpg", b"first"), ("1.bin", b"second"), ("0.jpg", b"third")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        for name, kind, target in (
+            ("a.jpg", tarfile.LNKTYPE, "0.jpg"),
+            ("b.jpg", tarfile.LNKTYPE, "1.bin"),
+            ("c.jpg", tarfile.LNKTYPE, "gone"),
+            ("d.jpg", tarfile.SYMTYPE, "0.jpg"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    found = inputs.find([str(shard)], "image")
+    *whole, broken = found.items
+    assert [(item.name.rsplit("/")[-1], item.where.load()) for item in whole] == [
+        ("0.jpg", b"third"),
+        ("a.jpg", b"third"),
+        ("b.jpg", b"second"),
+    ]
+    with pytest.raises(InputError, match="a link to 'gone', which is not before it"):
+        broken.where.load()
+    assert found.ignored == 2  # 1.bin and the symbolic link
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("1_open", "2_closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(b"?")
+    scandir = os.scandir
+
+    def denied(path: str) -> Any:  # as root, file modes deny nothing
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    found, closed = inputs.find([str(tmp_path)], "image").items
+    assert (found.where.load(), closed.name) == (b"?", str(tmp_path / "2_closed"))
+    with pytest.raises(InputError, match="this folder cannot be read: Permission denied"):
+        closed.where.load()
+    with pytest.raises(InputError, match=r"the folder '.*2_closed' cannot be read: Permission denied"):
+        data.read(f"images:{tmp_path}")
+
+
+def test_a_long_text_in_a_table_is_no_reason_to_refuse_it(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    (tmp_path / "t.csv").write_text("text\n" + "word " * 40_000 + "\nshort\n")
+    long, short = inputs.find([str(tmp_path / "t.csv")], "text", "text").items
+    assert (len(long.where.load()), short.where.load()) == (200_000, "short")
+    assert csv.field_size_limit() == limit
 
 
 def test_reading_pictures_and_finding_them_needs_no_torch() -> None:

@@ -27,6 +27,8 @@ Batch: TypeAlias = dict[str, Tensor]
 #: Perturbations by which a noise floor is measured.
 _DRAWS = 2
 
+_NOTHING = "the model's reader makes no sample of it"
+
 
 class Explain:
     """Explains batches of pictures or texts; light to send to another process, where it loads its model at the first call.
@@ -38,7 +40,7 @@ class Explain:
 
     Args:
         model: a name, a folder or `MODULE:FUNCTION`, as `fastrel.models.load` takes it; None: the one that ships with fastrel.
-        options: the fields of `fastrel.batch.settings.Settings` by name.
+        options: the fields of `fastrel.batch.settings.Settings` by name; a target may also be a class number, or several.
 
     Raises:
         InputError: an option that does not exist.
@@ -49,8 +51,10 @@ class Explain:
         unknown = sorted({*options} - known)
         if unknown:
             raise InputError(f"unknown options {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-        if isinstance(options.get("target"), (str, int)):
-            options["target"] = (str(options["target"]),)
+        target = options.get("target")
+        if target is not None:
+            several = [target] if isinstance(target, (str, int, np.integer)) else target
+            options["target"] = tuple(str(word) for word in several)
         self.__setstate__({"settings": Settings(model, **options)})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,7 +76,8 @@ class Explain:
 
         Args:
             batch: "item" (or "path"): names; "image" (or "bytes", as `ray.data.read_binary_files` calls it): the bytes of
-                files, PIL images or arrays [H, W, 3] of uint8; or "text": strings. Without these, items are paths.
+                files, PIL images (of several frames the one they are at) or arrays [H, W, 3] of uint8; or "text": strings.
+                Without these, items are paths.
 
         Returns:
             The columns that `fastrel batch` writes, of `fastrel.batch.row.Row`: "map" [N, gh, gw] float32, or (texts) lists of
@@ -128,13 +133,12 @@ class Explain:
             raise
         except Exception:
             made = [rows for place in places for rows in self._one(place, noise)]
-        explained = {(item.item, window): rows for (item, window), rows in zip(places, made, strict=True)}
-        rows = []
+        following, rows = iter(made), []
         for item in items:
-            if item.error is not None:
-                rows.append(Row(item.item, item.sha256, notes=item.notes, error=item.error))
-            for window in range(len(item.samples)):
-                rows += explained[item.item, window]
+            if item.error is not None or not item.samples:
+                rows.append(Row(item.item, item.sha256, notes=item.notes, error=item.error or _NOTHING))
+            for _ in item.samples:
+                rows += next(following)
         return rows
 
     def shape(self) -> tuple[int, ...] | None:
@@ -250,7 +254,8 @@ def _decode(name: str, content: Any, loaded: Loaded) -> Decoded:
                 if content.dtype != np.uint8 or content.ndim not in (2, 3):
                     raise InputError(f"an array {content.shape} of {content.dtype} is no picture; [H, W, 3] of uint8 is")
                 content = Image.fromarray(content)
-            return Decoded(name, samples=loaded.reader(content.convert("RGB")))
+            picture = pictures.seen(content)
+            return Decoded(name, samples=loaded.reader(picture.image), notes=picture.notes)
         except Exception as error:  # whatever is no picture
             return Decoded(name, error=reason(error))
     where = File(name) if content is None else Value(content)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastrel.batch import attempts
@@ -39,6 +40,9 @@ _REACHED_S = 20
 #: How often actors may start without getting anywhere in between, per actor.
 _PATIENCE = 3
 
+#: The smallest part of a processor or GPU that Ray counts.
+_UNIT = 1e-4
+
 
 def run(
     explain: Explain,
@@ -47,7 +51,7 @@ def run(
     schema: Any,
     progress: Progress,
     *,
-    actors: int,
+    actors: int = 1,
     cpus: float = 1,
     gpus: float = 0,
     address: str | None = None,
@@ -57,7 +61,7 @@ def run(
     address: of a running cluster ("auto": the one of this machine); None starts one here, for the time of the run.
 
     Raises:
-        InputError: nothing answers at the address, or the cluster has fewer processors or GPUs than the actors need.
+        InputError: nothing answers at the address, or the nodes of the cluster have no room for the actors.
         FastrelError: an actor cannot work at all (a model that is not there, say), or actors die again and again before any
             item is finished.
     """
@@ -103,14 +107,31 @@ def _reach(address: str | None) -> None:
             raise InputError(f"no cluster answers at {address!r}: {error}; `ray status` there tells its address") from error
 
 
+def room(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> float:
+    """How many actors of so many processors and GPUs fit at once: an actor is on one node, a part of a GPU on one GPU.
+
+    nodes: what each has of "CPU" and "GPU". Infinity for actors that need neither.
+    """
+
+    def fitting(has: float, each: float) -> float:
+        return round(has / _UNIT) // round(each / _UNIT) if each >= _UNIT else math.inf
+
+    def on(node: Mapping[str, float]) -> float:
+        devices = node.get("GPU", 0)
+        parts = devices * fitting(1, gpus) if _UNIT <= gpus < 1 else fitting(devices, gpus)
+        return min(fitting(node.get("CPU", 0), cpus), parts)
+
+    return sum(map(on, nodes))
+
+
 def _require(actors: int, cpus: float, gpus: float) -> None:
     """Ray waits for ever for processors that are not there."""
-    total = ray.cluster_resources()
-    for kind, each in (("CPU", cpus), ("GPU", gpus)):
-        if total.get(kind, 0) < actors * each:
-            raise InputError(
-                f"{actors} actors of {each:g} {kind}s each need {actors * each:g}; the cluster has {total.get(kind, 0):g}"
-            )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if (most := room(nodes, cpus, gpus)) < actors:
+        has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise InputError(
+            f"{actors} actors of {cpus:g} CPUs and {gpus:g} GPUs each: the cluster has room for {most:g}; its nodes have {has}"
+        )
 
 
 class Worker:

@@ -51,9 +51,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--ray", action="store_true", help="on a Ray cluster, or (without --address) with Ray on this machine"
     )
     group.add_argument("--address", metavar="ADDRESS", help="of the cluster; auto: the one that this machine belongs to")
-    group.add_argument("--actors", type=shared.positive, default=1, metavar="N", help="default: %(default)s")
-    group.add_argument("--cpus", type=float, default=1, metavar="N", help="processors of an actor (default: %(default)s)")
-    group.add_argument("--gpus", type=float, default=0, metavar="N", help="GPUs of an actor (default: %(default)s)")
+    group.add_argument("--actors", type=shared.positive, metavar="N", help="default: 1")
+    group.add_argument("--cpus", type=float, metavar="N", help="processors of an actor (default: 1)")
+    group.add_argument("--gpus", type=float, metavar="N", help="GPUs of an actor (default: 0)")
+    parser.set_defaults(workers=None)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,8 +62,11 @@ def run(options: argparse.Namespace) -> int:
     from fastrel.batch import table
     from fastrel.batch.store import Store, failures
 
-    if not options.ray and (options.address or options.actors > 1):
-        raise InputError("--address and --actors are those of a Ray cluster: add --ray")
+    of_ray = [f"--{name}" for name in ("address", "actors", "cpus", "gpus") if getattr(options, name) is not None]
+    if of_ray and not options.ray:
+        raise InputError(f"{' '.join(of_ray)}: of a Ray cluster; add --ray")
+    if options.ray and options.workers is not None:
+        raise InputError(f"--workers {options.workers}: on Ray, actors read what they explain; give --actors")
     explain = Explain(**vars(shared.settings(options)))
     content: inputs.Content = "image" if explain.loaded.kind == "image" else "text"
     found = inputs.find(options.inputs, content, options.column)
@@ -103,12 +107,14 @@ def _work(options: argparse.Namespace, explain: Explain, tasks: list[Any], store
                 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on this machine alone: listen on loopback
             from fastrel.batch import on_ray
 
-            where = {"actors": options.actors, "cpus": options.cpus, "gpus": options.gpus, "address": options.address}
-            on_ray.run(explain, tasks, store, schema, progress, **where)
+            given = {name: getattr(options, name) for name in ("actors", "cpus", "gpus", "address")}
+            asked = {name: value for name, value in given.items() if value is not None}
+            on_ray.run(explain, tasks, store, schema, progress, **asked)
         else:
             from fastrel.batch import local
 
-            local.run(explain, tasks, store, schema, options.workers, progress)
+            workers = 1 if options.workers is None else options.workers
+            local.run(explain, tasks, store, schema, workers, progress)
 
 
 def shard(text: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from fastrel import data
 from fastrel.commands import options as shared
 from fastrel.data import files
 from fastrel.errors import InputError
-from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, plots, scorers, summarise
+from fastrel.evaluation import ImageSubject, Store, TextSubject, configurations, evaluate, labels, plots, scorers, summarise
 from fastrel.evaluation.summary import Row, markdown
 from fastrel.models import Loaded
 from fastrel.options import RULES
@@ -51,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         choices=[*scorers.IMAGE_SCORERS, *scorers.TEXT_SCORERS],
-        help="pictures: the first four; texts: the last two",
+        help=f"pictures: {', '.join(scorers.IMAGE_SCORERS)}; texts: {', '.join(scorers.TEXT_SCORERS)}",
     )
     parser.add_argument("--start-layer", type=int, metavar="N", help="of transformer attribution (default: 0)")
     parser.add_argument(
@@ -78,11 +78,12 @@ def run(options: argparse.Namespace) -> int:
         chosen = np.random.default_rng(options.seed).permutation(len(items))[: options.limit]
         items = [items[i] for i in sorted(chosen)]
     subject = _subject(loaded)
-    names = [configuration.name for configuration in chosen_methods]
+    called = labels(chosen_methods)
     out = Path(options.out)
+    made_by = {"reader": loaded.reader.describe(), "sha256": loaded.fingerprint()}
     keys = ("model", "weights", "classes", "data", "start_layer", "normalize", "dtype", "precision")
     with (
-        Store(out, {key: getattr(options, key) for key in keys}) as store,
+        Store(out, {key: getattr(options, key) for key in keys} | made_by) as store,
         tqdm(total=len(items), unit="item", smoothing=0.05) as progress,
     ):
         failures = evaluate(
@@ -97,8 +98,14 @@ def run(options: argparse.Namespace) -> int:
             workers=options.workers,
         )
     wanted = {item.name for item in items}
-    shown = [s for s in store.scores if s.item in wanted and s.scorer in options.metric and s.configuration in names]
-    rows = summarise(shown, names)
+    shown = [
+        score._replace(configuration=called[score.configuration])
+        for score in store.scores
+        if score.item in wanted and score.scorer in options.metric and score.configuration in called
+    ]
+    rows = summarise(shown, list(called.values()))
+    if not rows:
+        raise InputError(f"{', '.join(options.metric)}: undefined for each of the {len(items)} items")
     table = markdown(rows)
     files.write(out / "results.md", table + "\n")
     files.write(out / "results.csv", _table(rows))

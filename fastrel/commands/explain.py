@@ -24,7 +24,7 @@ from fastrel.commands.outputs import Outputs
 from fastrel.data import inputs
 from fastrel.data.inputs import Item
 from fastrel.data.preprocessing import shown
-from fastrel.errors import InputError
+from fastrel.errors import InputError, reason
 from fastrel.render.overlay import STYLES
 
 HELP = "explain pictures or texts with a model of yours"
@@ -72,13 +72,13 @@ def run(options: argparse.Namespace) -> int:
     if not found.items:
         raise InputError(f"nothing to explain in {' '.join(options.inputs)}: no {content}s")
     settings = explain.settings.describe(explain.loaded) | {"style": options.style, "npz": options.npz}
-    outputs = Outputs(options.out, settings)
-    todo = [item for item in found.items if not outputs.done(item)]
-    if len(todo) < len(found.items):
-        print(f"{len(found.items) - len(todo)} of {len(found.items)} were explained before")
-    failures = explain_all(options, explain, todo, outputs)
-    for name, reason in failures.items():
-        print(f"fastrel: not explained: {name}: {reason}", file=sys.stderr)
+    with Outputs(options.out, settings) as outputs:
+        todo = [item for item in found.items if not outputs.done(item)]
+        if len(todo) < len(found.items):
+            print(f"{len(found.items) - len(todo)} of {len(found.items)} were explained before")
+        failures = explain_all(options, explain, todo, outputs)
+    for name, why in failures.items():
+        print(f"fastrel: not explained: {name}: {why}", file=sys.stderr)
     return 0 if not failures else 2 if len(failures) == len(found.items) else 1
 
 
@@ -99,8 +99,8 @@ def explain_all(options: argparse.Namespace, explain: Explain, todo: Sequence[It
                 item, rows, paths, drawn = drawing.pop(0)
                 try:
                     drawn.result()
-                except InputError as error:
-                    failures[item.name] = str(error)
+                except (InputError, OSError) as error:
+                    failures[item.name] = reason(error)
                     continue
                 outputs.finish(item)
                 bar.write(_report(item, rows, explain.loaded.class_names, paths))

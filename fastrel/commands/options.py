@@ -59,7 +59,7 @@ def explaining(parser: argparse.ArgumentParser, several: bool = True) -> None:
         type=natural,
         default=1,
         metavar="N",
-        help="processes that read and decode ahead (default: %(default)s; 0: one, and nothing ahead)",
+        help="processes that read and decode ahead (default: 1; 0: one, and nothing ahead)",
     )
 
 

@@ -6,29 +6,48 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from fastrel.data import files
 from fastrel.data.inputs import File, Item
+from fastrel.errors import InputError
 
-LEDGER = ".fastrel.jsonl"
+LEDGER, LOCK = ".fastrel.jsonl", ".fastrel.lock"
+
+#: Bytes of an item's own name in those of its files: file systems take 255, and numbers and endings follow.
+_STEM = 200
 
 
 class Outputs:
     """A folder of output files and the ledger of whose they are.
 
     A line is written before an item's files are, and another one after, so that a run that was killed between the two does
-    the item again under the same names. A line that was cut off counts as not written.
+    the item again under the same names. A line that was cut off counts as not written. A context manager that keeps other
+    processes out of the folder.
+
+    Raises:
+        InputError: another process is writing to it.
     """
 
     def __init__(self, folder: str, settings: Mapping[str, Any]) -> None:
         self.folder = files.folder(folder)
         self._settings = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
         self._ledger = self.folder / LEDGER
+        self._stack = ExitStack()
+        if not self._stack.enter_context(files.locked(self.folder / LOCK)):
+            raise InputError(f"another process is writing to {self.folder}; wait for it, or choose another --out")
         self._entries = self._read()
         self._stems = {entry["stem"]: item for item, entry in self._entries.items()}
         self._owner = {name: item for item, entry in self._entries.items() for name in entry["files"]}
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
 
     def done(self, item: Item) -> bool:
         """Whether its files are there, made from the same content with the same settings."""
@@ -37,13 +56,13 @@ class Outputs:
             entry is not None
             and entry["done"]
             and (entry["settings"], entry["content"]) == (self._settings, _content(item))
-            and all((self.folder / name).exists() for name in entry["files"])
+            and all(os.path.exists(self.folder / name) for name in entry["files"])
         )
 
     def claim(self, item: Item, endings: Sequence[str]) -> list[Path]:
         """Paths for an item's files, one per ending: its own stem, with a number where that is taken."""
         key = _key(item)
-        plain = Path(item.name).stem[:200] or "item"
+        plain = os.fsencode(Path(item.name).stem)[:_STEM].decode(errors="ignore") or "item"
         entry = self._entries.get(key)
         stem, number = entry["stem"] if entry else plain, 1
         while not self._free(stem, endings, key):
@@ -61,7 +80,7 @@ class Outputs:
         if self._stems.get(stem, key) != key:
             return False
         names = [stem + ending for ending in endings]
-        return all(self._owner.get(name, None if (self.folder / name).exists() else key) == key for name in names)
+        return all(self._owner.get(name, None if os.path.exists(self.folder / name) else key) == key for name in names)
 
     def _write(self, key: str, item: Item, stem: str, names: Sequence[str], done: bool) -> None:
         entry = {
@@ -105,4 +124,6 @@ def _content(item: Item) -> str:
         found = os.stat(item.where.path) if isinstance(item.where, File) else None
     except (OSError, ValueError):
         return "none"
-    return repr(item.where) if found is None else f"{found.st_size} {found.st_mtime_ns}"
+    if found is not None:
+        return f"{found.st_size} {found.st_mtime_ns}"
+    return hashlib.sha256(repr(item.where).encode(errors="backslashreplace")).hexdigest()

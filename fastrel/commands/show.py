@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,18 @@ def run(options: argparse.Namespace) -> int:
     chosen = [list(own) for _, own in groupby(_rows(results, options), lambda row: row.item)]
     missing = {*options.items} - {rows[0].item for rows in chosen} - failures.keys()
     failures |= dict.fromkeys(sorted(missing), "there is no such item")
-    outputs = Outputs(options.out, {"show": results.settings, "style": options.style}) if options.out else None
-    for rows in chosen:
-        print(rows[0].item)
-        for row in rows:
-            piece = f" [{row.window}]" if row.window else ""
-            print(f"  {row.target} {row.target_name}{piece}: logit {row.logit:.2f}")
-        if outputs is not None:
-            try:
-                print(f"  -> {', '.join(map(str, _render(rows, results.settings, outputs, options.style)))}")
-            except (FastrelError, OSError) as error:
-                failures[rows[0].item] = str(error)
+    made_from = {"show": results.settings, "style": options.style}
+    with Outputs(options.out, made_from) if options.out else nullcontext() as outputs:
+        for rows in chosen:
+            print(rows[0].item)
+            for row in rows:
+                piece = f" [{row.window}]" if row.window else ""
+                print(f"  {row.target} {row.target_name}{piece}: logit {row.logit:.2f}")
+            if outputs is not None:
+                try:
+                    print(f"  -> {', '.join(map(str, _render(rows, results.settings, outputs, options.style)))}")
+                except (FastrelError, OSError) as error:
+                    failures[rows[0].item] = str(error)
     for name, reason in failures.items():
         print(f"fastrel: not shown: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastrel.errors import FastrelError, reason
+from fastrel.errors import FastrelError, InputError, reason
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -45,13 +46,18 @@ class Failed:
 def ahead(batches: Sequence[Sequence[T]], function: Callable[[T], R], workers: int) -> Iterator[list[R | Failed]]:
     """The results of the batches in their order, computed by `workers` processes; 0: by one, and none before it is asked for.
 
-    Never in this process, so that nothing that an item does to its process ends the run. Where processes are not forked,
-    items and function must be picklable.
+    Never in this process, so that nothing that an item does to its process ends the run. Items and results must be picklable;
+    where processes are not forked (on all but Linux), the function too.
 
     Raises:
+        InputError: they are not.
         FastrelError: the processes die again and again, and it is no item's doing.
     """
     flat = [item for batch in batches for item in batch]
+    if flat:
+        _require_picklable(flat[0])
+    if _context().get_start_method() != "fork":
+        _require_picklable(function)
     starts = [0]
     for batch in batches:
         starts.append(starts[-1] + len(batch))
@@ -165,6 +171,16 @@ def _alone(item: Any, function: Callable[[Any], Any], survived: Any) -> None:
     _one_thread()
     _result(function, item)
     survived.value = 1
+
+
+def _require_picklable(given: Any) -> None:
+    try:
+        pickle.dumps(given)
+    except Exception as error:  # PicklingError, AttributeError, TypeError: as what it holds has it
+        raise InputError(
+            f"{given!s:.200} cannot be sent to the processes that read: {reason(error)}; use functions and classes of a module's "
+            "top level (functools.partial for arguments) instead of lambdas and those defined inside a function"
+        ) from error
 
 
 def _context() -> Any:

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-
-_numbers = itertools.count()
 
 
 @contextlib.contextmanager
 def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path of the same suffix beside `path`, moved there if the block ends well and removed if not.
 
+    No other process has the same one, on whatever machine that shares the folder.
+
     Raises:
-        OSError: as the file system has it, with `path` in it.
+        OSError: as the file system has it, with `path` in it; one that is not the file system's (without `errno`) as it is.
     """
     target = Path(path)
-    temporary = target.with_name(f".tmp-{os.getpid()}-{next(_numbers)}{target.suffix}")
+    temporary = target.with_name(f".tmp-{uuid.uuid4().hex}{target.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(target)) from error
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

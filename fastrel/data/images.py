@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -56,8 +57,11 @@ def image_folder(folder: Path, class_names: Sequence[str] = ()) -> list[ImageIte
     The number of a folder's class is the one that its name begins with, if all do; else the place of its name among the
     model's `class_names`, or of its WordNet number among ImageNet's, if all are there; else its position among all folders,
     those without a picture included.
+
+    Raises:
+        InputError: a folder in it cannot be read, or a picture has no number.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in pictures.SUFFIXES)
+    paths = sorted(p for p in _files(folder) if p.suffix.lower() in pictures.SUFFIXES)
     numbers = _folder_numbers(sorted(p.name for p in folder.iterdir() if p.is_dir()), class_names)
     items = []
     for path in paths:
@@ -68,6 +72,14 @@ def image_folder(folder: Path, class_names: Sequence[str] = ()) -> list[ImageIte
         label = int(number[0]) if number else numbers[name.parts[0]]
         items.append(ImageItem(str(name), str(name), partial(_open, path), (label,)))
     return items
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise InputError(f"the folder {error.filename!r} cannot be read: {error.strerror}") from error
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(parent, name) for name in names)
 
 
 def _folder_numbers(folders: Sequence[str], class_names: Sequence[str]) -> dict[str, int]:
@@ -127,18 +139,27 @@ def imagenet_segmentation(path: Path) -> list[ImageItem]:
     with needed("reading .mat files", "evaluate"):
         import h5py
 
-    def picture(i: int) -> Image.Image:
-        with h5py.File(path) as file:
-            return Image.fromarray(np.array(file[file["value/img"][i, 0]]).T)
-
-    def mask(i: int) -> np.ndarray:
-        with h5py.File(path) as file:
-            cells = file[file["value/gt"][i, 0]]
-            return np.array(file[cells[0, 0]]).T != 0
-
     try:
         with h5py.File(path) as file:
             count = len(file["value/img"])
     except (OSError, KeyError) as error:
         raise InputError(f"{path} is not gtsegs_ijcv.mat: {error}") from error
-    return [ImageItem(f"{i:04d}", f"{i:04d}", partial(picture, i), (), partial(mask, i)) for i in range(count)]
+    return [
+        ImageItem(f"{i:04d}", f"{i:04d}", partial(_matlab_picture, path, i), (), partial(_matlab_mask, path, i))
+        for i in range(count)
+    ]
+
+
+def _matlab_picture(path: Path, i: int) -> Image.Image:
+    import h5py
+
+    with h5py.File(path) as file:
+        return Image.fromarray(np.array(file[file["value/img"][i, 0]]).T)
+
+
+def _matlab_mask(path: Path, i: int) -> np.ndarray:
+    import h5py
+
+    with h5py.File(path) as file:
+        cells = file[file["value/gt"][i, 0]]
+        return np.array(file[cells[0, 0]]).T != 0

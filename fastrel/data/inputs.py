@@ -11,7 +11,7 @@ import glob
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -201,11 +201,13 @@ def _wanted(name: str, content: Content) -> bool:
 
 
 def _folder(folder: str, content: Content) -> Iterator[Item | None]:
-    for parent, folders, names in os.walk(folder):
+    unreadable: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=unreadable.append):
         folders.sort()
         for name in sorted(names):
             path = os.path.join(parent, name)
             yield Item(path, File(path)) if _wanted(name, content) else None
+    yield from (Item(str(e.filename), Broken(f"this folder cannot be read: {e.strerror}")) for e in unreadable)
 
 
 def _is_archive(path: str) -> bool:
@@ -216,15 +218,26 @@ def _archive(path: str, content: Content) -> Iterator[Item | None]:
     if not path.lower().endswith(".tar"):
         yield Item(path, Broken("a compressed archive cannot be read at any place; unpack it to a .tar"))
         return
+    members: dict[str, Slice | Broken | None] = {}  # of several of one name the last, as unpacking leaves it
+    torn = None
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if not member.isfile():
-                    continue
-                known = _wanted(member.name, content) and not member.issparse()
-                yield Item(f"{path}/{member.name}", Slice(path, member.offset_data, member.size)) if known else None
+                if not member.isdir():
+                    members[member.name] = _member(path, member, members)
     except (tarfile.TarError, OSError) as error:
-        yield Item(path, Broken(f"not a whole tar archive: {error}"))
+        torn = Item(path, Broken(f"not a whole tar archive: {error}"))
+    for name, where in members.items():
+        yield None if where is None or not _wanted(name, content) else Item(f"{path}/{name}", where)
+    if torn is not None:
+        yield torn
+
+
+def _member(path: str, member: tarfile.TarInfo, before: Mapping[str, Slice | Broken | None]) -> Slice | Broken | None:
+    """Where its content is; of a hard link that of the member that it names; None: it is no file whose bytes lie together."""
+    if member.islnk():
+        return before.get(member.linkname, Broken(f"a link to {member.linkname!r}, which is not before it in the archive"))
+    return Slice(path, member.offset_data, member.size) if member.isfile() and not member.issparse() else None
 
 
 def _table(path: str, content: Content, column: str | None) -> Iterator[Item]:
@@ -233,6 +246,7 @@ def _table(path: str, content: Content, column: str | None) -> Iterator[Item]:
 
         yield from _rows(path, path, tables.columns(path), tables.column(path, column), content, column)
         return
+    limit = csv.field_size_limit(pictures.MAX_BYTES)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.lower().endswith((".csv", ".tsv")):
@@ -241,6 +255,8 @@ def _table(path: str, content: Content, column: str | None) -> Iterator[Item]:
                 rows = [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"the table {path!r} cannot be read: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
     if any(not isinstance(row, dict) for row in rows):
         raise InputError(f"{path!r}: every line must be a JSON object")
     names = list(dict.fromkeys(name for row in rows for name in row if name is not None))

@@ -13,7 +13,8 @@ from PIL import Image
 class ImageItem:
     """A picture. `classes`: those that count as its label, any of them; empty where there is none.
 
-    `mask()` is the object, [H, W] of bool and of the picture's size, where the data set has one.
+    `mask()` is the object, [H, W] of bool and of the picture's size, where the data set has one. Other processes read the item, so
+    that both functions must be picklable.
     """
 
     name: str

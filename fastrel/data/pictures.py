@@ -79,6 +79,19 @@ def read(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -
         raise InputError(f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
+def seen(image: Image.Image) -> Picture:
+    """An open picture as `read` gives it from a file: upright, transparency on white, wide values scaled; of several frames this one.
+
+    Raises:
+        InputError: values that cannot be shown.
+        OSError: it cannot be decoded.
+    """
+    image.load()
+    upright, turned = _upright(image)
+    plain, scaled = _eight_bit(upright)
+    return Picture(plain, (*turned, *scaled))
+
+
 def noise() -> Image.Image:
     """A picture of noise, 256 × 256, the same every time: for what needs some picture."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8))
@@ -107,11 +120,8 @@ def _picture(opened: Image.Image) -> Picture:
     if getattr(opened, "is_animated", False):
         opened.seek(0)
         notes.append("the first of several frames or pages")
-    opened.load()
-    image, turned = _upright(opened)
-    notes += turned
-    image, scaled = _eight_bit(image)
-    return Picture(image, (*notes, *scaled))
+    found = seen(opened)
+    return Picture(found.image, (*notes, *found.notes))
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:

@@ -52,7 +52,7 @@ def eraser(path: Path) -> list[TextItem]:
 
 
 def _inline(entry: dict[str, Any]) -> tuple[str, Any, tuple[str, ...], list[tuple[int, int]]]:
-    return entry["id"], entry["label"], tuple(entry["text"].split()), [(a, b) for a, b in entry["spans"]]
+    return str(entry["id"]), entry["label"], tuple(entry["text"].split()), [(a, b) for a, b in entry["spans"]]
 
 
 def _with_documents(entry: dict[str, Any], folder: Path) -> tuple[str, Any, tuple[str, ...], list[tuple[int, int]]]:
@@ -62,7 +62,7 @@ def _with_documents(entry: dict[str, Any], folder: Path) -> tuple[str, Any, tupl
         raise ValueError(f"evidence in {len(documents)} documents; one is supported")
     words = tuple((folder / documents.pop()).read_text(encoding="utf-8").split())
     spans = [(part["start_token"], part["end_token"]) for part in evidence]
-    return entry["annotation_id"], entry["classification"], words, spans
+    return str(entry["annotation_id"]), entry["classification"], words, spans
 
 
 _NODE = re.compile(r"\((\d) ([^()]+)\)")

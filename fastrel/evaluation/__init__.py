@@ -4,9 +4,19 @@
 them where an interrupted run finds them again, `summary` and `plots` make tables and figures of them.
 """
 
-from fastrel.evaluation.run import Configuration, configurations, evaluate
+from fastrel.evaluation.run import Configuration, configurations, evaluate, labels
 from fastrel.evaluation.store import Store
 from fastrel.evaluation.subjects import ImageSubject, TextSubject
 from fastrel.evaluation.summary import Row, summarise
 
-__all__ = ["Configuration", "ImageSubject", "Row", "Store", "TextSubject", "configurations", "evaluate", "summarise"]
+__all__ = [
+    "Configuration",
+    "ImageSubject",
+    "Row",
+    "Store",
+    "TextSubject",
+    "configurations",
+    "evaluate",
+    "labels",
+    "summarise",
+]

@@ -23,7 +23,7 @@ _UNREADABLE = (InputError, OSError, ValueError, SyntaxError)
 
 @dataclass(frozen=True)
 class Configuration:
-    """A method with its options, under the name that tables give it."""
+    """A method with its options, under the name that scores are kept by: that of the method, and of the rules if they matter."""
 
     name: str
     method: str
@@ -49,9 +49,16 @@ def configurations(
         method = methods.get(name)
         own = (start_layer, normalize) if name == "transformer_attribution" else (None, None)
         for chosen in rules if method.needs_relevance else rules[:1]:
-            label = f"{name}, {chosen}" if method.needs_relevance and len(rules) > 1 else name
-            found.append(Configuration(label, name, chosen, *own))
+            found.append(Configuration(f"{name}, {chosen}" if method.needs_relevance else name, name, chosen, *own))
     return found
+
+
+def labels(chosen: Sequence[Configuration]) -> dict[str, str]:
+    """What tables call configurations, by their names: the method alone where it has one set of rules among these."""
+    names: dict[str, set[str]] = {}
+    for one in chosen:
+        names.setdefault(one.method, set()).add(one.name)
+    return {one.name: one.method if len(names[one.method]) == 1 else one.name for one in chosen}
 
 
 def evaluate(
@@ -77,7 +84,7 @@ def evaluate(
         workers: processes that read and decode ahead; 0: one, which does not.
 
     Raises:
-        InputError: items of a kind that the subject does not take, or an unknown metric.
+        InputError: items of a kind that the subject does not take, an unknown metric, or none of the items could be scored.
         CaptureError: the model cannot be captured.
         UnsupportedModelError: the model cannot be explained.
     """
@@ -103,7 +110,9 @@ def evaluate(
                     store.add([Score(item.name, item.group, name, metric, key, value) for key, value in values.items()])
         for item, _ in batch:
             progress(item.name)
-    if len(failures) == len(items) and not store.scores:
+    wanted = {item.name for item in items}
+    scored = any(s.item in wanted and s.configuration in explainers and s.scorer in functions for s in store.scores)
+    if failures and not scored:
         first, why = next(iter(failures.items()))
         raise InputError(f"none of {len(items)} items could be scored; {first}: {why}")
     return failures

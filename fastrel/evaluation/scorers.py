@@ -30,8 +30,12 @@ TOP_WORDS = tuple(range(10, 90, 10))
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
 
 
-def _mask(subject: ImageSubject, item: ImageItem) -> Tensor:
-    mask = subject.mask(item)
+def _masks(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> Tensor:
+    return torch.stack([_mask(subject, item, found["label"].size) for item, found in zip(items, maps, strict=True)])
+
+
+def _mask(subject: ImageSubject, item: ImageItem, size: tuple[int, int]) -> Tensor:
+    mask = subject.mask(item, size)
     if mask is None:
         raise InputError(f"{item.name} has no mask, which this metric needs")
     if not mask.any():
@@ -41,14 +45,14 @@ def _mask(subject: ImageSubject, item: ImageItem) -> Tensor:
 
 def pointing(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> list[Values]:
     """Pointing game, and the share of positive relevance inside the mask."""
-    masks, heats = torch.stack([_mask(subject, item) for item in items]), _heats(maps)
+    masks, heats = _masks(subject, items, maps), _heats(maps)
     hits, energy = metrics.pointing_game(heats, masks), metrics.energy_inside(heats, masks)
     return [{"pointing": float(hit), "energy inside": float(inside)} for hit, inside in zip(hits, energy, strict=True)]
 
 
 def segmentation(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> list[Values]:
     """Pixel accuracy, mean average precision and mean IoU of the map cut at its mean."""
-    scores = metrics.segmentation(_heats(maps), torch.stack([_mask(subject, item) for item in items]))
+    scores = metrics.segmentation(_heats(maps), _masks(subject, items, maps))
     return [
         {"pixel accuracy": float(accuracy), "mAP": float(precision), "mIoU": float(iou)}
         for accuracy, precision, iou in zip(scores.pixel_accuracy, scores.mean_ap, scores.mean_iou, strict=True)

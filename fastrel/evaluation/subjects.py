@@ -19,12 +19,16 @@ from fastrel.outputs import logits_in
 
 
 class ImageMap(NamedTuple):
-    """The map [gh, gw] of one class of a picture, x [C, H, W] as the model reads it; both on the CPU."""
+    """The map [gh, gw] of one class of a picture, x [C, H, W] as the model reads it; both on the CPU.
+
+    size: (height, width) of the picture before that.
+    """
 
     heat: Tensor
     x: Tensor
     explained: int
     predicted: int
+    size: tuple[int, int]
 
 
 class TextMap(NamedTuple):
@@ -36,13 +40,14 @@ class TextMap(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadPicture:
-    """From an item to its picture as the model reads it; light, to be sent to other processes."""
+    """From an item to its picture as the model reads it, and its size before that; light, to be sent to other processes."""
 
     reader: Any
 
-    def __call__(self, item: ImageItem) -> Sample:
-        """One sample."""
-        return self.reader(item.picture())[0]
+    def __call__(self, item: ImageItem) -> tuple[Sample, tuple[int, int]]:
+        """One sample, and the picture's (height, width)."""
+        picture = item.picture()
+        return self.reader(picture)[0], (picture.height, picture.width)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class ImageSubject:
 
     @property
     def read(self) -> ReadPicture:
-        """From an item to its picture as the model reads it."""
+        """From an item to its picture as the model reads it, and its size before that."""
         return ReadPicture(self.loaded.reader)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -92,10 +97,14 @@ class ImageSubject:
         return logits_in(output).float()
 
     def explain(
-        self, explainer: Explainer, items: Sequence[ImageItem], samples: Sequence[Sample], predicted: bool
+        self,
+        explainer: Explainer,
+        items: Sequence[ImageItem],
+        samples: Sequence[tuple[Sample, tuple[int, int]]],
+        predicted: bool,
     ) -> list[dict[str, ImageMap]]:
         """Per item its map of `label`, the best-scoring of its classes (or predicted if none), and if asked of `predicted`."""
-        batch = self.loaded.inputs(samples)
+        batch = self.loaded.inputs([sample for sample, _ in samples])
         args, kwargs = self.loaded.arguments(batch)
         prediction = explainer.predict(*args, **kwargs)
         logits = prediction.logits.float().cpu()
@@ -114,22 +123,22 @@ class ImageSubject:
         if grid is None:
             raise InputError(f"{explainer.method.name} gives no map over the picture for this model")
         heats = grid.cpu()
-        xs = [torch.from_numpy(next(iter(sample.values()))) for sample in samples]
+        xs = [torch.from_numpy(next(iter(sample.values()))) for sample, _ in samples]
         return [
             {
-                "label": ImageMap(heats[i, 0], xs[i], labels[i], best[i]),
-                "predicted": ImageMap(heats[i, -1], xs[i], best[i] if both else labels[i], best[i]),
+                "label": ImageMap(heats[i, 0], xs[i], labels[i], best[i], size),
+                "predicted": ImageMap(heats[i, -1], xs[i], best[i] if both else labels[i], best[i], size),
             }
-            for i in range(len(items))
+            for i, (_, size) in enumerate(samples)
         ]
 
-    def mask(self, item: ImageItem) -> Tensor | None:
-        """The item's mask as the model sees the picture, [H, W] of bool."""
+    def mask(self, item: ImageItem, size: tuple[int, int]) -> Tensor | None:
+        """The item's mask as the model sees the picture of this (height, width), [H, W] of bool."""
         if item.mask is None:
             return None
-        mask, picture = item.mask(), item.picture()
-        if mask.shape != (picture.height, picture.width):
-            raise InputError(f"{item.name}: a mask of {mask.shape} for a picture of {(picture.height, picture.width)}")
+        mask = item.mask()
+        if mask.shape != size:
+            raise InputError(f"{item.name}: a mask of {mask.shape} for a picture of {size}")
         seen = self.loaded.reader.prepare(Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB"))
         return (torch.from_numpy(seen) * self.std + self.mean).mean(0) > 0.5
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,10 @@ from fastrel.evaluation.scorers import lower_is_better
 from fastrel.evaluation.store import Score
 
 _CURVE_POINT = re.compile(r".* at 0\.\d$")
-_RESAMPLES, _CHUNK = 100_000, 5_000
+_RESAMPLES = 100_000
+
+#: Numbers drawn at a time: what is held in memory of the resamples.
+_DRAWN = 1 << 22
 
 
 class Row(NamedTuple):
@@ -75,8 +78,9 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """The 95 % interval of a mean, by the percentile bootstrap; NaN for a single value."""
     if len(values) < 2:
         return float("nan"), float("nan")
-    drawn = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES // 10, len(values)))
-    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
+    rng, count = np.random.default_rng(0), len(values)
+    means = [values[rng.integers(0, count, (rows, count))].mean(1) for rows in _chunks(_RESAMPLES // 10, count)]
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -91,10 +95,16 @@ def paired(differences: np.ndarray) -> tuple[float, float]:
         signs = 1 - 2.0 * (np.arange(2**count)[:, None] >> np.arange(count) & 1)
         return float(differences.mean()), float((abs(signs @ differences) >= reached).mean())
     rng, extreme = np.random.default_rng(0), 1
-    for _ in range(_RESAMPLES // _CHUNK):
-        signs = 1 - 2.0 * rng.integers(0, 2, (_CHUNK, count), np.int8)
+    for rows in _chunks(_RESAMPLES, count):
+        signs = 1 - 2.0 * rng.integers(0, 2, (rows, count), np.int8)
         extreme += int((abs(signs @ differences) >= reached).sum())
     return float(differences.mean()), extreme / (_RESAMPLES + 1)
+
+
+def _chunks(resamples: int, count: int) -> Iterator[int]:
+    """How many resamples of `count` numbers to draw at a time: in fours, as many bytes as numpy takes from one random word."""
+    rows = max(4, _DRAWN // count // 4 * 4)
+    yield from (min(rows, resamples - done) for done in range(0, resamples, rows))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
