@@ -134,6 +134,13 @@ def test_targets_may_be_class_numbers(target: Any) -> None:
     assert (made["error"], made["target"].tolist()) == ([None, None], [3, 4])
 
 
+@pytest.mark.parametrize("batch", [{"x": ["a.png"]}, {}, ["a.png"], {"item": "a.png"}, {"item": ["a"], "image": []}])
+def test_a_batch_without_items_is_refused_not_empty(batch: Any) -> None:
+    """A data set whose column has another name would be lost without a word."""
+    with pytest.raises(InputError, match="item"):
+        Explain("tests.tiny:vit")(batch)
+
+
 def test_explain_never_raises_not_even_for_a_model_that_is_not_there() -> None:
     made = Explain("no.module:f")({"item": ["a.jpg", "b.jpg"]})
     assert made["item"] == ["a.jpg", "b.jpg"]
@@ -519,3 +526,19 @@ def test_explain_says_how_far_official_maps_depend_on_rounding(tmp_path: Path, c
     assert [[float(x) for x in own] for own in printed] == [pytest.approx((100 * own).tolist(), rel=0.06) for own in floors]
     assert main([*command, "--out", str(tmp_path / "positive")]) == 0
     assert "noise floor" not in capsys.readouterr().out
+
+
+def test_a_bad_line_of_a_table_is_a_failure_of_its_own(tmp_path: Path) -> None:
+    lines = ['{"text": "a film"}', '{"text": null}', '{"nope": 1}', "{bad json", "", "[1]", '{"text": "b"}']
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    items = inputs.find([str(tmp_path / "t.jsonl")], "text", "text").items
+    assert [item.name.rpartition(":")[2] for item in items] == list("012345")
+    assert [items[i].where.load() for i in (0, 5)] == ["a film", "b"]
+    for i, said in (
+        (1, "holds None"),
+        (2, "no 'text', but nope"),
+        (3, "line 4 is not JSON"),
+        (4, r"line 6 is no JSON object, but \[1\]"),
+    ):
+        with pytest.raises(InputError, match=said):
+            items[i].where.load()

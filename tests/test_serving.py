@@ -163,7 +163,7 @@ def test_overlays_and_arrow_by_accept(server: Server, artefact: fastrel.Artefact
     body = picture(2)
     status, content, headers = server.request("POST", "/explain?target=3&target=4", body, {"Accept": "image/png,*/*;q=0.1"})
     assert (status, headers["Content-Type"]) == (200, "image/png")
-    assert Image.open(io.BytesIO(content)).size == (2 * 224, 224)
+    assert Image.open(io.BytesIO(content)).size == (2 * 224 + 8, 224 + 22)  # with their names
     plain = server.request("POST", "/explain?target=3&opacity=0", body, {"Accept": "image/png"})[1]
     assert plain != content
     kind = "application/vnd.apache.arrow.stream"

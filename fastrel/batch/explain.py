@@ -82,6 +82,9 @@ class Explain:
         Returns:
             The columns that `fastrel batch` writes, of `fastrel.batch.row.Row`: "map" [N, gh, gw] float32, or (texts) lists of
             "relevance" and "tokens". Where there is an error, maps and logits are NaN or empty and targets -1.
+
+        Raises:
+            InputError: the batch has none of these columns.
         """
         names, given = _items(batch)
         try:
@@ -238,12 +241,20 @@ class Explain:
         return self._ready
 
 
+#: Columns of a batch that name its items, and that hold them.
+_NAMES, _CONTENTS = ("item", "path"), ("image", "bytes", "text")
+
+
 def _items(batch: Mapping[str, Sequence[Any]]) -> tuple[list[str], Sequence[Any] | None]:
     """The names of a batch's items, and their contents unless these are in files."""
-    given = next((batch[name] for name in ("image", "bytes", "text") if name in batch), None)
-    items = next((batch[name] for name in ("item", "path") if name in batch), None)
-    if items is None:
-        items = range(0 if given is None else len(given))
+    if not isinstance(batch, Mapping) or not {*_NAMES, *_CONTENTS} & {*batch}:
+        held = f"columns {', '.join(map(str, batch)) or 'none'}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise InputError(f"a batch of {held} holds no items: name one of its columns {', '.join((*_NAMES, *_CONTENTS))}")
+    given = next((batch[name] for name in _CONTENTS if name in batch), None)
+    items = next((batch[name] for name in _NAMES if name in batch), None)
+    items = range(len(given)) if items is None and given is not None else items
+    if items is None or isinstance(items, (str, bytes)) or (given is not None and len(given) != len(items)):
+        raise InputError(f"items {items!r:.80} must be a list of names, as many as there are contents")
     return [str(name) for name in items], given
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from fastrel import backends, precision
 from fastrel.artefact.loading import load
@@ -150,5 +151,13 @@ def plot(rows: Sequence[Sequence[Any]]) -> Figure:
         throughput.plot(sizes, rates, marker="o", label=label)
     latency.set(xlabel="batch size", ylabel="median, ms", xscale="log", yscale="log")
     throughput.set(xlabel="batch size", ylabel="samples per second", xscale="log")
+    measured = sorted({row[1] for row in rows})
+    for axes in (latency, throughput):
+        axes.set_xticks(measured, [str(size) for size in measured])
+        axes.xaxis.set_minor_locator(NullLocator())
+    latency.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (latency.yaxis, throughput.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
     throughput.legend(fontsize=8)
     return figure

@@ -252,15 +252,29 @@ def _table(path: str, content: Content, column: str | None) -> Iterator[Item]:
             if path.lower().endswith((".csv", ".tsv")):
                 rows: list[Any] = list(csv.DictReader(file, delimiter="\t" if path.lower().endswith(".tsv") else ","))
             else:
-                rows = [json.loads(line) for line in file if line.strip()]
+                rows = [_object(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"the table {path!r} cannot be read: {error}") from error
     finally:
         csv.field_size_limit(limit)
-    if any(not isinstance(row, dict) for row in rows):
-        raise InputError(f"{path!r}: every line must be a JSON object")
-    names = list(dict.fromkeys(name for row in rows for name in row if name is not None))
-    yield from _rows(path, path, names, None if column is None else [row.get(column) for row in rows], content, column)
+    names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row if name is not None))
+    values = None if column is None else [_entry(row, column) for row in rows]
+    yield from _rows(path, path, names, values, content, column)
+
+
+def _object(number: int, line: str) -> dict[str, Any] | Broken:
+    """A line of a table of JSON objects."""
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        return Broken(f"line {number} is not JSON: {error}")
+    return found if isinstance(found, dict) else Broken(f"line {number} is no JSON object, but {found!r:.60}")
+
+
+def _entry(row: dict[str, Any] | Broken, column: str) -> Any:
+    if isinstance(row, Broken):
+        return row
+    return row[column] if column in row else Broken(f"there is no {column!r}, but {', '.join(map(str, row)) or 'nothing'}")
 
 
 def _dataset(folder: str, content: Content, column: str | None) -> Iterator[Item]:
@@ -282,8 +296,10 @@ def _rows(
 
 
 def _where(file: str, column: str, row: int, value: Any, content: Content) -> Where:
+    if isinstance(value, Broken):
+        return value
     if content == "text":
-        return Value(value) if isinstance(value, str) else Broken(f"{column!r} holds {type(value).__name__}, not a text")
+        return Value(value) if isinstance(value, str) else Broken(f"{column!r} holds {value!r:.60}, not a text")
     if isinstance(value, str) and value:
         return File(os.path.join(os.path.dirname(file), value))
     if value is Ellipsis:  # a picture inside the table, left there until it is asked for

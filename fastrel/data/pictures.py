@@ -70,7 +70,7 @@ def read(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"more pixels than are read: {error}") from error
+        raise InputError(f"more pixels than the {max_pixels} that are read") from error
     except Image.UnidentifiedImageError as error:
         raise InputError(f"not a picture in a format that is read ({', '.join(FORMATS)})") from error
     except MemoryError as error:

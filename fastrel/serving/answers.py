@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from fastrel.artefact.metadata import Metadata
 from fastrel.errors import InputError
@@ -19,6 +19,10 @@ JSON, PNG, ARROW = "application/json", "image/png", "application/vnd.apache.arro
 
 #: How many classes an answer names besides those explained.
 TOP = 5
+
+#: Pixels between pictures of several classes, and of the line with their names; its font, which comes with Pillow.
+GAP, LINE = 8, 22
+FONT = ImageFont.load_default(14)
 
 #: Smaller pictures are shown enlarged, a whole number of times.
 SMALLEST = 224
@@ -108,13 +112,21 @@ def _png(answer: Answer, about: Metadata, opacity: float) -> bytes:
     picture = Image.fromarray(answer.arrays["picture"])
     times = -(-SMALLEST // min(picture.size))
     picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
-    panels = []
+    panels, names = [], [_named(about, int(c)) for c in answer.arrays["classes"]]
     for one in answer.arrays["map"]:
         heat = Image.fromarray(np.ascontiguousarray(one, np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
         panels.append(overlay(picture, np.asarray(heat), opacity))
-    whole = Image.new("RGB", (picture.width * len(panels), picture.height))
-    for i, panel in enumerate(panels):
-        whole.paste(panel, (i * picture.width, 0))
+    several = len(panels) > 1  # which then have their names below
+    step = picture.width + GAP
+    whole = Image.new("RGB", (step * len(panels) - GAP, picture.height + LINE * several), "white")
+    draw = ImageDraw.Draw(whole)
+    for i, (panel, name) in enumerate(zip(panels, names, strict=True)):
+        whole.paste(panel, (i * step, 0))
+        if several:
+            fitting = next(
+                (name[:n] for n in range(len(name), 0, -1) if draw.textlength(name[:n], FONT) <= picture.width), ""
+            )
+            draw.text((i * step, picture.height + 3), fitting, "black", FONT)
     buffer = io.BytesIO()
     whole.save(buffer, "png", compress_level=1)
     return buffer.getvalue()
