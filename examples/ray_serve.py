@@ -3,9 +3,8 @@
 ARTEFACT=explain.pt2 serve run examples.ray_serve:app
 """
 
+import asyncio
 import os
-import time
-from dataclasses import replace
 
 from ray import serve
 from starlette.requests import Request
@@ -49,14 +48,17 @@ class Decoded:
 
         kind = request.headers.get("content-type", "")
         try:
+            body = await request.body()
+            if len(body) > self.service.max_body:
+                raise Refusal(413, "size", f"the body has more than {self.service.max_body} bytes")
             query = request.query_params.multi_items()
-            asking = asked(query, kind, await request.body(), self.about, self.service, explains=True)
-            deadline = time.monotonic() + asking.timeout_ms / 1000
-            header = {"want": "explain", "classes": asking.classes, "deadline": deadline, "picture": False}
-            work = replace(
-                self.decoding(wire.pack(header, {"body": asking.body})), deadline=float("inf")
-            )  # another machine's clock
-            answer = await self.explained.explain.remote(work)
+            asking = asked(query, kind, body, self.about, self.service, explains=True)
+            # Deadlines are on a machine's own clock, and the model may be on another one.
+            header = {"want": "explain", "classes": asking.classes, "deadline": float("inf"), "picture": False}
+            work = await asyncio.to_thread(self.decoding, wire.pack(header, {"body": asking.body}))
+            answer = await asyncio.wait_for(self.explained.explain.remote(work), asking.timeout_ms / 1000)
+        except asyncio.TimeoutError:
+            return Response(f"not done within {asking.timeout_ms} ms", 408)
         except (Refusal, InputError) as error:
             return Response(str(error), getattr(error, "status", 422))
         if answer.status != 200:

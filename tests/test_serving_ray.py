@@ -22,7 +22,7 @@ def test_the_ray_serve_app_answers_and_refuses(vit_artefact: Path) -> None:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}}
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build(str(vit_artefact)))
@@ -35,6 +35,10 @@ def test_the_ray_serve_app_answers_and_refuses(vit_artefact: Path) -> None:
             urllib.request.urlopen(urllib.request.Request(url.replace("target=5", "target=99"), picture()), timeout=60)
         with pytest.raises(urllib.error.HTTPError, match="422"):
             urllib.request.urlopen(urllib.request.Request(url, b"no picture"), timeout=60)
+        with pytest.raises(urllib.error.HTTPError, match="408"):
+            urllib.request.urlopen(urllib.request.Request(url + "&timeout_ms=1", picture()), timeout=60)
+        with pytest.raises(urllib.error.HTTPError, match="413"):
+            urllib.request.urlopen(urllib.request.Request(url, b"x" * 10_000_001), timeout=60)
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -69,7 +69,8 @@ def run(
     if started:
         _reach(address)
         own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **own)
+        # Without an address Ray would join whatever cluster somebody has started on this machine.
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.WARNING, **own)
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
