@@ -58,7 +58,8 @@ def run(
 ) -> None:
     """Do the tasks with `actors` actors of so many processors and GPUs each; they see the same files as this process.
 
-    address: of a running cluster ("auto": the one of this machine); None starts one here, for the time of the run.
+    address: of a running cluster ("auto": the one of this machine); None: that of RAY_ADDRESS, or one that is started here for
+        the time of the run.
 
     Raises:
         InputError: nothing answers at the address, or the nodes of the cluster have no room for the actors.
@@ -68,9 +69,10 @@ def run(
     started = not ray.is_initialized()
     if started:
         _reach(address)
-        own: dict[str, Any] = {"include_dashboard": False} if address is None else {}
         # Without an address Ray would join whatever cluster somebody has started on this machine.
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.WARNING, **own)
+        where = address or os.environ.get("RAY_ADDRESS", "local")
+        own: dict[str, Any] = {"include_dashboard": False} if where == "local" else {}
+        ray.init(address=where, log_to_driver=False, logging_level=logging.WARNING, **own)
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
