@@ -135,7 +135,7 @@ def test_inputs_that_do_not_fit_are_refused_with_what_fits(artefact: fastrel.Art
 
 def test_it_says_what_it_is(path: Path, vit: nn.Module) -> None:
     about = metadata.read(path)
-    assert about.inputs == (metadata.Input("x", "float32", (None, 3, 32, 32)),)
+    assert about.inputs == (metadata.Input("x", "float32", (None, 3, 32, 32), names=("n0", "", "", "")),)
     assert about.options == {
         "method": "transformer_attribution",
         "rules": "positive",

@@ -202,7 +202,12 @@ def _metadata(
 ) -> Metadata:
     nodes = call.captured.inputs
     shapes = [tuple(size if isinstance(size, int) else None for size in node.meta["val"].shape) for node in nodes]
-    symbols = [tuple(str(size) for size in node.meta["val"].shape) for node in nodes]
+    known: dict[str, str] = {}
+
+    def named(size: Any) -> str:
+        return "" if isinstance(size, int) else known.setdefault(str(size), f"n{len(known)}")
+
+    symbols = [tuple(named(size) for size in node.meta["val"].shape) for node in nodes]
     most = longest(call)
     read = [
         Input(name, str(x.dtype).removeprefix("torch."), shape, count, most, names)

@@ -27,7 +27,7 @@ class Input:
 
     Attributes:
         name, dtype: as the model has them.
-        shape: None for sizes that vary; names: of all sizes, the same where they are the same.
+        shape: None for sizes that vary; names: of those, the same where they go together; else "".
         count: integers in it must be below this, if anything.
         longest: sizes that vary besides the batch may be at most this, if anything.
     """
