@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import fastrel
+from fastrel import methods
 from fastrel.artefact import compiled, metadata
+from fastrel.artefact.lengths import longest
 from fastrel.artefact.metadata import RANK
 from fastrel.cli import main
 from fastrel.errors import InputError, UnsupportedModelError
@@ -44,6 +46,10 @@ def path(vit_artefact: Path) -> Path:
 @pytest.fixture(scope="module")
 def artefact(path: Path) -> fastrel.Artefact:
     return fastrel.load(path)
+
+
+#: Methods that are no graphs of operators.
+NO_GRAPHS = ("attention_flow", "legrad", "attcat", "integrated_gradients")
 
 
 def smallest() -> nn.Module:
@@ -219,7 +225,7 @@ def test_code_compiled_for_another_machine_is_told() -> None:
     assert "avx9000" in (compiled.unfit({**here, "extensions": [*here["extensions"], "avx9000"]}) or "")
 
 
-@pytest.mark.parametrize("method", ["attention_flow", "integrated_gradients"])
+@pytest.mark.parametrize("method", NO_GRAPHS)
 def test_methods_that_are_no_graphs_are_refused_by_name(
     vit: nn.Module, images: Tensor, tmp_path: Path, method: str
 ) -> None:
@@ -229,10 +235,9 @@ def test_methods_that_are_no_graphs_are_refused_by_name(
         fastrel.export(fastrel.Explainer(vit), images, path=tmp_path / "a.onnx")
 
 
-@pytest.mark.parametrize(
-    ("method", "options"), [("attnlrp", {}), ("lrp_pixels", {"rules": "official"}), ("rollout", {"precision": "mixed"})]
-)
-def test_other_methods_and_options(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", [name for name in methods.METHODS if name not in NO_GRAPHS])
+def test_all_other_methods(tmp_path: Path, method: str) -> None:
+    options = {"lrp_pixels": {"rules": "official"}, "rollout": {"precision": "mixed"}}.get(method, {})
     explainer = fastrel.Explainer(smallest(), method, backend="torch", **options)
     images = torch.randn(3, 3, 16, 16)
     artefact = fastrel.load(fastrel.export(explainer, images, path=tmp_path / "a.pt2"))
@@ -285,6 +290,31 @@ def test_other_architectures(tmp_path: Path, name: str) -> None:
         with pytest.raises(InputError, match=r"\(2, 33\).*up to 32"):  # compiled code would read past the end of the table
             artefact(ids(2, 33))
         assert artefact(ids(2, 32)).ok.all()
+
+
+#: Models of 24 positions, and how long their texts may be.
+LENGTHS = {"Bert": 24, "Roberta": 22, "DistilBert": 24, "GPT2": 24, "Llama": None, "T5": None}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_how_long_texts_may_be(name: str) -> None:
+    """BERT's kinds of tokens, which are not given, have a table of two rows; RoBERTa's positions begin at two; T5's are distances."""
+    import transformers
+
+    sizes = {
+        **dict.fromkeys(("hidden_size", "intermediate_size", "n_embd", "dim", "d_model", "d_ff", "vocab_size"), 64),
+        **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 1),
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads"), 2),
+        **dict.fromkeys(("max_position_embeddings", "n_positions"), 24),
+        "d_kv": 32,
+    }
+    kind = getattr(transformers, f"{name}Config")
+    config = kind(**{key: value for key, value in sizes.items() if key in kind().to_dict()})
+    config.pad_token_id = 1
+    suffix = "EncoderModel" if name == "T5" else "ForSequenceClassification"
+    model = getattr(transformers, name + suffix)(config).eval()
+    call = fastrel.Explainer(model)._engine.enter((), {"input_ids": ids(2, 6) + 1})
+    assert longest(call) == LENGTHS[name]
 
 
 def test_a_text_model_with_its_tokenizer(tmp_path: Path) -> None:

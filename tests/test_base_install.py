@@ -16,7 +16,7 @@ import fastrel
 WITHOUT_EXTRAS = """
 import importlib.machinery, sys
 names = {"pyarrow", "pandas", "transformers", "tokenizers", "sklearn", "scipy", "h5py", "ray", "onnx", "onnxscript",
-    "onnxruntime", "mosec", "aiohttp", "prometheus_client", "captum", "peft", "quantus"}
+    "onnxruntime", "mosec", "aiohttp", "uvloop", "prometheus_client", "captum", "peft", "quantus"}
 find = importlib.machinery.PathFinder.find_spec
 def find_spec(name, path=None, target=None):
     return None if name.partition(".")[0] in names else find(name, path, target)

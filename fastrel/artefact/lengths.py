@@ -44,7 +44,8 @@ def longest(call: Call) -> int | None:
             continue
         rows = int(node.args[0].meta["val"].shape[0])
         highest = int(_computed(call, node.args[1], _resized(call.tensors, varies, rows)).max())
-        limit = min(limit, rows - max(0, highest - (rows - 1)))
+        if highest >= rows - 1:  # else it is no table of positions: of kinds of tokens, or of distances that end somewhere
+            limit = min(limit, 2 * rows - 1 - highest)
     return None if limit >= FURTHEST else limit
 
 
