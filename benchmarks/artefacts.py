@@ -6,8 +6,8 @@ long does each take on the same input.
 Every model at its own width and picture size, random weights (MiniLM and CLIP with their own, where `../shared/models` and their
 weight files are), two blocks of each but CLIP's and MiniLM's, for compiling takes minutes. Three samples, two classes each, are
 compared; one sample, one class, is timed: the call, the program and the compiled form take turns. `--write` puts the table into
-benchmarks/README.md. Exit code 1 if a program is not the explainer to the bit, or a compiled form further away than 1e-5 of the
-largest value of a map.
+benchmarks/README.md. Exit code 1 if a program is not the explainer to the bit, or a compiled form further away than 1e-5 (of
+the largest value but one of a map).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastrel.timing import measure
 
 PAGE = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- artefacts: python -m benchmarks.artefacts --write -->\n", "<!-- end of artefacts -->"
-#: How far a compiled form may be from the program, of the largest value of a map.
+#: How far a compiled form may be from the program, as `distance_of` has it.
 NEAR = 1e-5
 SAMPLES, LENGTH, CLASSES = 3, 64, 2
 
@@ -91,6 +91,14 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+def distance_of(found: Tensor, expected: Tensor) -> float:
+    """How far maps [..., T] lie apart, of their largest value but one: the largest is often the class token's own, which the identity
+    in the rollout made and no weight had a part in."""
+    rest = torch.ones_like(expected, dtype=torch.bool).scatter(-1, expected.abs().argmax(-1, keepdim=True), False)
+    apart, size = ((x.abs() * rest).amax(-1) for x in (found - expected, expected))
+    return float((apart / size).max())
+
+
 def row(name: str, case: Case, folder: Path, seconds: float) -> tuple[str, bool]:
     """A line of the table, and whether all held."""
 
@@ -105,7 +113,7 @@ def row(name: str, case: Case, folder: Path, seconds: float) -> tuple[str, bool]
     target = torch.arange(SAMPLES * CLASSES).reshape(SAMPLES, CLASSES) % CLASSES
     expected = explainer.using(backend="torch")(*args, target=target, **kwargs).relevance
     exact, near = (form(*args, target=target, **kwargs).relevance for form in (program, compiled))
-    distance = float((near - expected).abs().max() / expected.abs().max())
+    distance = distance_of(near, expected)
     equal = torch.equal(exact, expected)
 
     one, named = given(1)
@@ -114,7 +122,7 @@ def row(name: str, case: Case, folder: Path, seconds: float) -> tuple[str, bool]
     call, *others = (took[kind].percentile(0.5) for kind in calls)
     cells = [
         name,
-        "yes" if equal else f"no: {float((exact - expected).abs().max() / expected.abs().max()):.1e}",
+        "yes" if equal else f"no: {distance_of(exact, expected):.1e}",
         f"{distance:.1e}",
         f"{call:.1f}",
         *(f"{x / call:.2f}" for x in others),
@@ -143,10 +151,10 @@ def main() -> int:
             print(line, flush=True)
             lines.append(line)
             held &= good
-    if options.write:
-        text = PAGE.read_text()
-        before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-        PAGE.write_text(before + "\n" + "\n".join(lines) + "\n\n" + after)
+            if options.write:
+                text = PAGE.read_text()
+                before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+                PAGE.write_text(before + "\n" + "\n".join(lines) + "\n\n" + after)
     return 0 if held else 1
 
 
