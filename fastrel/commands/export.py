@@ -81,9 +81,9 @@ def write(
 ) -> list[Path]:
     """Export a model that settings name, with a self-test on this picture (default: noise) or text; the files."""
     loaded = settings.load()
+    kind, foreign = ("pictures", "--text") if loaded.kind == "image" else ("texts", "--image")
     if (text if loaded.kind == "image" else image) is not None:
-        raise InputError(f"{settings.model or 'the embedded model'} is a model of {'pictures' if loaded.kind == 'image' else 'texts'}: "
-                         f"{'--text' if loaded.kind == 'image' else '--image'} is none of its inputs")  # fmt: skip
+        raise InputError(f"{settings.model or 'the embedded model'} is a model of {kind}: {foreign} is none of its inputs")
     args, kwargs = loaded.arguments(loaded.inputs(_samples(loaded, image or pictures.noise(), text or _TEXT)))
     explainer = settings.explainer(loaded)
     export(explainer, *args, path=path, targets=targets, loaded=loaded, compile=compile, **kwargs)

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def long_fields(limit: int) -> Iterator[None]:
+    """Fields of CSV may have so many characters in the block; Python's limit, 131,072, is one for the whole process."""
+    before = csv.field_size_limit(limit)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from fastrel.data import pictures
+from fastrel.data import files, pictures
 from fastrel.errors import InputError
 
 #: What the items hold.
@@ -246,17 +246,14 @@ def _table(path: str, content: Content, column: str | None) -> Iterator[Item]:
 
         yield from _rows(path, path, tables.columns(path), tables.column(path, column), content, column)
         return
-    limit = csv.field_size_limit(pictures.MAX_BYTES)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with files.long_fields(pictures.MAX_BYTES), open(path, newline="", encoding="utf-8-sig") as file:
             if path.lower().endswith((".csv", ".tsv")):
                 rows: list[Any] = list(csv.DictReader(file, delimiter="\t" if path.lower().endswith(".tsv") else ","))
             else:
                 rows = [_object(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"the table {path!r} cannot be read: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
     names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row if name is not None))
     values = None if column is None else [_entry(row, column) for row in rows]
     yield from _rows(path, path, names, values, content, column)

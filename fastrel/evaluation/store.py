@@ -151,11 +151,8 @@ def _key(score: Score) -> Key:
 def _scores(content: bytes) -> Iterator[Score | None]:
     """The lines of a file; None for one that is not as `Store` writes them."""
     text = content.decode("utf-8", "replace").replace("\0", "\ufffd")
-    limit = csv.field_size_limit(len(text) + 1)  # a stray quote makes a field of all that follows
-    try:
+    with files.long_fields(len(text) + 1):  # a stray quote makes a field of all that follows
         rows = list(csv.reader(io.StringIO(text, newline="")))
-    finally:
-        csv.field_size_limit(limit)
     for row in filter(None, rows):
         try:
             score = Score(row[0], row[1], row[2], row[3], row[4], float(row[5])) if len(row) == 6 else None

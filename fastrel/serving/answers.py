@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Callable
@@ -20,9 +21,8 @@ JSON, PNG, ARROW = "application/json", "image/png", "application/vnd.apache.arro
 #: How many classes an answer names besides those explained.
 TOP = 5
 
-#: Pixels between pictures of several classes, and of the line with their names; its font, which comes with Pillow.
+#: Pixels between pictures of several classes, and of the line with their names.
 GAP, LINE = 8, 22
-FONT = ImageFont.load_default(14)
 
 #: Smaller pictures are shown enlarged, a whole number of times.
 SMALLEST = 224
@@ -58,9 +58,7 @@ def rendered(answer: Answer, about: Metadata, kind: str, opacity: float, top: in
     Raises:
         InputError: a picture is asked for of a map that could not be made.
     """
-    if kind == JSON:
-        return json.dumps(described(answer, about, top), ensure_ascii=False).encode()
-    return _RENDERERS[kind](answer, about, opacity)
+    return _RENDERERS[kind](answer, about, opacity, top)
 
 
 def _named(about: Metadata, c: int) -> str:
@@ -105,7 +103,17 @@ def described(answer: Answer, about: Metadata, count: int = TOP) -> dict[str, An
     return found | {"model": about.weights[:16], "method": about.options["method"]}
 
 
-def _png(answer: Answer, about: Metadata, opacity: float) -> bytes:
+def _json(answer: Answer, about: Metadata, opacity: float, top: int) -> bytes:
+    return json.dumps(described(answer, about, top), ensure_ascii=False).encode()
+
+
+@functools.cache
+def _font() -> Any:
+    """For names of classes; it comes with Pillow."""
+    return ImageFont.load_default(14)
+
+
+def _png(answer: Answer, about: Metadata, opacity: float, top: int) -> bytes:
     """The picture as the model sees it with an overlay; of several classes one beside the other."""
     if not answer.arrays["ok"].all():
         raise InputError("the map could not be made: a value of the input or of the model's output is not finite")
@@ -124,15 +132,15 @@ def _png(answer: Answer, about: Metadata, opacity: float) -> bytes:
         whole.paste(panel, (i * step, 0))
         if several:
             fitting = next(
-                (name[:n] for n in range(len(name), 0, -1) if draw.textlength(name[:n], FONT) <= picture.width), ""
+                (name[:n] for n in range(len(name), 0, -1) if draw.textlength(name[:n], _font()) <= picture.width), ""
             )
-            draw.text((i * step, picture.height + 3), fitting, "black", FONT)
+            draw.text((i * step, picture.height + 3), fitting, "black", _font())
     buffer = io.BytesIO()
     whole.save(buffer, "png", compress_level=1)
     return buffer.getvalue()
 
 
-def _arrow(answer: Answer, about: Metadata, opacity: float) -> bytes:
+def _arrow(answer: Answer, about: Metadata, opacity: float, top: int) -> bytes:
     """One row per class; the map a tensor [gh, gw], or (texts) a list beside the list of tokens."""
     import pyarrow as pa
 
@@ -161,4 +169,4 @@ def _arrow(answer: Answer, about: Metadata, opacity: float) -> bytes:
     return sink.getvalue()
 
 
-_RENDERERS: dict[str, Callable[[Answer, Metadata, float], bytes]] = {PNG: _png, ARROW: _arrow}
+_RENDERERS: dict[str, Callable[[Answer, Metadata, float, int], bytes]] = {JSON: _json, PNG: _png, ARROW: _arrow}

@@ -37,12 +37,12 @@ class Explaining:
         """Run what requests will run, for all sizes of a batch up to `batch`."""
         stored = self._artefacts[0].stored
         read = self._artefacts[0].metadata.inputs
-        sample = [stored[f"input{i}"][:1].to(_as_decoded(x.dtype)).numpy() for i, x in enumerate(read)]
+        sample = tuple(stored[f"input{i}"][0].to(_as_decoded(x.dtype)).numpy() for i, x in enumerate(read))
+        predicted = Work("predict", (RANK,), float("inf"), sample)
+        explained = [replace(predicted, want="explain", method=i) for i in range(len(self._artefacts))]
         for size in range(1, batch + 1):
-            for i in range(len(self._artefacts)):
-                work = Work("explain", (RANK,), float("inf"), tuple(x[0] for x in sample), method=i)
+            for work in (*explained, predicted):
                 self([work] * size)
-            self([replace(work, want="predict", method=0)] * size)
 
     def __call__(self, works: Sequence[Work]) -> list[Answer]:
         """An answer for each."""

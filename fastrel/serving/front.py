@@ -70,7 +70,7 @@ class Front:
 
     def application(self) -> web.Application:
         """Routes."""
-        app = web.Application(client_max_size=self.service.max_body)
+        app = web.Application()
         app.router.add_post("/explain", self._handled("explain"))
         app.router.add_post("/predict", self._handled("predict"))
         app.router.add_get("/health", self._health)
@@ -214,13 +214,8 @@ class Front:
             Refusal.
         """
         self._check_room()
-        limit = self.service.max_body
         try:
-            if (request.content_length or 0) > limit:
-                raise web.HTTPRequestEntityTooLarge(limit, request.content_length or 0)
-            body = await asyncio.wait_for(self._uploaded(request, limit), self.service.upload_ms / 1000)
-        except web.HTTPRequestEntityTooLarge as error:
-            raise Refusal(413, "size", f"the body has more than {limit} bytes") from error
+            body = await asyncio.wait_for(self._uploaded(request), self.service.upload_ms / 1000)
         except asyncio.TimeoutError as error:
             raise Refusal(408, "upload", f"the upload took longer than {self.service.upload_ms} ms") from error
         return asked(
@@ -233,15 +228,22 @@ class Front:
             methods=[*self.methods],
         )
 
-    async def _uploaded(self, request: web.Request, limit: int) -> bytes:
-        """The body. All that come in at a time may hold as much as a full queue does."""
-        body = bytearray()
+    async def _uploaded(self, request: web.Request) -> bytes:
+        """The body. All that come in at a time may hold as much as a full queue does.
+
+        Raises:
+            Refusal.
+        """
+        body, limit = bytearray(), self.service.max_body
+        too_large = Refusal(413, "size", f"the body has more than {limit} bytes")
+        if (request.content_length or 0) > limit:
+            raise too_large
         try:
             async for chunk in request.content.iter_any():
                 body += chunk
                 self._uploading += len(chunk)
                 if len(body) > limit:
-                    raise web.HTTPRequestEntityTooLarge(limit, len(body))
+                    raise too_large
                 if self._uploading > limit * self.service.queue:
                     raise Refusal(429, "full", "too much is being uploaded; try again later")
         finally:
@@ -272,8 +274,13 @@ class Front:
     async def _answered(self, asking: Asked, want: wire.Want, picture: bool) -> Answer:
         seconds = asking.timeout_ms / 1000
         deadline = time.monotonic() + seconds
-        header = {"want": want, "deadline": deadline, "classes": asking.classes, "picture": picture}
-        header["method"] = asking.method
+        header = {
+            "want": want,
+            "deadline": deadline,
+            "classes": asking.classes,
+            "picture": picture,
+            "method": asking.method,
+        }
 
         async def answer_in_turn() -> Answer:
             if self._admitted > 1:  # a request that is alone waits for nobody

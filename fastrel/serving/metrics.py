@@ -52,7 +52,6 @@ class Metrics:
         if "batch" in header:
             self.batch.observe(header["batch"])
         if "done" in header:
-            self._forget_the_dead()
             self.explained.labels(str(header["pid"])).set(header["done"])
             self._pids.add(header["pid"])
         if "ok" in answer.arrays:
@@ -65,6 +64,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
+        self._forget_the_dead()
         return generate_latest(self._registry)
 
 
