@@ -192,7 +192,7 @@ def test_tables_of_paths_and_of_texts(tmp_path: Path) -> None:
     assert inputs.find([str(tmp_path / "t.csv")], "text", "text").items[0].where.load() == "a, film"
     one, none = inputs.find([str(tmp_path / "t.jsonl")], "text", "text").items
     assert one.where.load() == "one"
-    with pytest.raises(InputError, match="NoneType"):
+    with pytest.raises(InputError, match="there is no 'text', but other"):
         none.where.load()
     with pytest.raises(InputError, match=r"say which column holds .* path, text"):
         names([str(tmp_path / "t.csv")])
