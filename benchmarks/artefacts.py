@@ -6,8 +6,8 @@ long does each take on the same input.
 Every model at its own width and picture size, random weights (MiniLM and CLIP with their own, where `../shared/models` and their
 weight files are), two blocks of each but CLIP's and MiniLM's, for compiling takes minutes. Three samples, two classes each, are
 compared; one sample, one class, is timed: the call, the program and the compiled form take turns. `--write` puts the table into
-benchmarks/README.md. Exit code 1 if a program is not the explainer to the bit, or a compiled form further away than 1e-5 (of
-the largest value but one of a map).
+benchmarks/README.md, beside rows of models that were not asked for. Exit code 1 if a program is not the explainer to the bit, or a
+compiled form further away than 1e-5 (of the largest value but one of a map).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 import fastrel
+from benchmarks.pages import Section
 from fastrel.timing import measure
 from tests import real_models
 
-PAGE = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- artefacts: python -m benchmarks.artefacts --write -->\n", "<!-- end of artefacts -->"
+SECTION = Section(Path(__file__).parent / "README.md", "artefacts", "python -m benchmarks.artefacts --write")
 #: How far a compiled form may be from the program, as `distance_of` has it.
 NEAR = 1e-5
 SAMPLES, LENGTH, CLASSES = 3, 64, 2
@@ -123,8 +123,15 @@ def row(name: str, case: Case, folder: Path, seconds: float) -> tuple[str, bool]
         f"{distance:.1e}",
         f"{call:.1f}",
         *(f"{x / call:.2f}" for x in others),
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}",
     ]
     return f"| {' | '.join(cells)} |", equal and distance <= NEAR
+
+
+def merged(old: list[str], new: list[str]) -> list[str]:
+    """The table `new`, and the rows of `old` that name other models."""
+    rows = {line.split("|")[1].strip(): line for line in (*old, *new)}
+    return [*new[:2], *(rows[name] for name in CASES if name in rows)]
 
 
 def main() -> int:
@@ -132,13 +139,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seconds", type=float, default=3, help="per call (default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
+    parser.add_argument(
+        "--write", action="store_true", help=f"put the table, or with --only these rows of it, into {SECTION.page.name}"
+    )
     options = parser.parse_args()
     lines = [
-        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}",
-        "",
-        "| model | program to the bit | compiled, distance | call, ms | program / call | compiled / call |",
-        "|---|---|---|---|---|---|",
+        "| model | program to the bit | compiled, distance | call, ms | program / call | compiled / call | on |",
+        "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     held = True
@@ -149,9 +156,7 @@ def main() -> int:
             lines.append(line)
             held &= good
             if options.write:
-                text = PAGE.read_text()
-                before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-                PAGE.write_text(before + "\n" + "\n".join(lines) + "\n\n" + after)
+                SECTION.write(merged(SECTION.read(), lines))
     return 0 if held else 1
 
 
