@@ -10,14 +10,15 @@ shared=$(cd ../shared && pwd)
 export PYTHONPATH="$shared/models${PYTHONPATH:+:$PYTHONPATH}"
 
 both=(transformer_attribution relevance_per_attention gradient_attention relevance_rollout rollout raw_attention attention_gradcam
-  legrad attcat partial_lrp lrp attnlrp input_x_gradient)
+  legrad attention_guided_cam attcat partial_lrp lrp attnlrp input_x_gradient)
 images=("${both[@]}" lrp_pixels input_x_gradient_pixels)
-fast=(transformer_attribution relevance_per_attention gradient_attention raw_attention rollout attention_gradcam legrad attcat
-  partial_lrp attnlrp input_x_gradient)
+fast=(transformer_attribution relevance_per_attention gradient_attention raw_attention rollout attention_gradcam legrad attention_guided_cam
+  attcat partial_lrp attnlrp input_x_gradient)
 rules=(--rules positive official)
 coco=(--data "coco:$shared/data/coco_masks" --model real_models:clip_imagenet --metric pointing segmentation)
 sst=(--data "sst:$shared/data/sst/trees_dev.txt.gz" --model real_models:minilm_sst2 --normalize)
 movies=(--data "eraser:$shared/data/eraser_movies/val.jsonl.gz" --model real_models:minilm_sst2 --normalize)
+clip=(--data "images:$shared/data/imagenet_1_per_class" --model real_models:clip_imagenet)
 mosaics=(--data mosaics --batch-size 10)
 
 python -m studies.readings clip --half both --readings default "frozen gradient, per attention received" "per attention received" \
@@ -27,7 +28,9 @@ fastrel evaluate "${coco[@]}" --methods transformer_attribution partial_lrp lrp 
 fastrel evaluate "${mosaics[@]}" --methods "${images[@]}" "${rules[@]}" \
   --metric pointing segmentation --limit 300 --out "$out/mosaics"
 fastrel evaluate "${mosaics[@]}" --methods transformer_attribution relevance_per_attention gradient_attention rollout legrad attnlrp \
-  --metric perturbation perturbation-mean insertion --limit 50 --out "$out/mosaics-perturbation"
+  --metric perturbation perturbation-mean perturbation-blur insertion road sensitivity --limit 50 --out "$out/mosaics-perturbation"
+fastrel evaluate "${clip[@]}" --methods transformer_attribution relevance_per_attention gradient_attention rollout legrad attnlrp \
+  --metric perturbation perturbation-mean perturbation-blur insertion road --limit 100 --batch-size 10 --out "$out/clip-perturbation"
 fastrel evaluate "${sst[@]}" --methods "${both[@]}" "${rules[@]}" --metric rationale --limit 500 --batch-size 25 --out "$out/sst"
 fastrel evaluate "${movies[@]}" --methods "${both[@]}" "${rules[@]}" --metric rationale --limit 60 --out "$out/movies"
 fastrel evaluate "${movies[@]}" --methods "${both[@]}" "${rules[@]}" --metric faithfulness --limit 20 --out "$out/movies-faithfulness"

@@ -556,6 +556,32 @@ def test_the_perturbation_curve_is_that_of_the_metric(tmp_path: Path) -> None:
     assert (out / "curves.png").exists()
 
 
+def test_scores_of_pixels_that_go_are_those_of_the_metrics(tmp_path: Path) -> None:
+    import fastrel
+    from fastrel import demo, metrics
+
+    out, names = tmp_path / "out", ["perturbation-blur", "insertion", "road", "sensitivity"]
+    assert main(["evaluate", "--data", "mosaics", "--metric", *names, "--limit", "1", "--out", str(out)]) == 0
+    found = {s["metric"]: float(s["value"]) for s in scores(out)}
+    item = next(i for i in data.read("mosaics") if i.name == scores(out)[0]["item"])
+    model, x = demo.load_model(), demo.to_input(np.asarray(item.picture())[None])
+    explanation = fastrel.Explainer(model)(x)
+    heat, target = explanation.patches, explanation.target
+    assert isinstance(target, torch.Tensor)
+    with torch.no_grad():
+        blur = metrics.perturb(model, x, heat, target, baseline=metrics.blurred(x))
+    assert found["positive predicted (blur)"] == pytest.approx(blur.auc)
+    assert found["insertion"] == pytest.approx(metrics.insertion(model, x, heat, target)[0], abs=1e-5)
+    assert found["positive ROAD"] == pytest.approx(metrics.road(model, x, heat, target).mean(), abs=1e-5)
+    # The least relevant pixels are apart by less than rounding, which differs between a batch and a sample: another order.
+    least = metrics.road(model, x, heat, target, order="negative").mean()
+    assert found["negative ROAD"] == pytest.approx(least, abs=1e-3)
+    patches = heat[0].numel()
+    sizes = [round(patches * share) for share in (0.02, 0.1, 0.3, 0.5, 0.7)]
+    expected = metrics.sensitivity_n(model, x, heat, target, sizes=sizes).mean()
+    assert found["sensitivity-n"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_picture_is_decoded_once_and_not_in_the_main_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, here = multiprocessing.get_context("fork").Value("i", 0), []
     read = pictures.read

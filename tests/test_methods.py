@@ -7,7 +7,7 @@ import networkx
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastrel
 from fastrel import methods, reference
@@ -299,6 +299,53 @@ def test_legrad_is_the_positive_gradient_of_all_maps_by_autograd(name: str) -> N
     assert golden.relative_error(late, expected[-1]) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["timm_vit", "timm_vit_mean_pooled"])
+@pytest.mark.parametrize("spelling", ["fused", "products"])
+def test_attention_guided_cam_is_its_authors_sum_over_blocks_and_heads(name: str, spelling: str) -> None:
+    """relu(∇A) ⊙ sigmoid(S) of the class token's row, summed over heads and blocks; without a class token, of every token's."""
+    model, x, target = models.build(name), models.inputs(name, batch=2)["x"], torch.tensor([2, 4])
+    maps: list[tuple[Tensor, Tensor]] = []
+
+    def kept_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        maps.append((scores, scores.softmax(-1)))
+        return maps[-1][1] @ v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", kept_attention)
+        score = model(x).gather(1, target[:, None]).sum()
+        if spelling == "products":
+            ours = fastrel.Explainer(model, "attention_guided_cam")(x, target=target)
+    if spelling == "fused":
+        ours = fastrel.Explainer(model, "attention_guided_cam")(x, target=target)
+    scores, attention = zip(*maps[: len(model.blocks)], strict=True)
+    gradients = torch.autograd.grad(score, attention)
+    weights = torch.eye(17, dtype=x.dtype)[0] if name == "timm_vit" else torch.full((16,), 1 / 16, dtype=x.dtype)
+    expected = sum(
+        (weights[:, None] * g.clamp(min=0) * s.sigmoid()).sum((1, 2)) for g, s in zip(gradients, scores, strict=True)
+    )
+    assert golden.relative_error(ours.relevance, expected.detach()) < 1e-10
+
+
+class Halved(nn.Module):
+    """Attention whose map is half a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mixed = ((q @ k.mT).softmax(-1) * 0.5) @ v
+        return self.head((x + mixed.transpose(1, 2).flatten(2))[:, 0])
+
+
+def test_attention_guided_cam_needs_the_scores_of_its_maps() -> None:
+    explainer = fastrel.Explainer(Halved().eval(), "attention_guided_cam")
+    with pytest.raises(fastrel.UnsupportedModelError, match="reads the scores of attention maps"):
+        explainer(torch.randn(1, 5, 8), target=1)
+
+
 @pytest.mark.parametrize("name", ["hf_bert", "hf_bert_eager"])
 def test_attcat_equals_its_definition_and_ignores_padding(name: str) -> None:
     """Gradient times what each block reads, times the attention that the token receives: the authors' code, text by text."""
@@ -321,7 +368,7 @@ def test_attcat_equals_its_definition_and_ignores_padding(name: str) -> None:
 def test_methods_that_read_all_maps_give_padding_nothing() -> None:
     model, given = models.build("hf_bert"), models.inputs("hf_bert", batch=2)
     given["attention_mask"][1, 8:] = 0
-    for name in ("legrad", "attcat"):
+    for name in ("legrad", "attention_guided_cam", "attcat"):
         relevance = fastrel.Explainer(model, name)(**given, target=[1, 4]).relevance
         assert relevance[1, :8].any()
         assert not relevance[1, 8:].any()

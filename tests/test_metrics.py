@@ -66,6 +66,60 @@ def test_deletion_and_insertion_are_areas_under_the_probability() -> None:
     assert both[0] > both[1]
 
 
+def test_road_fills_from_the_neighbours_as_quantus_does() -> None:
+    from quantus.functions.perturb_func import noisy_linear_imputation
+
+    torch.manual_seed(0)
+    image = torch.rand(3, 9, 7, dtype=torch.float64)
+    gone = torch.rand(9, 7) < 0.6
+    gone[0, 0] = gone[8, 3] = True
+    filled = metrics.imputed(image, gone, noise=0)
+    expected = noisy_linear_imputation(image.numpy().copy(), np.nonzero(gone.flatten().numpy())[0], noise=0)
+    assert np.allclose(filled.flatten(), np.asarray(expected).flatten(), atol=1e-10)
+    assert torch.equal(filled[:, ~gone], image[:, ~gone])
+    assert torch.equal(metrics.imputed(image, torch.zeros_like(gone)), image)
+    ramp = torch.arange(81.0, dtype=torch.float64).reshape(1, 9, 9)
+    inner = torch.zeros(9, 9, dtype=torch.bool)
+    inner[2:7, 2:7] = True
+    assert torch.allclose(metrics.imputed(ramp, inner, noise=0), ramp)
+    noisy = metrics.imputed(ramp, inner, noise=0.5, seed=3)
+    assert torch.equal(noisy, metrics.imputed(ramp, inner, noise=0.5, seed=3))
+    assert 0.2 < float((noisy - ramp)[:, inner].std()) < 0.8
+    with pytest.raises(InputError, match="an image"):
+        metrics.imputed(image, gone[:4])
+
+
+def test_road_follows_the_probability() -> None:
+    image, target = torch.zeros(1, 1, 8, 8, dtype=torch.float64), torch.tensor([1])
+    image[..., 2:4, 2:4] = 3.0
+    heat = image[:, 0]
+    most, least = (
+        metrics.road(by_sum, image, heat, target, order=order, fractions=(0.0, 4 / 64), noise=0)[:, 0]
+        for order in ("positive", "negative")
+    )
+    assert most == pytest.approx([1 / (1 + np.exp(-12.0)), 0.5])
+    assert least[1] == pytest.approx(most[0], abs=1e-3)
+
+
+def test_sensitivity_n_is_one_where_relevance_adds_up_to_the_logit() -> None:
+    torch.manual_seed(0)
+    images, target = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 1])
+    own = images.sum(1).unfold(1, 2, 2).unfold(2, 2, 2).sum((3, 4))
+    found = metrics.sensitivity_n(by_sum, images, own, target, sizes=(1, 5, 15), sets=20)
+    assert found == pytest.approx(np.ones((2, 3)))
+    assert metrics.sensitivity_n(by_sum, images, -own, target, sizes=(5,), sets=20) == pytest.approx(-np.ones((2, 1)))
+    assert not metrics.sensitivity_n(by_sum, images, torch.ones(2, 4, 4), target, sizes=(5,), sets=20).any()
+    noise = metrics.sensitivity_n(by_sum, images, torch.randn(2, 4, 4), target, sizes=(5,), sets=50)
+    assert (np.abs(noise) < 0.9).all()
+    filled = metrics.sensitivity_n(by_sum, images, own, target, sizes=(5,), sets=20, baseline=images.flip(3))
+    assert (filled < 1 - 1e-6).all()
+    for sizes, sets in (((0,), 20), ((16,), 20), ((3,), 1)):
+        with pytest.raises(InputError, match="sizes"):
+            metrics.sensitivity_n(by_sum, images, own, target, sizes=sizes, sets=sets)
+    with pytest.raises(InputError, match="multiples"):
+        metrics.sensitivity_n(by_sum, images, torch.rand(2, 3, 3), target, sizes=(2,), sets=20)
+
+
 def test_blurring_keeps_a_flat_picture_and_the_mean_of_a_point() -> None:
     flat = torch.full((1, 3, 16, 16), 0.7, dtype=torch.float64)
     assert torch.allclose(metrics.blurred(flat), flat)

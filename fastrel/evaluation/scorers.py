@@ -28,6 +28,8 @@ Maps = dict[str, Any]
 TOP_WORDS = tuple(range(10, 90, 10))
 #: Shares of the words removed or kept for sufficiency and comprehensiveness, ERASER's bins.
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
+#: Shares of the patches in the sets of sensitivity-n, which is their mean.
+SET_SHARES = (0.02, 0.1, 0.3, 0.5, 0.7)
 
 
 def _masks(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> Tensor:
@@ -67,10 +69,9 @@ def perturbation(
     subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps], baseline: str = "black"
 ) -> list[Values]:
     """AUC of positive and negative perturbation, of the predicted class and of the label, and the curves' points."""
-    filled = -subject.mean / subject.std if baseline == "black" else torch.zeros_like(subject.mean)
-    values = _curves(subject, [found["predicted"] for found in maps], "predicted", baseline, filled)
+    values = _curves(subject, [found["predicted"] for found in maps], "predicted", baseline)
     wrong = [i for i, item in enumerate(items) if item.classes and maps[i]["predicted"].predicted not in item.classes]
-    labelled = dict(zip(wrong, _curves(subject, [maps[i]["label"] for i in wrong], "label", baseline, filled), strict=True))
+    labelled = dict(zip(wrong, _curves(subject, [maps[i]["label"] for i in wrong], "label", baseline), strict=True))
     for i, item in enumerate(items):
         if item.classes:
             as_label = {name.replace(" predicted", " label", 1): value for name, value in values[i].items()}
@@ -78,13 +79,19 @@ def perturbation(
     return values
 
 
-def _curves(subject: ImageSubject, found: Sequence[ImageMap], name: str, baseline: str, filled: Tensor) -> list[Values]:
+def _curves(subject: ImageSubject, found: Sequence[ImageMap], name: str, baseline: str) -> list[Values]:
     values: list[Values] = [{} for _ in found]
     if not found:
         return values
     x, heat, target = _predicted(subject, found)
+    filled = {
+        "black": lambda: -subject.mean / subject.std,
+        "mean": lambda: subject.mean * 0,
+        "blur": lambda: metrics.blurred(x),
+    }
+    baseline_pixels = filled[baseline]().to(x.device)
     for order in ("positive", "negative"):
-        curve = metrics.perturb(subject.logits, x, heat, target, order=order, baseline=filled.to(x.device))
+        curve = metrics.perturb(subject.logits, x, heat, target, order=order, baseline=baseline_pixels)
         for i, own in enumerate(values):
             one = metrics.Curve(curve.fractions, curve.correct[:, i : i + 1])
             own[f"{order} {name} ({baseline})"] = one.auc
@@ -98,12 +105,33 @@ def perturbation_mean(subject: ImageSubject, items: Sequence[ImageItem], maps: S
     return perturbation(subject, items, maps, "mean")
 
 
+def perturbation_blur(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> list[Values]:
+    """The same with a blurred picture instead of black."""
+    return perturbation(subject, items, maps, "blur")
+
+
 def insertion(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> list[Values]:
     """Area under the probability of the predicted class: pixels that come into a blurred picture, and that go to the mean colour."""
     x, heat, target = _predicted(subject, [found["predicted"] for found in maps])
     inserted = metrics.insertion(subject.logits, x, heat, target)
     deleted = metrics.deletion(subject.logits, x, heat, target)
     return [{"insertion": float(i), "deletion": float(d)} for i, d in zip(inserted, deleted, strict=True)]
+
+
+def road(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> list[Values]:
+    """Probability of the predicted class, mean over fractions, as pixels go that are filled from their neighbours."""
+    x, heat, target = _predicted(subject, [found["predicted"] for found in maps])
+    both = [metrics.road(subject.logits, x, heat, target, order=order).mean(0) for order in ("positive", "negative")]
+    return [{"positive ROAD": float(most), "negative ROAD": float(least)} for most, least in zip(*both, strict=True)]
+
+
+def sensitivity(subject: ImageSubject, items: Sequence[ImageItem], maps: Sequence[Maps]) -> list[Values]:
+    """Correlation of the relevance of sets of patches with what the predicted class' logit loses without them (mean colour)."""
+    x, heat, target = _predicted(subject, [found["predicted"] for found in maps])
+    patches = heat.shape[1] * heat.shape[2]
+    sizes = sorted({max(1, min(patches - 1, round(patches * share))) for share in SET_SHARES})
+    found = metrics.sensitivity_n(subject.logits, x, heat, target, sizes=sizes)
+    return [{"sensitivity-n": float(own.mean())} for own in found]
 
 
 def _predicted(subject: ImageSubject, found: Sequence[ImageMap]) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,14 +180,17 @@ IMAGE_SCORERS: dict[str, Callable[..., list[Values]]] = {
     "segmentation": segmentation,
     "perturbation": perturbation,
     "perturbation-mean": perturbation_mean,
+    "perturbation-blur": perturbation_blur,
     "insertion": insertion,
+    "road": road,
+    "sensitivity": sensitivity,
 }
 TEXT_SCORERS: dict[str, Callable[..., list[Values]]] = {"rationale": rationale, "faithfulness": faithfulness}
 
 
 def needs_predicted(names: Iterable[str]) -> bool:
     """Whether one of these scorers asks for the map of the predicted class beside that of the label."""
-    return any(name.startswith(("perturbation", "insertion")) for name in names)
+    return any(name.startswith(("perturbation", "insertion", "road", "sensitivity")) for name in names)
 
 
 def lower_is_better(metric: str) -> bool:

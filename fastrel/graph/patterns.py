@@ -108,6 +108,7 @@ def reads(node: fx.Node) -> list[fx.Node]:
     return [node.args[0]] if node.target in LIKE_ANOTHER else node.all_input_nodes  # type: ignore[list-item]
 
 
+SOFTMAXES = {aten.softmax.int, aten._softmax.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
 
 _ALONG_HEADS = {
@@ -153,7 +154,7 @@ def is_softmax_over_keys(attn: Any) -> bool:
         return any(is_softmax_over_keys(x) and _one_per_row(other) for x, other in (attn.args[:2], attn.args[1::-1]))
     if attn.target is aten.add.Tensor:
         return all(is_softmax_over_keys(x) for x in attn.args[:2])
-    return attn.target in (aten.softmax.int, aten._softmax.default) and attn.args[1] in (-1, attn.meta["val"].dim() - 1)
+    return attn.target in SOFTMAXES and attn.args[1] in (-1, attn.meta["val"].dim() - 1)
 
 
 def _one_per_row(x: Any) -> bool:
@@ -174,4 +175,4 @@ def is_talking_heads_value(node: fx.Node) -> bool:
     while isinstance(attn, fx.Node) and attn.target in _ALONG_HEADS:
         mixed = mixed or attn.target in (aten.linear.default, aten.conv2d.default)
         attn = attn.args[0]
-    return mixed and isinstance(attn, fx.Node) and attn.target in (aten.softmax.int, aten._softmax.default)
+    return mixed and isinstance(attn, fx.Node) and attn.target in SOFTMAXES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastrel.errors import InputError
-from fastrel.methods.all_maps import attcat, legrad
+from fastrel.methods.all_maps import attcat, attention_guided_cam, legrad
 from fastrel.methods.attention_flow import attention_flow
 from fastrel.transform.method import AllMaps, Chain, LaneSum, Method, PathIntegral
 
@@ -81,6 +81,13 @@ METHODS = {
             "after Bousselham et al., ICCV 2025, by the gradient of the model's own output in every block",
             cost="2",
             reading=AllMaps(legrad, of=("gradient", "attention")),
+        ),
+        Method(
+            "attention_guided_cam",
+            "gradient of every attention map, positive part, weighted by the sigmoid of its scores, heads and blocks added up",
+            "Leem and Seo, AAAI 2024",
+            cost="2",
+            reading=AllMaps(attention_guided_cam, of=("gradient", "scores")),
         ),
         Method(
             "attcat",

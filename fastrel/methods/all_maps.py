@@ -34,6 +34,24 @@ def legrad(row: Tensor, gradients: Sequence[Tensor], maps: Sequence[Tensor]) -> 
     ).sum(0)
 
 
+def attention_guided_cam(row: Tensor, gradients: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
+    """Σ_blocks Σ_heads r (∇A)⁺ ⊙ σ(S), r the tokens that the head reads, [K, B, T] (Leem and Seo, AAAI 2024).
+
+    With a class token r is its row alone, as in the paper. gradients [K, B, h, T, T], scores S [B, h, T, T] with A = softmax(S); where
+    a mask excludes a key S is -inf, and nothing is given.
+
+    Raises:
+        InputError: the maps change the number of tokens.
+    """
+    check_same_tokens("attention_guided_cam", row, scores)
+    return torch.stack(
+        [
+            (row[:, :, None, :, None] * g.clamp(min=0) * s.sigmoid()).sum((2, 3))
+            for g, s in zip(gradients, scores, strict=True)
+        ]
+    ).sum(0)
+
+
 def attcat(row: Tensor, tokens: Sequence[Tensor], received: Sequence[Tensor]) -> Tensor:
     """Σ_blocks E_heads,queries[A] ⊙ Σ_features(h ⊙ ∂y/∂h), h what the block reads, [K, B, T] (Qiang et al., NeurIPS 2022).
 

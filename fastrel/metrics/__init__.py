@@ -16,7 +16,9 @@ from fastrel.metrics.rationale import (
     token_f1,
     top_tokens,
 )
+from fastrel.metrics.road import imputed, road
 from fastrel.metrics.segmentation import SegmentationScores, segmentation
+from fastrel.metrics.sensitivity import sensitivity_n
 
 __all__ = [
     "Curve",
@@ -26,11 +28,14 @@ __all__ = [
     "comprehensiveness",
     "deletion",
     "energy_inside",
+    "imputed",
     "insertion",
     "iou_f1",
     "perturb",
     "pointing_game",
+    "road",
     "segmentation",
+    "sensitivity_n",
     "spans",
     "sufficiency",
     "token_f1",

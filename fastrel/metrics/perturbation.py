@@ -86,6 +86,19 @@ def exchanged(
     """The images with a growing fraction of their pixels taken from `others`, in the order of maps [B, gh, gw].
 
     Raises:
+        InputError: as `removed`.
+    """
+    others = torch.as_tensor(others, dtype=images.dtype, device=images.device).expand_as(images)
+    for taken in removed(images, maps, target, fractions, descending):
+        yield torch.where(taken, others, images)
+
+
+def removed(
+    images: Tensor, maps: Tensor, target: Tensor, fractions: Sequence[float], descending: bool = True
+) -> Iterator[Tensor]:
+    """Which pixels have gone at each fraction, in the order of maps [B, gh, gw]: [B, 1, H, W] of bool.
+
+    Raises:
         InputError: shapes that do not fit, or fractions outside 0 … 1.
     """
     if maps.dim() != 3 or len(maps) != len(images) or target.shape != (len(images),):
@@ -96,7 +109,5 @@ def exchanged(
     heat = F.interpolate(maps[:, None], size=(height, width), mode="bilinear", align_corners=False).flatten(1)
     ranking = heat.argsort(dim=1, descending=descending, stable=True)
     place = torch.empty_like(ranking).scatter_(1, ranking, torch.arange(height * width, device=heat.device).expand_as(heat))
-    others = torch.as_tensor(others, dtype=images.dtype, device=images.device).expand_as(images)
     for fraction in fractions:
-        taken = (place < round(fraction * height * width)).reshape(-1, 1, height, width)
-        yield torch.where(taken, others, images)
+        yield (place < round(fraction * height * width)).reshape(-1, 1, height, width)

@@ -16,14 +16,20 @@ def attention_probabilities(
     q: Tensor, k: Tensor, mask: Tensor | None, scale: float, is_causal: bool, query_start: int
 ) -> Tensor:
     """A = softmax(scale · QKᵀ + mask) [B, h, Tq, Tk]; q may be the rows from `query_start` on of a longer query."""
+    scores = attention_scores(q, k, mask, scale, is_causal, query_start)
+    # A row whose keys are all masked attends to nothing, as in torch's fused attention; NaN in a score stays NaN.
+    return scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+
+
+def attention_scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, is_causal: bool, query_start: int) -> Tensor:
+    """scale · QKᵀ + mask [B, h, Tq, Tk], -inf where a key is excluded."""
     scores = (q @ k.mT) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if is_causal:
         queries = torch.arange(query_start, query_start + q.shape[-2], device=q.device)
         scores = scores.masked_fill(queries[:, None] < torch.arange(k.shape[-2], device=q.device), -torch.inf)
-    # A row whose keys are all masked attends to nothing, as in torch's fused attention; NaN in a score stays NaN.
-    return scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+    return scores
 
 
 def carries_scores(rules: str) -> bool:

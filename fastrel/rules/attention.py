@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from fastrel import ops
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.graph.nodes import arguments, describe
-from fastrel.graph.patterns import is_attention_value, is_talking_heads_value
-from fastrel.ops.attention import attention_probabilities, carries_scores
+from fastrel.graph.patterns import IDENTITIES, SOFTMAXES, is_attention_value, is_talking_heads_value
+from fastrel.ops.attention import attention_probabilities, attention_scores, carries_scores
 from fastrel.ops.library import REFERENCES
 from fastrel.reference import rules as reference
 from fastrel.reference.rollout import attention_received
@@ -111,6 +111,10 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
         every = (t.value(q), keys, values, t.value(mask) if isinstance(mask, fx.Node) else None)
         maps = t.emit.call(attention_maps, *every, *dense, float(scale), bool(is_causal), 0, t.rules)
         _keep(t, block, t.emit.parts(maps, 3))
+        if t.asks("scores"):
+            t.maps["scores"][block] = t.emit.call(
+                attention_scores, every[0], every[1], every[3], float(scale), bool(is_causal), 0
+            )
 
 
 def _keep(t: Context, block: int, maps: Sequence[fx.Node | None]) -> None:
@@ -276,6 +280,9 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
         if t.method.kinds:
             every = (t.value(left), *(part and t.dense(Lane(part, rows), left).node for part in (grad_a, rel_a)))
             _keep(t, block, [part and (part if heads is None else t.emit.call(split_heads, part, heads)) for part in every])
+        if t.asks("scores"):
+            scores = _scores(t, left)
+            t.maps["scores"][block] = scores if heads is None else t.emit.call(split_heads, scores, heads)
         if out.row:
             queries = t.facts.queries(left) or left
             update = t.emit.call(ops.attention_update, *maps, t.method.update)
@@ -362,6 +369,18 @@ def _merged_heads(t: Context, node: fx.Node) -> int | None:
     if roles != sorted(roles, reverse=True):  # windows of tokens, then heads
         raise UnsupportedModelError(f"{describe(node)}: heads outside of windows, both merged with the batch")
     return math.prod(size for size, role in factors[1:] if role == "feature")
+
+
+def _scores(t: Context, attn: fx.Node) -> fx.Node:
+    """S of a map A = softmax(S), as the model gave it to the softmax."""
+    node: Any = attn
+    while node.target in IDENTITIES:
+        node = node.args[0]
+    if node.target not in SOFTMAXES or node.args[0].meta["val"].shape != attn.meta["val"].shape:
+        raise UnsupportedModelError(
+            f"{t.method.name} reads the scores of attention maps; {describe(attn)} is not a softmax of them"
+        )
+    return t.value(node.args[0])
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
