@@ -571,9 +571,9 @@ def test_scores_of_pixels_that_go_are_those_of_the_metrics(tmp_path: Path) -> No
     with torch.no_grad():
         blur = metrics.perturb(model, x, heat, target, baseline=metrics.blurred(x))
     assert found["positive predicted (blur)"] == pytest.approx(blur.auc)
-    assert found["insertion"] == pytest.approx(metrics.insertion(model, x, heat, target)[0], abs=1e-5)
     assert found["positive ROAD"] == pytest.approx(metrics.road(model, x, heat, target).mean(), abs=1e-5)
     # The least relevant pixels are apart by less than rounding, which differs between a batch and a sample: another order.
+    assert found["insertion"] == pytest.approx(metrics.insertion(model, x, heat, target)[0], abs=1e-3)
     least = metrics.road(model, x, heat, target, order="negative").mean()
     assert found["negative ROAD"] == pytest.approx(least, abs=1e-3)
     patches = heat[0].numel()
