@@ -38,11 +38,42 @@ def picture(seed: int = 0, size: tuple[int, int] = (40, 40), kind: str = "png") 
     return buffer.getvalue()
 
 
-class Server:
+class Client:
+    """Asks what listens on a port of the loopback interface."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        seconds: float = 60,
+    ) -> tuple[int, bytes, Mapping[str, str]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
+        try:
+            connection.request(method, path, body, dict(headers or {}))
+            response = connection.getresponse()
+            return response.status, response.read(), dict(response.getheaders())
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        return self.request("GET", path)[:2]
+
+    def explain(self, body: bytes, query: str = "", route: str = "/explain", **headers: str) -> tuple[int, Any]:
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        status, content, _ = self.request("POST", route + query, body, given)
+        return status, json.loads(content)
+
+
+class Server(Client):
     """`fastrel serve ARTEFACT …` as a process of its own."""
 
     def __init__(self, artefact: Path, *options: str, ready: bool = True) -> None:
-        self.port = free_port()
+        super().__init__(free_port())
         words = [sys.executable, "-m", "fastrel", "serve", str(artefact), *options, "--port", str(self.port)]
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(words, cwd=ROOT, stderr=self._said)
@@ -68,30 +99,6 @@ class Server:
         """What it and its workers wrote to stderr."""
         self._said.seek(0)
         return self._said.read().decode(errors="replace")
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        seconds: float = 60,
-    ) -> tuple[int, bytes, Mapping[str, str]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
-        try:
-            connection.request(method, path, body, dict(headers or {}))
-            response = connection.getresponse()
-            return response.status, response.read(), dict(response.getheaders())
-        finally:
-            connection.close()
-
-    def get(self, path: str) -> tuple[int, bytes]:
-        return self.request("GET", path)[:2]
-
-    def explain(self, body: bytes, query: str = "", route: str = "/explain", **headers: str) -> tuple[int, Any]:
-        given = {name.replace("_", "-"): value for name, value in headers.items()}
-        status, content, _ = self.request("POST", route + query, body, given)
-        return status, json.loads(content)
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -42,7 +43,7 @@ from fastrel.serving.service import Service
 from fastrel.serving.window import Window
 from fastrel.serving.wire import Answer, Work, pack, unpack
 from tests import tiny
-from tests.served import ROOT, Server, load, percentile, picture, served
+from tests.served import ROOT, Client, Server, free_port, load, percentile, picture, served
 
 QUEUE, TIMEOUT, UPLOAD = 16, 5000, 2000
 OPTIONS = ("--workers", "2", "--decoders", "1", "--threads", "1", "--batch", "4", "--wait-ms", "2", "--queue", str(QUEUE),
@@ -224,6 +225,42 @@ def test_predict_names_as_many_classes_as_are_asked_for(server: Server) -> None:
     for query, said in (("?top=8", "'8'"), ("?top=abc", "'abc'"), ("?target=1", "is for /explain")):
         status, answer = server.explain(picture(), query, "/predict")
         assert (status, said in answer["error"]) == (422, True), answer
+
+
+def test_nginx_in_front_takes_what_the_service_takes(server: Server, tmp_path: Path) -> None:
+    """`deploy/nginx.conf` itself, but for names and ports."""
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not nginx:
+        pytest.skip("nginx is not installed")
+    port = free_port()
+    site = (ROOT / "deploy" / "nginx.conf").read_text()
+    for old, new in (("explain:8000", f"127.0.0.1:{server.port}"), ("listen 80;", f"listen 127.0.0.1:{port};")):
+        assert old in site
+        site = site.replace(old, new)
+    folders = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    settings = tmp_path / "nginx.conf"
+    settings.write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/errors; events {{}} http {{ access_log off; {folders} {site} }}"
+    )
+    process = subprocess.Popen([nginx, "-e", str(tmp_path / "errors"), "-c", str(settings)])
+    try:
+        front, body = Client(port), picture(3)
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                if front.get("/health")[0] == 200:
+                    break
+            time.sleep(0.1)
+        status, answer = front.explain(body, "?target=2")
+        assert status == 200
+        assert answer["maps"] == server.explain(body, "?target=2")[1]["maps"]
+        assert front.get("/metrics")[0] == 403
+        assert front.request("POST", "/explain", b"x" * 10_500_000)[0] == 413
+        assert front.get("/")[0] == 200
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def test_the_type_of_the_highest_weight_is_answered(artefact: fastrel.Artefact) -> None:

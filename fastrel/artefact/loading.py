@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +224,25 @@ def _compiled(path: Path, about: Metadata) -> tuple[Callable[..., Any] | None, s
         log.warning("%s is not used: %s; the program runs uncompiled", beside, reason)
         return None, reason
     try:
-        return torch._inductor.aoti_load_package(str(beside)), ""
+        with _no_word_of_outdated_files():
+            return torch._inductor.aoti_load_package(str(beside)), ""
     except Exception as error:  # whatever torch finds wrong with it
-        log.warning("%s is not used: %s; the program runs uncompiled", beside, first_line(error))
-        return None, f"torch cannot load it: {first_line(error)}"
+        said = (
+            f"torch, which unpacks it into {tempfile.gettempdir()} and runs it there, cannot load it: {first_line(error)}"
+        )
+        log.warning("%s is not used: %s; the program runs uncompiled", beside, said)
+        return None, said
+
+
+@contextlib.contextmanager
+def _no_word_of_outdated_files() -> Iterator[None]:
+    """torch calls a file outdated where there is no compiler, and then loads it all the same."""
+    logger = logging.getLogger("torch._inductor.package.package")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _fits(value: Tensor, expected: Input) -> bool:

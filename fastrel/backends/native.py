@@ -84,6 +84,7 @@ def _cache(part: build.Part, again: bool = False) -> Path:
         raise build.BuildError(f"{JIT_VARIABLE}=0 forbids compiling at first use; run `fastrel build`, or unset it")
     if os.path.lexists(path):
         log.warning("%s is damaged or from elsewhere, and is compiled again", path)
+    build.compiler(part)  # or there is nothing to announce
     log.warning("fastrel compiles its %s kernels, once, into %s", part.name, path.parent)
     build.cache(part, again)
     log.warning("compiled in %.0f s", time.perf_counter() - start)
