@@ -1,6 +1,7 @@
 """Files are there whole or not at all, whoever else writes beside them."""
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -35,3 +36,33 @@ def test_what_is_wrong_is_said_in_the_file_s_own_name_or_as_it_was_said(tmp_path
     with pytest.raises(UnidentifiedImageError, match=r"^no picture$"), files.replaced(tmp_path / "x.png"):
         raise UnidentifiedImageError("no picture")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_several_who_create_a_file_the_first_one_s_stays(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "_settings.json"
+
+    def another_one_first(source: str, name: Path) -> None:
+        monkeypatch.undo()
+        files.create(target, "first")
+        if not links:
+            raise PermissionError(1, "Operation not permitted")
+        os.link(source, name)
+
+    monkeypatch.setattr(os, "link", another_one_first)
+    files.create(target, "second")
+    assert target.read_text() == "first"
+    files.create(target, "third")
+    assert target.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_is_created_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(source: str, name: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    files.create(tmp_path / "x", "only")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "only")]

@@ -93,16 +93,14 @@ class Store:
 
     def _settle(self, wanted: dict[str, Any]) -> None:
         path = self.folder / SETTINGS
-        if path.exists():
-            made_from = settings(self.folder)
-            different = sorted(key for key in {*made_from, *wanted} if made_from.get(key) != wanted.get(key))
-            if different:
-                was, now = ({key: found.get(key) for key in different} for found in (made_from, wanted))
-                raise InputError(f"{self.folder} holds results made with {was}, not {now}; choose another --out")
-        elif any(parts(self.folder)):
+        if not path.exists() and any(parts(self.folder)):
             raise InputError(f"{self.folder} holds results but no {SETTINGS}; choose another --out")
-        else:
-            files.write(path, json.dumps(wanted, indent=1) + "\n")
+        files.create(path, json.dumps(wanted, indent=1) + "\n")  # other shards may be starting
+        made_from = settings(self.folder)
+        different = sorted(key for key in {*made_from, *wanted} if made_from.get(key) != wanted.get(key))
+        if different:
+            was, now = ({key: found.get(key) for key in different} for found in (made_from, wanted))
+            raise InputError(f"{self.folder} holds results made with {was}, not {now}; choose another --out")
 
     def _prefix(self) -> str:
         return f"shard-{self.shard[0]}-of-{self.shard[1]}"

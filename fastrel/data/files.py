@@ -51,6 +51,23 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def create(path: str | os.PathLike[str], content: str) -> None:
+    """Write a whole file unless there is one; of several who try at once the first one's stays."""
+    target = Path(path)
+    temporary = target.with_name(f".tmp-{uuid.uuid4().hex}{target.suffix}")
+    try:
+        temporary.write_bytes(content.encode())
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links
+            if not target.exists():
+                os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def folder(path: str | os.PathLike[str]) -> Path:
     """The folder at `path`, made if there is none.
 
