@@ -40,6 +40,7 @@ from fastrel.serving.decoding import Decoding
 from fastrel.serving.explaining import Explaining
 from fastrel.serving.front import Front
 from fastrel.serving.service import Service
+from fastrel.serving.stages import Stages
 from fastrel.serving.window import Window
 from fastrel.serving.wire import Answer, Work, pack, unpack
 from tests import tiny
@@ -370,10 +371,10 @@ def test_what_is_past_its_deadline_is_not_decoded(vit_artefact: Path) -> None:
 def test_what_nobody_waits_for_keeps_its_slot_until_the_stages_are_done(vit_artefact: Path) -> None:
     """Else the stages would be given more than they can take, by clients that hang up."""
 
-    class Slow(Front):
+    class Slow(Stages):
         at_once = most = 0
 
-        async def _asked_of_stages(self, data: bytes, seconds: float) -> Answer:
+        async def ask(self, data: bytes, seconds: float) -> Answer:
             self.at_once += 1
             self.most = max(self.most, self.at_once)
             await asyncio.sleep(0.5)
@@ -381,10 +382,12 @@ def test_what_nobody_waits_for_keeps_its_slot_until_the_stages_are_done(vit_arte
             return Answer()
 
     async def run() -> tuple[int, list[int]]:
-        front = Slow(Service(str(vit_artefact), workers=1, batch=1, decoders=1, wait_ms=1))  # three slots
+        service = Service(str(vit_artefact), workers=1, batch=1, decoders=1, wait_ms=1)  # three slots
+        front, stages = Front(service), Slow(service)
+        front.stages = stages
         late = await asyncio.gather(*[front._answered(Asked(b"", (1,), 20), "explain", False) for _ in range(9)])
         patient = await front._answered(Asked(b"", (1,), 5000), "explain", False)
-        return front.most, [*(one.status for one in late), patient.status]
+        return stages.most, [*(one.status for one in late), patient.status]
 
     assert asyncio.run(run()) == (3, [408] * 9 + [200])
 
@@ -413,12 +416,14 @@ def test_those_who_wait_go_on_together() -> None:
 
 @pytest.mark.parametrize(("requests", "waits"), [(1, False), (2, True)])
 def test_a_request_that_is_alone_waits_for_nobody(vit_artefact: Path, requests: int, waits: bool) -> None:
-    class Stageless(Front):
-        async def _asked_of_stages(self, data: bytes, seconds: float) -> Answer:
+    class Prompt(Stages):
+        async def ask(self, data: bytes, seconds: float) -> Answer:
             return Answer()
 
     async def lasted() -> float:
-        front, began = Stageless(Service(str(vit_artefact), wait_ms=1000)), time.monotonic()
+        service = Service(str(vit_artefact), wait_ms=1000)
+        front, began = Front(service), time.monotonic()
+        front.stages = Prompt(service)
 
         async def one() -> None:
             async with front._place():

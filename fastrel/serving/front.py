@@ -6,29 +6,24 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
-import shutil
 import signal
-import socket
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 
-import aiohttp
 import uvloop
 from aiohttp import web
 
-from fastrel.artefact import metadata
-from fastrel.artefact.metadata import Metadata
 from fastrel.artefact.reading import reader
 from fastrel.errors import InputError
 from fastrel.serving import answers, wire
 from fastrel.serving.asking import Asked, Refusal, asked
+from fastrel.serving.methods import by_method
 from fastrel.serving.metrics import Metrics
-from fastrel.serving.service import REASON, VARIABLE, Service
+from fastrel.serving.service import Service
+from fastrel.serving.stages import Stages
 from fastrel.serving.window import Window
 from fastrel.serving.wire import Answer
 
@@ -45,8 +40,8 @@ CANARY, TRY = 60.0, 0.2
 #: How many self-tests in a row may fail before the service is not ready any more.
 FAILING = 3
 
-#: Seconds that a connection may be silent, and that the stages may take to end.
-KEEP_ALIVE, ENDING = 15, 15
+#: Seconds that a connection may be silent.
+KEEP_ALIVE = 15
 
 
 class Front:
@@ -54,10 +49,10 @@ class Front:
 
     def __init__(self, service: Service) -> None:
         #: What every artefact says about itself, by the name that requests ask for it.
-        self.methods = _methods([service.artefact, *service.beside])
+        self.methods = by_method([service.artefact, *service.beside])
         self.about, *_ = self.methods.values()
         reader(service.artefact, self.about)  # what cannot work fails before anything is started
-        self.service, self.metrics = service, Metrics(self.about)
+        self.service, self.stages, self.metrics = service, Stages(service), Metrics(self.about)
         self._about = json.dumps(asdict(self.about) | {"source": None, "methods": [*self.methods]}, ensure_ascii=False)
         self._admitted, self._uploading, self._draining, self._ready = 0, 0, False, False
         #: Requests beyond these wait here, where those whose client hangs up or whose deadline passes cost nothing.
@@ -66,7 +61,6 @@ class Front:
         self._window = Window(service.wait_ms / 1000, service.batch)
         self._idle = asyncio.Event()
         self._idle.set()
-        self._session: aiohttp.ClientSession
 
     def application(self) -> web.Application:
         """Routes."""
@@ -102,21 +96,13 @@ class Front:
             await site.start()
         except OSError as error:
             raise InputError(f"cannot listen on {self.service.host}:{self.service.port}: {error.strerror}") from error
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as self._session:
-            reason = Path(tempfile.mkdtemp(prefix="fastrel-")) / "reason"
-            stages = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "fastrel.serving"),
-                env={**os.environ, VARIABLE: self.service.to_environment(), REASON: str(reason)},
-                start_new_session=True,  # a terminal's Ctrl-C is for the front, which lets them answer first
-            )
-            ended, asked_to_stop = asyncio.create_task(stages.wait()), asyncio.create_task(stop.wait())
-            watching = asyncio.create_task(self._watch(reason))
-            await asyncio.wait([ended, asked_to_stop, watching], return_when=asyncio.FIRST_COMPLETED)
+        async with self.stages:
+            asked_to_stop, watching = asyncio.create_task(stop.wait()), asyncio.create_task(self._watch())
+            await asyncio.wait([self.stages.ended, asked_to_stop, watching], return_when=asyncio.FIRST_COMPLETED)
             failed = not asked_to_stop.done()
             if failed:
-                why = reason.read_text() if reason.exists() else "see above for why"
+                why = self.stages.reason() or "see above for why"
                 print(f"fastrel: error: no worker can serve: {why}", file=sys.stderr)
-            shutil.rmtree(reason.parent, ignore_errors=True)
             self._draining = True
             await site.stop()
             with contextlib.suppress(asyncio.TimeoutError):
@@ -124,16 +110,14 @@ class Front:
             watching.cancel()
             asked_to_stop.cancel()
             await runner.cleanup()
-            if not ended.done():
-                await _end(stages)
         return int(failed)
 
-    async def _watch(self, reason: Path) -> None:
+    async def _watch(self) -> None:
         """Ask for the self-test until it is answered, and every minute from then on. Ends where a worker says, before any has answered,
         why it cannot."""
         failed = 0
-        while self._ready or not reason.exists():
-            answer = await self._asked_of_stages(wire.pack({"want": "canary", "deadline": time.monotonic() + 60}), 60)
+        while self._ready or self.stages.reason() is None:
+            answer = await self.stages.ask(wire.pack({"want": "canary", "deadline": time.monotonic() + 60}), 60)
             failed = 0 if answer.status == 200 else failed + 1
             if failed >= FAILING and self._ready:
                 self._note_ready(False)
@@ -286,7 +270,7 @@ class Front:
             if self._admitted > 1:  # a request that is alone waits for nobody
                 await self._window.wait()
             await self._slots.acquire()
-            asked = self._asked_of_stages(wire.pack(header, {"body": asking.body}), deadline - time.monotonic() + 1)
+            asked = self.stages.ask(wire.pack(header, {"body": asking.body}), deadline - time.monotonic() + 1)
             task = asyncio.create_task(asked)
             # The stages go on with what nobody waits for any more; until they are done, its slot is theirs.
             self._with_stages.add(task)
@@ -304,36 +288,13 @@ class Front:
         self._with_stages.discard(task)
         self._slots.release()
 
-    async def _asked_of_stages(self, data: bytes, seconds: float) -> Answer:
-        url = f"http://127.0.0.1:{self.service.inner}/inference"
-        try:
-            async with self._session.post(url, data=data, timeout=aiohttp.ClientTimeout(total=seconds)) as response:
-                content = await response.read()
-                if response.status == 200:
-                    return Answer.from_bytes(content)
-                said = content.decode(errors="replace")
-                if response.status == 422 and "{" in said:
-                    return Answer(422, json.loads(said[said.index("{") :])["error"])
-                status = response.status if response.status in (408, 429) else 500
-                return Answer(
-                    status, "not done in time" if status == 408 else "the stages are full" if status == 429 else said
-                )
-        except asyncio.TimeoutError:
-            return Answer(408, "not done in time")
-        except (aiohttp.ClientError, OSError) as error:
-            return Answer(503, f"the stages do not answer: {type(error).__name__}")
-
     async def _health(self, request: web.Request) -> web.Response:
         if self._ready and not self._draining:
             return web.json_response({"status": "ready"})
         return web.json_response({"status": "draining" if self._draining else "starting"}, status=503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        text = self.metrics.text()
-        with contextlib.suppress(aiohttp.ClientError, OSError, asyncio.TimeoutError):
-            url = f"http://127.0.0.1:{self.service.inner}/metrics"
-            async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=1)) as response:
-                text += await response.read()
+        text = self.metrics.text() + await self.stages.metrics()
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _model(self, request: web.Request) -> web.Response:
@@ -343,50 +304,7 @@ class Front:
         return web.FileResponse(PAGE)
 
 
-def _methods(paths: Sequence[str]) -> dict[str, Metadata]:
-    """What artefacts of one model say about themselves, by method, and where that does not tell them apart by rules too.
-
-    Raises:
-        InputError: one that has several maps, two by the same name, or another model's.
-    """
-    abouts = [metadata.read(path) for path in paths]
-    found: dict[str, Metadata] = {}
-    for path, about in zip(paths, abouts, strict=True):
-        if len(about.maps) != 1:
-            raise InputError(f"the artefact {path!r} has {len(about.maps)} maps; one is served")
-        first = abouts[0]
-        if (about.weights, about.inputs, about.reader) != (first.weights, first.inputs, first.reader):
-            raise InputError(f"the artefact {path!r} is of another model or reads other inputs than {paths[0]!r}")
-        name = str(about.options["method"])
-        if sum(one.options["method"] == name for one in abouts) > 1:
-            name = f"{name}, {about.options['rules']}"
-        if name in found:
-            raise InputError(f"two artefacts explain by {name!r}; one of them is enough")
-        found[name] = about
-    return found
-
-
-async def _end(stages: asyncio.subprocess.Process) -> None:
-    """SIGTERM, and an end by force of what does not end by that."""
-    with contextlib.suppress(ProcessLookupError):
-        stages.send_signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(stages.wait(), ENDING)
-        except asyncio.TimeoutError:
-            os.killpg(stages.pid, signal.SIGKILL)
-
-
-def free_port() -> int:
-    """A port of the loopback interface that is free now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def serve(service: Service) -> int:
     """Serve until stopped; the exit code."""
 
-    async def run() -> int:
-        return await Front(replace(service, inner=service.inner or free_port())).run()
-
-    return uvloop.run(run())
+    return uvloop.run(Front(service).run())
