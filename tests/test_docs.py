@@ -25,20 +25,17 @@ explainer, images = fastrel.Explainer(model), torch.randn(2, 3, 224, 224)
 GIVEN: dict[str, dict[int, str]] = {
     "README.md": {
         0: 'images, photo = torch.randn(2, 3, 224, 224), Image.new("RGB", (224, 224))',
-        2: """
+        1: """
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 tokenizer, texts = AutoTokenizer.from_pretrained("my-bert"), ["a clever film", "a film"]
 bert = AutoModelForSequenceClassification.from_pretrained("my-bert")
 """,
-        3: """
+        2: """
 from tests.test_docs import clip, gpt
 explainer, explanation = fastrel.Explainer(gpt()), clip()
 prompt_ids = reply_ids = ids = torch.randint(0, 50, (2, 5))
 mask, tokens = torch.ones_like(ids), list("abcdefg")
 """,
-        4: VIT + "classes, one_hot = torch.tensor([1, 2]), torch.eye(1000)[[1, 2]]",
-        6: VIT,
-        7: "images = images[:1].detach()",
     },
     "docs/guides/data-sets.md": {1: 'pictures = [Image.new("RGB", (64, 64))]'},
     "docs/serving.md": {0: "import fastrel, timm" + VIT + "loaded = None"},

@@ -43,7 +43,7 @@ def score(model: nn.Module, method: str, **options: Any) -> Score:
 
 
 def score_table(model: nn.Module, **options: Any) -> str:
-    """The table of README.md, as Markdown; `options` go to the Explainer."""
+    """The table of docs/gallery.md, as Markdown; `options` go to the Explainer."""
     lines = ["| method | energy in the object's cell | pointing game |", "|---|---|---|"]
     objects = 0
     for method in METHODS:
