@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ class Section:
     page: Path
     name: str
     command: str
+
+    @staticmethod
+    def names(page: Path, command: str) -> list[str]:
+        """Of the sections of a page that a command fills, in order."""
+        return re.findall(rf"^<!-- (\S+): {re.escape(command)} -->$", page.read_text(), re.MULTILINE)
 
     def read(self) -> list[str]:
         """Its lines."""
