@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from fastrel import methods
 from fastrel.batch.settings import Settings
+from fastrel.graph.facts import MEMORIES
 from fastrel.models.request import DTYPES
-from fastrel.options import RULES
+from fastrel.options import RULES, Backend
+from fastrel.precision import PRECISIONS
 
 
 def model(parser: argparse.ArgumentParser, default: str = "the embedded model") -> None:
@@ -46,11 +48,11 @@ def device(parser: Any) -> None:
 def explaining(parser: argparse.ArgumentParser, several: bool = True) -> None:
     """How explanations are computed, the same for every command that computes any; of several items: how many at a time."""
     group = parser.add_argument_group("computing")
-    group.add_argument("--precision", default="float32", choices=["float32", "mixed", "low"], help="default: %(default)s")
+    group.add_argument("--precision", default="float32", choices=PRECISIONS, help="default: %(default)s")
     group.add_argument(
-        "--backend", default="auto", choices=["auto", "torch", "cpp", "triton", "cuda"], help="default: auto"
+        "--backend", default="auto", choices=get_args(Backend), help="default: auto"
     )
-    group.add_argument("--memory", default="normal", choices=["normal", "low"], help="low: less of it, more time")
+    group.add_argument("--memory", default="normal", choices=MEMORIES, help="low: less of it, more time")
     if not several:
         return
     group.add_argument("--batch-size", type=positive, default=8, metavar="N", help="at a time (default: %(default)s)")

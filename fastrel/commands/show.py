@@ -21,6 +21,7 @@ from fastrel.commands.outputs import Outputs
 from fastrel.data import inputs, pictures
 from fastrel.data.preprocessing import Preprocessing
 from fastrel.errors import FastrelError, InputError
+from fastrel.render.overlay import STYLES
 
 HELP = "list or render what fastrel batch wrote"
 EPILOG = """\
@@ -40,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help="render overlays or pages into this folder, from the items as they were given"
     )
-    parser.add_argument("--style", default="blend", choices=["blend", "contours"], help="default: %(default)s")
+    parser.add_argument("--style", default="blend", choices=list(STYLES), help="default: %(default)s")
 
 
 def run(options: argparse.Namespace) -> int:
