@@ -99,6 +99,10 @@ def test_road_follows_the_probability() -> None:
     )
     assert most == pytest.approx([1 / (1 + np.exp(-12.0)), 0.5])
     assert least[1] == pytest.approx(most[0], abs=1e-3)
+    torch.manual_seed(0)
+    images, heats = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.rand(3, 8, 8)
+    together = metrics.road(by_sum, images, heats, target.repeat(3))
+    assert np.array_equal(together[:, 2:], metrics.road(by_sum, images[2:], heats[2:], target))
 
 
 def test_sensitivity_n_is_one_where_relevance_adds_up_to_the_logit() -> None:

@@ -49,9 +49,7 @@ def explaining(parser: argparse.ArgumentParser, several: bool = True) -> None:
     """How explanations are computed, the same for every command that computes any; of several items: how many at a time."""
     group = parser.add_argument_group("computing")
     group.add_argument("--precision", default="float32", choices=PRECISIONS, help="default: %(default)s")
-    group.add_argument(
-        "--backend", default="auto", choices=get_args(Backend), help="default: auto"
-    )
+    group.add_argument("--backend", default="auto", choices=get_args(Backend), help="default: auto")
     group.add_argument("--memory", default="normal", choices=MEMORIES, help="low: less of it, more time")
     if not several:
         return

@@ -45,7 +45,7 @@ def road(
         order: "positive": the most relevant pixels first; "negative": the least relevant.
         fractions: the shares of pixels to remove, each in 0 … 1.
         noise: standard deviation of what is added to filled pixels, in the images' units.
-        seed: of that noise.
+        seed: of that noise, which is the same for every sample, whatever else is in the batch.
 
     Returns:
         The probability at each fraction, [S, B] in 0 … 1. ROAD's score is its mean over fractions.
@@ -56,9 +56,7 @@ def road(
     found = []
     with torch.no_grad():
         for gone in removed(images, maps, target, fractions, descending=order == "positive"):
-            filled = torch.stack(
-                [imputed(x, own[0], noise, seed + i) for i, (x, own) in enumerate(zip(images, gone, strict=True))]
-            )
+            filled = torch.stack([imputed(x, own[0], noise, seed) for x, own in zip(images, gone, strict=True)])
             found.append(model(filled).softmax(1).gather(1, target[:, None])[:, 0].double().cpu().numpy())
     return np.array(found)
 
@@ -72,7 +70,7 @@ def imputed(image: Tensor, gone: Tensor, noise: float = NOISE, seed: int = 0) ->
         image: [C, H, W].
         gone: which pixels are removed, [H, W] of bool.
         noise: standard deviation of the normal noise on them.
-        seed: of it; the same for the same image whatever else is in the batch.
+        seed: of it.
 
     Returns:
         [C, H, W], the dtype and device of the image.
