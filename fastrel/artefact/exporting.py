@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export._trace import _export as traced_below_autograd
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from fastrel.artefact import compiled
@@ -121,6 +119,13 @@ def _exported(call: Call, program: Program, given: Sequence[Tensor], targets: in
     return exported, fixed
 
 
+def _export_below_autograd(module: Explaining, given: tuple[Tensor, ...], **options: Any) -> ExportedProgram:
+    """`torch.export.export` as it was before it began above automatic differentiation; torch has no public name for that."""
+    from torch.export._trace import _export
+
+    return _export(module, given, pre_dispatch=False, **options)
+
+
 def _traced(module: Explaining, given: tuple[Tensor, ...], dynamic: Any) -> ExportedProgram:
     """A module as a program. torch.export does not follow automatic differentiation, by which some rules are written: such modules
     are traced below it.
@@ -128,7 +133,7 @@ def _traced(module: Explaining, given: tuple[Tensor, ...], dynamic: Any) -> Expo
     Raises:
         CaptureError: torch cannot.
     """
-    ways = (torch.export.export, functools.partial(traced_below_autograd, pre_dispatch=False))
+    ways = (torch.export.export, _export_below_autograd)
     failed: Exception | None = None
     with LOCK, quiet() as said, torch.no_grad():
         for trace in ways:
