@@ -286,7 +286,9 @@ class Front:
             if self._admitted > 1:  # a request that is alone waits for nobody
                 await self._window.wait()
             await self._slots.acquire()
-            asked = self._asked_of_stages(wire.pack(header, {"body": asking.body}), deadline - time.monotonic() + 1)
+            asked = self._asked_of_stages(
+                wire.pack(header, {"body": asking.body, "pair": asking.pair}), deadline - time.monotonic() + 1
+            )
             task = asyncio.create_task(asked)
             # The stages go on with what nobody waits for any more; until they are done, its slot is theirs.
             self._with_stages.add(task)
