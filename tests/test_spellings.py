@@ -504,6 +504,16 @@ def test_layers_in_parts_are_verified(name: str) -> None:
     assert not any("not checked" in check.meaning for check in report.checks)
 
 
+@pytest.mark.parametrize(("name", "group"), [(name, group) for group in (WRITTEN, RMS) for name in group])
+def test_attnlrp_freezes_norms_however_they_are_spelled(name: str, group: dict[str, Any]) -> None:
+    plain = NORM["layer"] if group is WRITTEN else RMS["RMS"]
+    maps = [
+        fastrel.Explainer(Planted(norm=norm).double().eval(), "attnlrp", backend="torch")(ids(), target=1).relevance
+        for norm in (plain, group[name])
+    ]
+    torch.testing.assert_close(*maps, rtol=1e-8, atol=1e-10)
+
+
 def test_layers_that_share_a_whole_weight_stay_two() -> None:
     """A siamese sum is a sum of two streams, not a layer of both; nor are rows of one weight columns of it."""
     from fastrel.graph.parts import is_columns

@@ -29,19 +29,20 @@ _ZEROS = {aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default}
 class _Sum:
     """u + … + Σ x_i W_iᵀ + b, with all W_i columns of one weight.
 
-    `others`: u and what else is added; `inputs`, `weights`: x_i and W_i [out, in_i]; `bias`: the biases; `whole`: the weight.
+    `others`: u and what else is added; `inputs`, `weights`: x_i, and W_i as the model has it, and whether that is W_iᵀ [in_i, out];
+    `bias`: the biases; `whole`: the weight.
     """
 
     whole: fx.Node
     inputs: tuple[fx.Node, ...]
-    weights: tuple[fx.Node, ...]
+    weights: tuple[tuple[fx.Node, bool], ...]
     bias: tuple[fx.Node, ...] = ()
     others: tuple[fx.Node, ...] = ()
 
     def fits(self, other: _Sum) -> bool:
         """Whether the other one is of other columns of the same weight, and of other values."""
-        places = {_place(w.meta["val"]) for w in self.weights}
-        apart = places.isdisjoint(_place(w.meta["val"]) for w in other.weights)
+        places = {_place(w.meta["val"]) for w, _ in self.weights}
+        apart = places.isdisjoint(_place(w.meta["val"]) for w, _ in other.weights)
         return self.whole is other.whole and apart and set(self.inputs).isdisjoint(other.inputs)
 
 
@@ -57,7 +58,7 @@ def layers_in_parts(graph: fx.Graph, axes: Labelled) -> bool:
                 known[node] = own
             continue
         u, v = node.args
-        if not isinstance(u, fx.Node) or (v not in axes and known.get(u) is None):
+        if _is_constant(u, axes, known):
             u, v = v, u
         left, right = known.get(u), known.get(v)
         if left is not None and right is not None and left.fits(right) and not (left.others and right.others):
@@ -73,8 +74,8 @@ def layers_in_parts(graph: fx.Graph, axes: Labelled) -> bool:
             replace_node(node, result)
             known[result] = whole
             found = True
-        elif left is not None and v not in axes:
-            if (bias := _bias(v, node)) is not None:
+        elif _is_constant(v, axes, known):
+            if left is not None and (bias := _bias(v, node)) is not None:
                 known[node] = replace(left, bias=left.bias + bias)
         elif right is not None and not right.others:
             known[node] = replace(right, others=(u,))
@@ -83,24 +84,26 @@ def layers_in_parts(graph: fx.Graph, axes: Labelled) -> bool:
     return found
 
 
+def _is_constant(x: Any, axes: Labelled, known: Mapping[fx.Node, _Sum]) -> bool:
+    return not isinstance(x, fx.Node) or (x not in axes and x not in known)
+
+
 def _layer(node: fx.Node, axes: Labelled) -> _Sum | None:
     """A layer whose weight is some columns of a larger one."""
-    if node.target is aten.linear.default:
+    turned = node.target is aten.matmul.default
+    if turned and node.args[1] not in axes and node.args[1].meta["val"].dim() == 2:  # type: ignore[union-attr]
+        (x, weight), bias = node.args, None
+    elif node.target is aten.linear.default:
         x, weight, bias = arguments(node, None, count=3)
-    elif node.target is aten.matmul.default and node.args[1] not in axes and node.args[1].meta["val"].dim() == 2:  # type: ignore
-        x, turned = node.args
-        weight, bias = turned, None
     else:
         return None
-    whole, columns = weight, weight.meta["val"] if node.target is aten.linear.default else weight.meta["val"].mT
+    whole: Any = weight
     while whole.op == "call_function" and (is_view(whole) or whole.target is operator.getitem or whole.target in _CUTS):
         whole = whole.args[0]
-    if whole.op == "call_function" or not is_columns(columns, whole.meta["val"]):
+    part = weight.meta["val"]
+    if whole.op == "call_function" or not is_columns(part.mT if turned else part, whole.meta["val"]):
         return None
-    if node.target is not aten.linear.default:
-        with node.graph.inserting_before(node):
-            weight = insert_like(node, aten.transpose.int, weight, 0, 1)
-    return _Sum(whole, (x,), (weight,), () if bias is None else (bias,))
+    return _Sum(whole, (x,), ((weight, turned),), () if bias is None else (bias,))
 
 
 def is_columns(part: Tensor, whole: Tensor) -> bool:
@@ -133,7 +136,8 @@ def _as_one(node: fx.Node, whole: _Sum) -> fx.Node:
     for x in whole.bias:
         bias = x if bias is None else insert_like(node, aten.add.Tensor, bias, x)
     joined = insert_like(node, aten.cat.default, list(whole.inputs), -1)
-    weight = insert_like(node, aten.cat.default, list(whole.weights), 1)
+    parts = [insert_like(node, aten.transpose.int, w, 0, 1) if turned else w for w, turned in whole.weights]
+    weight = insert_like(node, aten.cat.default, parts, 1)
     result = insert_like(node, aten.linear.default, joined, weight, *(() if bias is None else (bias,)))
     for x in whole.others:
         result = insert_like(node, aten.add.Tensor, x, result)
