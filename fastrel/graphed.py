@@ -177,6 +177,7 @@ class _Replay:
         self._program = engine.explaining(call, options)
         self._spec, self._names = captured.out_spec, [call.names[one.input] + one.branch for one in self._program.maps]
         self._sizes = [image_size(values[len(captured.owners) + one.input], one.picture) for one in self._program.maps]
+        self._beside = [tuple(call.names[i] for i in one.beside) for one in self._program.maps]
         batch = len(self._inputs[0])
         self._classes = torch.zeros(batch, targets, dtype=torch.long, device=device) if targets else None
         self._results, self._replay, self.pool = record(lambda: run(self._program, values, self._classes), device, pool)
@@ -223,9 +224,9 @@ class _Replay:
                 check_finite("the explanation", row)
         one = self._classes is None or self._classes.shape[1] == 1
         maps: dict[str, TokenMap] = {}
-        for name, size, row, grid in zip(self._names, self._sizes, relevance, grids, strict=True):
+        for name, size, beside, row, grid in zip(self._names, self._sizes, self._beside, relevance, grids, strict=True):
             grid = grid[:, 0] if one and grid is not None else grid
-            maps[name] = TokenMap(row[:, 0] if one else row, grid, size)
+            maps[name] = TokenMap(row[:, 0] if one else row, grid, size, beside)
         output = pytree.tree_unflatten(outputs, self._spec)
         explained = explained[:, 0] if one else explained
         return Explanation(outputs[self._program.leaves[0]], explained, maps, output, self._program.generic)

@@ -20,11 +20,14 @@ class TokenMap:
         grid: the part of it that lies on patches of an image, [B, gh, gw] or [B, K, gh, gw], of the frames of a film or of a volume,
             [B, (K,) frames, gh, gw]; None for text.
         image_size: (height, width) in pixels of the images explained; None for text.
+        beside: names of other inputs at the same positions, which the model takes together with this one before any attention (token
+            types, aspects, a second set of ids that is embedded and added): the map is over the positions of all of them.
     """
 
     relevance: Tensor
     grid: Tensor | None = None
     image_size: tuple[int, int] | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def patches(self) -> Tensor:

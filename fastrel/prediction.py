@@ -245,7 +245,8 @@ class Prediction:
                 relevance, patches = relevance[:, 0], None if patches is None else patches[:, 0]
             placed = placed or patches is not None
             value = self._call.values[len(self._call.captured.owners) + where.input]
-            found[name] = TokenMap(relevance, patches, image_size(value, where.picture))
+            beside = tuple(self._call.names[i] for i in where.beside)
+            found[name] = TokenMap(relevance, patches, image_size(value, where.picture), beside)
         if asked and not placed:
             sizes = ", ".join(f"{one.relevance.shape[-1]} of {name}" for name, one in found.items())
             raise InputError(f"grid={asked} does not fit the tokens: {sizes}")

@@ -174,6 +174,7 @@ def verify(engine: Engine, options: Options, args: Sequence[Any], kwargs: dict[s
     shapes = {
         name: f"{tuple(one.relevance.shape[1:])} tokens"
         + (f", on a grid of {' × '.join(map(str, one.grid.shape[-2:]))} patches" if one.grid is not None else "")
+        + (f", each of {name} and {' and '.join(one.beside)}" if one.beside else "")
         for name, one in explanation.maps.items()
     }
     return Verification(tuple(checks), subject.program.generic, subject.program.blocks, shapes)
@@ -204,9 +205,9 @@ def _relevance(subject: _Subject) -> Iterator[Check]:
         options = replace(wide.options, base=methods.METHODS["transformer_attribution"], start_layer=0)
         ours = _predict(wide.engine, options, wide.call, trace=True).trace(wide.target)
         theirs = _second_path(wide)
-        worst = _apart(ours, theirs)
-        if len(theirs) > len(ours):
-            meaning += f"; {len(theirs) - len(ours)} more of those are over channels"
+        worst, left = _apart(ours, theirs)
+        if left:
+            meaning += f"; {left} more of those are over channels"
     except (FastrelError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         yield Check("relevance", float("nan"), None, f"not checked, the second path does not take it: {first_line(error)}")
         return
@@ -243,20 +244,31 @@ def _relevance_seeds(wide: _Subject, output: Any) -> list[tuple[int, Tensor]]:
     return list(zip(seeds.outputs, seeds.relevance, strict=True))
 
 
-def _apart(ours: list[BlockTrace], theirs: list[Tensor]) -> float:
-    """The worst distance between maps in order; maps over channels, which are no attention blocks, are among theirs alone."""
+def _apart(ours: list[BlockTrace], theirs: list[Tensor]) -> tuple[float, int]:
+    """The worst distance between maps in order, and how many of theirs belong to none of ours: those over channels, which are no
+    attention blocks. Heads that the model computes one by one are one block of ours, and a map each of theirs."""
     if len(ours) > len(theirs):
         raise FastrelError(f"it finds {len(theirs)} attention maps, the engine {len(ours)}")
-    worst, place = 0.0, 0
+    worst, place, left = 0.0, 0, len(theirs)
     for i, one in enumerate(ours):
         last = len(theirs) - (len(ours) - i) + 1
-        fitting = [k for k in range(place, last) if theirs[k].shape[-1] == one.attention.shape[-1]]
-        apart = {k: _maps_apart(one, theirs[k]) for k in fitting}
+        fitting = {k: _heads_from(theirs[k:], one) for k in range(place, last)}
+        apart = {k: _maps_apart(one, torch.cat(found, 2)) for k, found in fitting.items() if found}
         if not apart:
             raise FastrelError(f"it has no map for the engine's {tuple(one.attention.shape)}")
         place = min(apart, key=lambda k: apart[k])
-        worst, place = max(worst, apart[place]), place + 1
-    return worst
+        worst, left, place = max(worst, apart[place]), left - len(fitting[place]), place + len(fitting[place])
+    return worst, left
+
+
+def _heads_from(theirs: list[Tensor], ours: BlockTrace) -> list[Tensor]:
+    """The first of some maps, or as many of one head each as make up ours; none where it is of other keys."""
+    first, size = theirs[0], ours.attention.shape
+    if first.shape[-1] != size[-1]:
+        return []
+    heads = size[-3] if first.dim() == 5 and first.shape[2] == 1 else 1
+    same = [x for x in theirs[:heads] if x.shape == first.shape]
+    return same if len(same) == heads else [first]
 
 
 def _maps_apart(ours: BlockTrace, theirs: Tensor) -> float:

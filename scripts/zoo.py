@@ -158,11 +158,12 @@ _EYES = {**_TOWER, "image_size": 32, "patch_size": 8}
 
 @dataclass
 class Case:
-    """A model, one batch of its inputs, and what is asked of it where that is no class."""
+    """A model, one batch of its inputs, what is asked of it where that is no class, and all that it says there, [B, C]."""
 
     model: Any
     inputs: dict[str, Any]
     target: Any = None
+    answer: Any = None
 
 
 def cases() -> Iterator[tuple[str, str, Callable[[], Case]]]:
@@ -211,6 +212,10 @@ def _last(out: Any) -> Tensor:
     return out.logits[:, -1, 7]
 
 
+def _word(out: Any) -> Tensor:
+    return out.logits[:, -1]
+
+
 def _text(auto: str, name: str, changes: dict[str, Any]) -> Case:
     import transformers
 
@@ -220,7 +225,7 @@ def _text(auto: str, name: str, changes: dict[str, Any]) -> Case:
     if "Seq2Seq" in auto:
         given["decoder_input_ids"] = _ids(4)
     model = getattr(transformers, auto).from_config(config).eval()
-    return Case(model, given, None if "Classification" in auto else _last)
+    return Case(model, given) if "Classification" in auto else Case(model, given, _last, _word)
 
 
 def _pictures(name: str, small: dict[str, Any], changes: dict[str, Any]) -> Case:
@@ -243,7 +248,8 @@ def _made(model: str, target: Any = None, /, **config: Any) -> Callable[..., Cas
         import transformers
 
         kind = getattr(transformers, model)
-        return Case(kind(kind.config_class(**config)).eval(), {name: make() for name, make in inputs.items()}, target)
+        given = {name: make() for name, make in inputs.items()}
+        return Case(kind(kind.config_class(**config)).eval(), given, target, _word if target is _last else None)
 
     return build
 
@@ -290,7 +296,7 @@ def _encoder_decoder() -> Case:
     import transformers as t
 
     config = t.EncoderDecoderConfig.from_encoder_decoder_configs(t.BertConfig(**_WORDS), t.BertConfig(**_WORDS))
-    return Case(t.EncoderDecoderModel(config).eval(), {"input_ids": _ids(), "decoder_input_ids": _ids(4)}, _last)
+    return Case(t.EncoderDecoderModel(config).eval(), {"input_ids": _ids(), "decoder_input_ids": _ids(4)}, _last, _word)
 
 
 def _vision_encoder_decoder() -> Case:
@@ -300,7 +306,10 @@ def _vision_encoder_decoder() -> Case:
         t.ViTConfig(**_EYES), t.GPT2Config(**_GPT2, vocab_size=100)
     )
     return Case(
-        t.VisionEncoderDecoderModel(config).eval(), {"pixel_values": _picture(), "decoder_input_ids": _ids(4)}, _last
+        t.VisionEncoderDecoderModel(config).eval(),
+        {"pixel_values": _picture(), "decoder_input_ids": _ids(4)},
+        _last,
+        _word,
     )
 
 

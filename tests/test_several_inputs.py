@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastrel
@@ -43,6 +44,35 @@ def test_texts_that_share_an_embedding_have_a_map_each(name: str) -> None:
     report = explainer.verify(first, second, target=1)
     assert report.ok, report
     torch.testing.assert_close(whole(model, first, second, target=1), torch.full((2,), 4.0).double())
+
+
+def cosine(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(m.encoder(a).mean(1), m.encoder(b).mean(1))
+
+
+def normalised(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    return (F.normalize(m.encoder(a).mean(1), dim=-1) * F.normalize(m.encoder(b).mean(1), dim=-1)).sum(-1)
+
+
+def test_cosine_similarity_is_a_product_of_units() -> None:
+    """Also on the second path, which once took the generic rule for it."""
+    first, second = ids(2, 7), ids(2, 5, seed=2)
+    maps = []
+    for f in (cosine, normalised):
+        explainer = fastrel.Explainer(made(f), backend="torch")
+        report = explainer.verify(first, second, target=lambda o: o)
+        assert report.ok, report
+        maps.append(explainer(first, second, target=lambda o: o).maps)
+    for name in ("first", "second"):
+        torch.testing.assert_close(maps[0][name].relevance, maps[1][name].relevance)
+
+
+def test_ids_at_the_same_positions_are_named() -> None:
+    model = made(lambda m, a, b: m.head(m.encoder.blocks(m.encoder.embed(a) + m.second.embed(b))[:, 0]))
+    explainer = fastrel.Explainer(model, backend="torch")
+    explanation = explainer(ids(2), ids(2, seed=2), target=1)
+    assert explanation.maps["first"].beside == ("second",)
+    assert "each of first and second" in str(explainer.verify(ids(2), ids(2, seed=2), target=1).maps)
 
 
 class SequenceFirst(nn.Module):

@@ -99,6 +99,51 @@ def one_by_one(w: Block, x: Tensor) -> Tensor:
     return w.o(torch.cat(found, -1))
 
 
+def in_columns(w: Block, x: Tensor) -> Tensor:
+    """Each head projected by its columns of the output weight."""
+    q, k, v, found = w.q(x), w.k(x), w.v(x), w.o.bias
+    for at in range(0, D, SIZE):
+        one = slice(at, at + SIZE)
+        found = found + scores(q[..., one], k[..., one]).softmax(-1) @ v[..., one] @ w.o.weight[:, one].T
+    return found
+
+
+def own_weights(w: Block, x: Tensor) -> Tensor:
+    """Each head with its rows and columns of all weights."""
+    total: Any = 0
+    for one in (slice(at, at + SIZE) for at in range(0, D, SIZE)):
+        q, k, v = (F.linear(x, y.weight[one], y.bias[one]) for y in (w.q, w.k, w.v))
+        total = total + F.linear(F.scaled_dot_product_attention(q, k, v), w.o.weight[:, one])
+    return total + w.o.bias
+
+
+def in_pairs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Sums of products, no matrix product."""
+    s = (q[:, :, :, None] * k[:, :, None]).sum(-1) / SIZE**0.5
+    return (s.softmax(-1)[..., None] * v[:, :, None]).sum(3)
+
+
+def in_pairs_expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    length = q.shape[2]
+    pairs = q.unsqueeze(3).expand(-1, -1, -1, length, -1) * k.unsqueeze(2).expand(-1, -1, length, -1, -1)
+    return torch.sum(torch.sum(pairs * SIZE**-0.5, -1).softmax(-1).unsqueeze(-1) * v.unsqueeze(2), dim=-2)
+
+
+def pairs_one_by_one(w: Block, x: Tensor) -> Tensor:
+    q, k, v, found = w.q(x), w.k(x), w.v(x), []
+    for at in range(0, D, SIZE):
+        one = slice(at, at + SIZE)
+        attn = ((q[..., one][:, :, None] * k[..., one][:, None]).sum(-1) / SIZE**0.5).softmax(-1)
+        found.append((attn[..., None] * v[..., one][:, None]).sum(2))
+    return w.o(torch.cat(found, -1))
+
+
+def pairs_heads_last(w: Block, x: Tensor) -> Tensor:
+    q, k, v = (y(x).unflatten(-1, (HEADS, SIZE)) for y in (w.q, w.k, w.v))
+    attn = ((q[:, :, None] * k[:, None]).sum(-1) / SIZE**0.5).softmax(2)
+    return w.o((attn[..., None] * v[:, None]).sum(2).flatten(2))
+
+
 def einsum_of_weights(w: Block, x: Tensor) -> Tensor:
     q, k, v = (
         torch.einsum("btd,hed->bhte", x, y.weight.view(HEADS, SIZE, D)) + y.bias.view(HEADS, 1, SIZE)
@@ -223,6 +268,12 @@ ATTENTION: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "one group of heads": grouped_keys,
     "heads one by one": one_by_one,
     "heads stacked": of_heads(lambda q, k, v: torch.stack([scores(q[:, i], k[:, i]).softmax(-1) @ v[:, i] for i in range(HEADS)], 1)),
+    "heads added up by columns": in_columns,
+    "heads with weights of their own": own_weights,
+    "pairs": of_heads(in_pairs),
+    "pairs, expanded": of_heads(in_pairs_expanded),
+    "pairs, heads one by one": pairs_one_by_one,
+    "pairs, heads last": pairs_heads_last,
     "einsum of weights": einsum_of_weights,
     "sequence first": sequence_first,
     "multi_head_attention_forward": multihead,
@@ -260,6 +311,16 @@ def by_conv2d(w: Block, x: Tensor) -> Tensor:
     return F.conv2d(h, w.down.weight[..., None, None], w.down.bias)[..., 0].mT
 
 
+def in_slices(w: Block, x: Tensor) -> Tensor:
+    h, n = F.gelu(w.up(x)), D // 2
+    return h[..., :n] @ w.down.weight[:, :n].T + h[..., n:] @ w.down.weight[:, n:].T + w.down.bias
+
+
+def in_chunks(w: Block, x: Tensor) -> Tensor:
+    parts = zip(w.up.weight.chunk(4), w.up.bias.chunk(4), w.down.weight.chunk(4, 1), strict=True)
+    return torch.stack([F.linear(F.gelu(F.linear(x, up, bias)), down) for up, bias, down in parts]).sum(0) + w.down.bias
+
+
 def merged_gate(w: Block, x: Tensor) -> Tensor:
     both = F.linear(x, torch.cat((w.up.weight, w.gate.weight)), torch.cat((w.up.bias, w.gate.bias)))
     up, gate = both.chunk(2, -1)
@@ -274,6 +335,8 @@ MLP: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "addmm": by_addmm,
     "convolutions": by_conv1d,
     "convolutions of pictures": by_conv2d,
+    "slices of one weight": in_slices,
+    "chunks of one weight": in_chunks,
     "token by token": lambda w, x: torch.stack([w.down(F.gelu(w.up(one))) for one in x.unbind(1)], 1),
 }  # fmt: skip
 GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
@@ -419,6 +482,47 @@ def test_one_function_has_one_map_that_finds_the_evidence(part: str, name: str, 
     assert highest.tolist() == PLACES
     assert not found.report, found.report
     torch.testing.assert_close(found.relevance, plain.relevance, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION if "head" in name or "pairs" in name])
+def test_heads_of_one_attention_are_one_block(name: str) -> None:
+    model = Planted(attention=ATTENTION[name]).double().eval()
+    report = fastrel.Explainer(model, backend="torch").verify(ids(), target=1)
+    assert report.ok, report
+    assert report.blocks == 2
+    last = [
+        fastrel.Explainer(m, start_layer=-1, backend="torch")(ids(), target=1).relevance
+        for m in (model, Planted().double().eval())
+    ]
+    torch.testing.assert_close(*last, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["slices of one weight", "chunks of one weight"])
+def test_layers_in_parts_are_verified(name: str) -> None:
+    report = fastrel.Explainer(Planted(MLP=MLP[name]).double().eval(), backend="torch").verify(ids(), target=1)
+    assert report.ok, report
+    assert not any("not checked" in check.meaning for check in report.checks)
+
+
+@pytest.mark.parametrize(("name", "group"), [(name, group) for group in (WRITTEN, RMS) for name in group])
+def test_attnlrp_freezes_norms_however_they_are_spelled(name: str, group: dict[str, Any]) -> None:
+    plain = NORM["layer"] if group is WRITTEN else RMS["RMS"]
+    maps = [
+        fastrel.Explainer(Planted(norm=norm).double().eval(), "attnlrp", backend="torch")(ids(), target=1).relevance
+        for norm in (plain, group[name])
+    ]
+    torch.testing.assert_close(*maps, rtol=1e-8, atol=1e-10)
+
+
+def test_layers_that_share_a_whole_weight_stay_two() -> None:
+    """A siamese sum is a sum of two streams, not a layer of both; nor are rows of one weight columns of it."""
+    from fastrel.graph.parts import is_columns
+
+    whole = nn.Parameter(torch.zeros(4, 6))
+    assert is_columns(whole[:, :3], whole)
+    assert is_columns(whole[:2].T, whole)  # [in, out] as x @ W takes it
+    assert not is_columns(whole, whole)
+    assert not is_columns(whole[:2], whole)
 
 
 def test_places_counted_from_the_end_are_looked_up_there() -> None:

@@ -33,15 +33,16 @@ class ReadsTexts:
         core.no_padding()
         self._core, self._names, self._limit = core, names, limit
 
-    def __call__(self, text: str) -> list[np.ndarray]:
-        """The inputs of one sample.
+    def __call__(self, text: str | tuple[str, str]) -> list[np.ndarray]:
+        """The inputs of one sample: a text, or two that are read as one sequence.
 
         Raises:
             InputError: the text is blank, or too long.
         """
-        if not text.strip():
+        given = (text,) if isinstance(text, str) else text
+        if not all(part.strip() for part in given):
             raise InputError("the text is empty")
-        encoded = self._core.encode(text)
+        encoded = self._core.encode(*given)
         if len(encoded.ids) > self._limit:
             raise InputError(f"the text has {len(encoded.ids)} tokens, the model reads {self._limit}; shorten it")
         of = {"input_ids": encoded.ids, "attention_mask": encoded.attention_mask, "token_type_ids": encoded.type_ids}

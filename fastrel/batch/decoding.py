@@ -30,15 +30,32 @@ def decode(item: Item, reader: Any, kind: Kind) -> Decoded:
     """One item; never raises."""
     digest = None
     try:
-        content = item.where.load()
-        digest = hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+        content: Any = item.where.load()
+        digest = _digest(content)
+        if kind == "multimodal":
+            picture = pictures.read(content[0])
+            return Decoded(item.name, digest, reader((picture.image, content[1])), picture.notes)
+        if isinstance(content, tuple):
+            first, second = content
+            return Decoded(item.name, digest, reader((_text(first), second)))
         if kind == "image":
             assert isinstance(content, bytes)
             picture = pictures.read(content)
             return Decoded(item.name, digest, reader(picture.image), picture.notes)
-        return Decoded(item.name, digest, reader(content if isinstance(content, str) else content.decode("utf-8-sig")))
+        return Decoded(item.name, digest, reader(_text(content)))
     except Exception as error:  # whatever is wrong with one item must not end the others
         return Decoded(item.name, digest, error=reason(error))
+
+
+def _text(content: str | bytes) -> str:
+    return content if isinstance(content, str) else content.decode("utf-8-sig")
+
+
+def _digest(content: Any) -> str:
+    """sha256 in hex; of a pair that of both digests."""
+    if isinstance(content, tuple):
+        content = "".join(map(_digest, content))
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def decoded(batches: Sequence[Sequence[Item]], reader: Any, kind: Kind, workers: int) -> Iterator[list[Decoded]]:

@@ -16,10 +16,12 @@ from fastrel.batch.decoding import Decoded, decode
 from fastrel.batch.row import Row
 from fastrel.batch.settings import Settings, count_of_highest
 from fastrel.data import pictures
-from fastrel.data.inputs import File, Item, Value
+from fastrel.data.inputs import File, Item, Pair, Value
 from fastrel.errors import CaptureError, InputError, UnsupportedModelError, reason
 from fastrel.explainer import Explainer
 from fastrel.models import Loaded, Sample
+from fastrel.models.matching import score_of
+from fastrel.prediction import Prediction
 
 #: A batch of samples by name.
 Batch: TypeAlias = dict[str, Tensor]
@@ -36,17 +38,19 @@ class Explain:
         explain = fastrel.batch.Explain("vit_base_patch16_224", target=("top3",), device="cuda")
         rows = explain({"item": ["a.jpg", "b.jpg"]})                     # by path
         rows = explain({"image": [jpeg_bytes, pil_image, array]})        # or by content; texts: {"text": […]}
+        rows = explain({"text": […], "pair": […]})                       # pairs of texts, or of pictures and texts
         dataset.map_batches(explain, batch_size=32)                      # Ray Data
 
     Args:
         model: a name, a folder or `MODULE:FUNCTION`, as `fastrel.models.load` takes it; None: the one that ships with fastrel.
+        pairs: items are pairs, so that models of pictures with texts explain how well both fit.
         options: the fields of `fastrel.batch.settings.Settings` by name; a target may also be a class number, or several.
 
     Raises:
         InputError: an option that does not exist.
     """
 
-    def __init__(self, model: str | None = None, **options: Any) -> None:
+    def __init__(self, model: str | None = None, *, pairs: bool = False, **options: Any) -> None:
         known = {field.name for field in fields(Settings)}
         unknown = sorted({*options} - known)
         if unknown:
@@ -55,13 +59,14 @@ class Explain:
         if target is not None:
             several = [target] if isinstance(target, (str, int, np.integer)) else target
             options["target"] = tuple(str(word) for word in several)
-        self.__setstate__({"settings": Settings(model, **options)})
+        self.__setstate__({"settings": Settings(model, **options), "pairs": pairs})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"settings": self.settings}
+        return {"settings": self.settings, "pairs": self.pairs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.settings: Settings = state["settings"]
+        self.pairs: bool = state["pairs"]
         self._lock = threading.Lock()
         self._shape: tuple[int, ...] | None = None
         self._ready: tuple[Loaded, Explainer, list[int] | None, int] | None = None
@@ -77,7 +82,7 @@ class Explain:
         Args:
             batch: "item" (or "path"): names; "image" (or "bytes", as `ray.data.read_binary_files` calls it): the bytes of
                 files, PIL images (of several frames the one they are at) or arrays [H, W, 3] of uint8; or "text": strings.
-                Without these, items are paths.
+                Without these, items are paths. "pair": the text that goes with each.
 
         Returns:
             The columns that `fastrel batch` writes, of `fastrel.batch.row.Row`: "map" [N, gh, gw] float32, or (texts) lists of
@@ -147,11 +152,12 @@ class Explain:
     def shape(self) -> tuple[int, ...] | None:
         """That of this model's maps over pictures, None if they are not; explains noise, so that what cannot work fails now."""
         loaded = self.loaded
-        if loaded.kind != "image":
+        if loaded.kind not in ("image", "multimodal"):
             return None
         if self._shape is not None:
             return self._shape
-        (row, *_) = self._explained([(Decoded("noise", samples=loaded.reader(pictures.noise())), 0)])[0]
+        noise: Any = pictures.noise() if loaded.kind == "image" else (pictures.noise(), "a text")
+        (row, *_) = self._explained([(Decoded("noise", samples=loaded.reader(noise)), 0)])[0]
         self._shape = None if row.map is None else row.map.shape
         return self._shape
 
@@ -172,6 +178,8 @@ class Explain:
         samples = [item.samples[window] for item, window in places]
         args, kwargs = loaded.arguments(loaded.inputs(samples) if moved is None else moved)
         prediction = explainer.predict(*args, **kwargs)
+        if loaded.kind == "multimodal":
+            return self._of_pairs(places, samples, prediction, noise)
         logits = prediction.logits
         if logits.dim() != 2:
             raise UnsupportedModelError(f"logits of shape {tuple(logits.shape)}, not [B, C]; these take a loop of your own")
@@ -188,6 +196,30 @@ class Explain:
                 for row, floor in zip(own, floors, strict=True):
                     row.noise = floor
         return made
+
+    def _of_pairs(
+        self, places: Sequence[tuple[Decoded, int]], samples: Sequence[Sample], prediction: Prediction, noise: bool
+    ) -> list[list[Row]]:
+        """The rows of pictures with texts: how well both fit, the picture's map and the words'."""
+        name, score = score_of(prediction.output)
+        explanation = prediction.explain(score)
+        values = score(prediction.output).float().cpu().numpy()
+        picture = next((one.grid for one in explanation.maps.values() if one.grid is not None), None)
+        words = explanation.maps.get("input_ids")
+        if picture is None or words is None:
+            raise UnsupportedModelError(f"its maps are of {', '.join(explanation.maps)}, not of a picture and input_ids")
+        found = []
+        for b, (item, window) in enumerate(places):
+            tokens = self.loaded.reader.tokens(samples[b])
+            row = Row(item.item, item.sha256, window, target=0, target_name=name, logit=float(values[b]), predicted=0)
+            row.map, row.tokens = picture[b].float().cpu().numpy(), tokens
+            row.relevance = words.relevance[b, : len(tokens)].float().cpu().numpy()
+            row.logits, row.notes = values[b : b + 1], item.notes
+            found.append([row])
+        if noise:
+            for (row,), floor in zip(found, prediction.noise_of(explanation.maps, score, _DRAWS).tolist(), strict=True):
+                row.noise = floor
+        return found
 
     def _rows(
         self,
@@ -235,7 +267,7 @@ class Explain:
             if self._ready is None:
                 settings = self.settings
                 highest = count_of_highest(settings.target)
-                loaded = settings.load()
+                loaded = settings.load(pairs=self.pairs)
                 classes = None if highest else [loaded.class_index(word) for word in settings.target or ()]
                 self._ready = loaded, settings.explainer(loaded), classes, highest or 0
         return self._ready
@@ -255,6 +287,11 @@ def _items(batch: Mapping[str, Sequence[Any]]) -> tuple[list[str], Sequence[Any]
     items = range(len(given)) if items is None and given is not None else items
     if items is None or isinstance(items, (str, bytes)) or (given is not None and len(given) != len(items)):
         raise InputError(f"items {items!r:.80} must be a list of names, as many as there are contents")
+    if "pair" in batch:
+        first = list(items) if given is None else given
+        if len(batch["pair"]) != len(first):
+            raise InputError(f"{len(batch['pair'])} texts in pair for {len(first)} items")
+        given = [(one, str(other)) for one, other in zip(first, batch["pair"], strict=True)]
     return [str(name) for name in items], given
 
 
@@ -269,8 +306,18 @@ def _decode(name: str, content: Any, loaded: Loaded) -> Decoded:
             return Decoded(name, samples=loaded.reader(picture.image), notes=picture.notes)
         except Exception as error:  # whatever is no picture
             return Decoded(name, error=reason(error))
-    where = File(name) if content is None else Value(content)
+    where: Any = File(name) if content is None else Value(content)
+    if isinstance(content, tuple):
+        first, second = content
+        where = Pair(
+            Value(first) if isinstance(first, (str, bytes)) and loaded.kind != "multimodal" else _picture(first), second
+        )
     return decode(Item(name, where), loaded.reader, loaded.kind)
+
+
+def _picture(given: Any) -> File | Value:
+    """A picture by path or as the bytes of a file."""
+    return Value(given) if isinstance(given, bytes) else File(str(given))
 
 
 def _columns(rows: Sequence[Row], shape: tuple[int, ...] | None) -> dict[str, Any]:
@@ -287,11 +334,11 @@ def _columns(rows: Sequence[Row], shape: tuple[int, ...] | None) -> dict[str, An
     ):
         found = [getattr(row, name) for row in rows]
         columns[name] = np.array([missing if value is None else value for value in found], kind)
-    if shape is None:
+    if shape is None or any(row.tokens is not None for row in rows):
         nothing = np.zeros(0, np.float32)
         columns["relevance"] = [nothing if row.relevance is None else row.relevance for row in rows]
         columns["tokens"] = [row.tokens or [] for row in rows]
-    else:
+    if shape is not None:
         maps = [np.full(shape, np.nan, np.float32) if row.map is None else row.map for row in rows]
         columns["map"] = np.stack(maps).astype(np.float32) if maps else np.zeros((0, *shape), np.float32)
     columns["notes"] = [list(row.notes) for row in rows]

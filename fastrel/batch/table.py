@@ -13,13 +13,11 @@ from fastrel.batch.row import Row
 from fastrel.data.tables import pa, pq
 
 
-def schema(shape: tuple[int, ...] | None, metadata: dict[str, Any]) -> Any:
-    """Columns of a run whose maps all have one shape, or (texts) have their own length, with tokens."""
-    maps: list[Any] = (
-        [pa.field("relevance", pa.list_(pa.float32())), pa.field("tokens", pa.list_(pa.string()))]
-        if shape is None
-        else [pa.field("map", pa.fixed_shape_tensor(pa.float32(), shape))]
-    )
+def schema(shape: tuple[int, ...] | None, metadata: dict[str, Any], texts: bool = False) -> Any:
+    """Columns of a run whose maps all have one shape, or (texts) have their own length, with tokens, or (pairs) both."""
+    maps: list[Any] = [] if shape is None else [pa.field("map", pa.fixed_shape_tensor(pa.float32(), shape))]
+    if shape is None or texts:
+        maps += [pa.field("relevance", pa.list_(pa.float32())), pa.field("tokens", pa.list_(pa.string()))]
     columns = [
         pa.field("item", pa.string(), nullable=False),
         pa.field("sha256", pa.string()),

@@ -25,6 +25,8 @@ examples:
   fastrel batch photos/ --model vit_base_patch16_224 --target top3 --out maps
   fastrel batch shards/*.tar --model ./my-vit --device cuda --batch-size 64 --workers 8 --out maps
   fastrel batch reviews.parquet --column text --model ./my-bert --long window --out maps
+  fastrel batch claims.csv --column premise --pair-column hypothesis --model ./my-nli --out maps      pairs of texts
+  fastrel batch captions.csv --column photo --pair-column caption --model ./my-clip --out maps        pictures with texts
   fastrel batch photos/ --model vit_base_patch16_224 --out maps --shard 3/8          one of eight jobs
   fastrel batch photos/ --model vit_base_patch16_224 --out maps --ray --address auto --actors 16
 """
@@ -67,20 +69,23 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"{' '.join(of_ray)}: of a Ray cluster; add --ray")
     if options.ray and options.workers is not None:
         raise InputError(f"--workers {options.workers}: on Ray, actors read what they explain; give --actors")
-    explain = Explain(**vars(shared.settings(options)))
-    content: inputs.Content = "image" if explain.loaded.kind == "image" else "text"
-    found = inputs.find(options.inputs, content, options.column)
+    explain = Explain(**vars(shared.settings(options)), pairs=options.pair_column is not None)
+    content = shared.content(explain, options)
+    found = inputs.find(options.inputs, content, options.column, options.pair_column)
     items = found.items[: options.limit]
     if found.ignored:
         print(f"fastrel: {found.ignored} files of other kinds ignored", file=sys.stderr)
     if not items:
         raise InputError(f"nothing to explain in {' '.join(options.inputs)}: no {content}s")
     settings = explain.settings.describe(explain.loaded) | {"column": options.column}
+    settings |= {} if options.pair_column is None else {"pair_column": options.pair_column}
     with Store(options.out, settings, options.shard) as store:
         tasks = store.tasks(items, options.retry_errors, options.part)
         mine = {item.name for item in items[options.shard[0] :: options.shard[1]]}
         if tasks:
-            schema = table.schema(explain.shape(), settings | explain.settings.circumstances())
+            schema = table.schema(
+                explain.shape(), settings | explain.settings.circumstances(), texts=explain.loaded.kind == "multimodal"
+            )
             _work(options, explain, tasks, store, schema, len(mine))
         failed = {name: why for name, why in failures(store.folder) if name in mine}
     for name, why in list(failed.items())[:_SHOWN]:

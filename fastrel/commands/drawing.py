@@ -15,7 +15,7 @@ from fastrel.batch.row import Row
 from fastrel.data import files
 from fastrel.errors import InputError
 from fastrel.render.overlay import STYLES, png
-from fastrel.render.parts import page
+from fastrel.render.parts import Part, page, page_of
 
 
 def endings(rows: Sequence[Row], npz: bool) -> list[str]:
@@ -35,14 +35,16 @@ def draw(rows: Sequence[Row], picture: Image.Image | None, paths: Sequence[Path]
         InputError: the map does not lie on the picture.
         OSError: a file cannot be written.
     """
-    if picture is None:
+    if picture is not None and rows[0].tokens is not None:
+        files.write(paths[0], pair_page(rows, picture, style))
+    elif picture is None:
         for path, window in zip(paths, sorted({row.window for row in rows}), strict=False):
             files.write(path, text_page([row for row in rows if row.window == window]))
     else:
         for path, row in zip(paths, rows, strict=False):
             files.write(path, png(STYLES[style](picture, _scaled(row, picture))))
     if paths[-1].suffix == ".npz":
-        files.write(paths[-1], _raw(rows))
+        files.write(paths[-1], raw(rows))
 
 
 def text_page(rows: Sequence[Row]) -> str:
@@ -50,6 +52,20 @@ def text_page(rows: Sequence[Row]) -> str:
     tokens, maps = rows[0].tokens, [row.relevance for row in rows]
     assert tokens is not None
     return page(tokens, torch.tensor(np.stack(maps)), [title(row) for row in rows])  # type: ignore[arg-type]
+
+
+def pair_page(rows: Sequence[Row], picture: Image.Image, style: str) -> str:
+    """A picture and a text: both maps, with what each holds of the whole."""
+    heats = torch.tensor(np.stack([_scaled(row, picture) for row in rows]))[:, None]
+    maps = [(np.asarray(row.map), np.asarray(row.relevance)) for row in rows]
+    sums = [(float(np.abs(seen).sum()), float(np.abs(read).sum())) for seen, read in maps]
+    shares = [[pair[i] / (sum(pair) or 1.0) for pair in sums] for i in range(2)]
+    seen, read = (torch.tensor(np.stack([pair[i].reshape(-1) for pair in maps])) for i in range(2))
+    parts = [
+        Part("picture", seen, shares[0], pictures=[picture], heats=heats),
+        Part("text", read, shares[1], rows[0].tokens),
+    ]
+    return page_of(parts, [title(row) for row in rows], style)
 
 
 def title(row: Row) -> str:
@@ -76,7 +92,7 @@ def _scaled(row: Row, picture: Image.Image) -> np.ndarray:
     return F.interpolate(x, size=(picture.height, picture.width), mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
-def _raw(rows: Sequence[Row]) -> bytes:
+def raw(rows: Sequence[Row]) -> bytes:
     """target, relevance and (pictures) patches [K, …], logits [C]; of a text in windows the target and window of each row."""
     arrays = {"target": [row.target for row in rows], "window": [row.window for row in rows], "logits": rows[0].logits}
     relevance = [row.relevance for row in rows]

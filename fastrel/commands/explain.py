@@ -38,6 +38,7 @@ examples:
   fastrel explain --text "not bad at all" --model ./my-bert --target 0 1 --out map.html
   fastrel explain --text "The capital of France is" --model ./my-gpt2 --generate 5 --out map.html
   fastrel explain cat.jpg --text "a photo of a cat" --model ./my-clip --out map.html          both maps
+  fastrel explain --text "A man sleeps." --text-pair "Nobody sleeps." --model ./my-nli --out map.html
   fastrel explain reviews.csv --column text --model ./my-bert --out pages
 """
 _RENDERERS = 2
@@ -62,16 +63,19 @@ def run(options: argparse.Namespace) -> int:
     """Dispatch on what is to be explained; 1 if some items failed, 2 if all did."""
     if options.text is not None:
         return pairs.run(options) if options.inputs else text.run(options)
+    if options.text_pair is not None:
+        raise InputError("--text-pair goes with --text, the text that is read before it")
     if options.generate or options.continuation is not None:
         raise InputError("--generate and --continuation go with --text, the text that is gone on with")
     if not options.inputs:
         raise InputError("nothing to explain: give picture files, or --text")
-    explain = Explain(**vars(shared.settings(options)))
-    content: inputs.Content = "image" if explain.loaded.kind == "image" else "text"
-    found = inputs.find(options.inputs, content, options.column)
+    explain = Explain(**vars(shared.settings(options)), pairs=options.pair_column is not None)
+    content = shared.content(explain, options)
+    found = inputs.find(options.inputs, content, options.column, options.pair_column)
     if not found.items:
         raise InputError(f"nothing to explain in {' '.join(options.inputs)}: no {content}s")
     settings = explain.settings.describe(explain.loaded) | {"style": options.style, "npz": options.npz}
+    settings |= {} if options.pair_column is None else {"pair_column": options.pair_column}
     with Outputs(options.out, settings) as outputs:
         todo = [item for item in found.items if not outputs.done(item)]
         if len(todo) < len(found.items):
@@ -126,6 +130,9 @@ def _grouped(rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 def _seen(explain: Explain, item: Decoded) -> Image.Image | None:
     """The picture as the model saw it; None for texts."""
+    if explain.loaded.kind == "multimodal":
+        processor = explain.loaded.reader.processor.image_processor
+        return shown(item.samples[0]["pixel_values"], processor.image_mean, processor.image_std)
     if explain.loaded.kind != "image":
         return None
     prepare = explain.loaded.reader.prepare
@@ -134,8 +141,13 @@ def _seen(explain: Explain, item: Decoded) -> Image.Image | None:
 
 
 def _report(item: Item, rows: Sequence[Row], names: Sequence[str], paths: Sequence[Path]) -> str:
-    """The top classes of an item, and where its files are."""
-    logits = np.asarray(rows[0].logits)
-    top = ", ".join(f"{c} {names[c] if c < len(names) else ''} {logits[c]:.2f}" for c in logits.argsort()[::-1][:5])
-    notes = f"\n  note: {'; '.join(rows[0].notes)}" if rows[0].notes else ""
-    return f"{item.name}\n  top classes (logits): {top}{notes}{noise_floor(rows)}\n  -> {', '.join(map(str, paths))}"
+    """The top classes of an item, or how well its picture and text fit, and where its files are."""
+    first = rows[0]
+    if first.map is not None and first.tokens is not None:
+        said = f"{first.target_name}: {first.logit:.2f}"
+    else:
+        logits = np.asarray(first.logits)
+        top = (f"{c} {names[c] if c < len(names) else ''} {logits[c]:.2f}" for c in logits.argsort()[::-1][:5])
+        said = f"top classes (logits): {', '.join(top)}"
+    notes = f"\n  note: {'; '.join(first.notes)}" if first.notes else ""
+    return f"{item.name}\n  {said}{notes}{noise_floor(rows)}\n  -> {', '.join(map(str, paths))}"

@@ -6,7 +6,10 @@ import argparse
 from typing import Any, get_args
 
 from fastrel import methods
+from fastrel.batch import Explain
 from fastrel.batch.settings import Settings
+from fastrel.data.inputs import Content
+from fastrel.errors import InputError
 from fastrel.graph.facts import MEMORIES
 from fastrel.models.request import DTYPES
 from fastrel.options import RULES, Backend
@@ -90,6 +93,11 @@ def inputs(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
     group.add_argument("--column", metavar="NAME", help="of tables and data sets: paths or pictures, or texts")
     group.add_argument(
+        "--pair-column",
+        metavar="NAME",
+        help="of tables and data sets: texts that a model reads together with those of --column",
+    )
+    group.add_argument(
         "--long",
         default="refuse",
         choices=["refuse", "window"],
@@ -101,6 +109,19 @@ def inputs(parser: argparse.ArgumentParser, required: bool = True) -> None:
         metavar="CLASS",
         help="class numbers, names (or parts of them), or topK; default: the predicted",
     )
+
+
+def content(explain: Explain, options: argparse.Namespace) -> Content:
+    """What the items that a command explains hold.
+
+    Raises:
+        InputError: pairs are asked of a model that reads pictures or a prompt alone.
+    """
+    kind = explain.loaded.kind
+    if getattr(options, "pair_column", None) is not None and kind not in ("text", "multimodal"):
+        what = "pictures" if kind == "image" else "one text, the prompt"
+        raise InputError(f"--pair-column {options.pair_column}: {options.model!r} reads {what} alone, no pairs")
+    return "image" if kind in ("image", "multimodal") else "text"
 
 
 def settings(options: argparse.Namespace, **changes: Any) -> Settings:

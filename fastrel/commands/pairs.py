@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fastrel.commands import options as shared
 from fastrel.data import files, pictures
 from fastrel.data.preprocessing import shown
 from fastrel.errors import InputError
+from fastrel.models.matching import score_of
 
 _SUFFIXES = (".html", ".htm", ".png")
 
@@ -33,13 +32,15 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--text goes with one picture, and {len(options.inputs)} were given; run it once for each")
     if not options.text.strip():
         raise InputError("--text is empty")
+    if options.text_pair is not None:
+        raise InputError("--text-pair is for models of two texts; with a picture give --text alone")
     if options.target:
         raise InputError(f"--target {' '.join(options.target)}: of a picture and a text, how well they fit is explained")
     reader: Any = loaded.reader
     samples = reader((pictures.read(options.inputs[0]).image, options.text))
     given = loaded.inputs(samples)
     prediction = settings.explainer(loaded).predict(**given)
-    name, score = _score(prediction.output)
+    name, score = score_of(prediction.output)
     (explanation,) = prediction.explain(score)
     processor = reader.processor.image_processor
     seen = shown(samples[0]["pixel_values"], processor.image_mean, processor.image_std)
@@ -47,23 +48,16 @@ def run(options: argparse.Namespace) -> int:
     value = float(score(prediction.output)[0])
     files.folder(out.parent)
     explanation.save(out, image=seen, tokens=tokens, names=[f"{name} {value:.2f}"], style=options.style)
+    if options.npz:
+        maps = {key: one.relevance[0].float().cpu().numpy() for key, one in explanation.maps.items()}
+        grids = {
+            f"{key}.patches": x.grid[0].float().cpu().numpy() for key, x in explanation.maps.items() if x.grid is not None
+        }
+        with files.replaced(out.with_suffix(".npz")) as path, path.open("wb") as file:
+            np.savez(file, score=value, **maps, **grids)
     sums = {key: float(one.relevance.float().abs().sum()) for key, one in explanation.maps.items()}
     total = sum(sums.values()) or 1.0
     print(f"{name} of {options.inputs[0]} and {options.text!r}: {value:.2f}")
     print("relevance: " + ", ".join(f"{key} {x / total:.0%}" for key, x in sums.items()))
     print(f"-> {out}")
     return 0
-
-
-def _score(output: Any) -> tuple[str, Callable[[Any], Tensor]]:
-    """How well each picture and its text fit, and what that is called."""
-    if getattr(output, "logits_per_image", None) is not None:
-        return "similarity", lambda out: out.logits_per_image.diagonal()
-    for name in ("itm_score", "logits"):
-        found = getattr(output, name, None)
-        if isinstance(found, torch.Tensor) and found.dim() == 2 and found.shape[1] == 2:
-            return "match", lambda out, name=name: getattr(out, name)[:, 1] - getattr(out, name)[:, 0]
-    raise InputError(
-        f"{type(output).__name__} holds neither logits_per_image nor scores [B, 2] of a match; explain it in Python: "
-        "fastrel.Explainer(model)(**inputs, target=lambda out: …)"
-    )

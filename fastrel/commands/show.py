@@ -87,8 +87,8 @@ def _rows(results: Any, options: argparse.Namespace) -> list[Row]:
 
 
 def _render(rows: Sequence[Row], settings: dict[str, Any], outputs: Outputs, style: str) -> list[Path]:
-    texts = rows[0].tokens is not None
-    item = inputs.locate(rows[0].item, "text" if texts else "image", settings.get("column"))
+    texts = rows[0].map is None
+    item = inputs.locate(rows[0].item, "text" if texts else "image", settings.get("column"), settings.get("pair_column"))
     picture = None if texts else _seen(item, settings["reader"])
     paths = outputs.claim(item, endings(rows, npz=False))
     draw(rows, picture, paths, style)

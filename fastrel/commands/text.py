@@ -15,9 +15,9 @@ from fastrel.batch import Explain
 from fastrel.batch.row import Row
 from fastrel.batch.stream import explained
 from fastrel.commands import options as shared
-from fastrel.commands.drawing import noise_floor, text_page
+from fastrel.commands.drawing import noise_floor, raw, text_page
 from fastrel.data import files
-from fastrel.data.inputs import Item, Value
+from fastrel.data.inputs import Item, Pair, Value
 from fastrel.errors import InputError
 from fastrel.render.parts import page
 from fastrel.render.text import words
@@ -25,6 +25,7 @@ from fastrel.render.text import words
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """What --text goes with."""
+    parser.add_argument("--text-pair", metavar="TEXT", help="a second text, which the model reads together with --text")
     group = parser.add_argument_group("language models, with --text")
     group.add_argument(
         "--generate", type=shared.positive, metavar="N", help="explain each of the N tokens that the model goes on with"
@@ -41,18 +42,27 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--text needs --model, the name or folder of a Hugging Face classifier or language model")
     if not options.text.strip():
         raise InputError("--text is empty")
+    if options.text_pair is not None and not options.text_pair.strip():
+        raise InputError("--text-pair is empty")
     if options.generate and options.continuation is not None:
         raise InputError("give --generate or --continuation, not both")
     explain = Explain(**vars(shared.settings(options)))
     if options.generate or options.continuation is not None:
+        if options.text_pair is not None:
+            raise InputError("--text-pair is for classifiers of two texts; --generate and --continuation go on with one")
         return _continued(options, explain, out)
-    ((_, rows),) = explained(explain, [[Item("text", Value(options.text))]], 0, noise=options.rules == "official")
+    if options.text_pair is not None and explain.loaded.kind != "text":
+        raise InputError(f"--text-pair: {options.model!r} is no classifier of texts; give it --text alone")
+    where = Value(options.text) if options.text_pair is None else Pair(Value(options.text), options.text_pair)
+    ((_, rows),) = explained(explain, [[Item("text", where)]], 0, noise=options.rules == "official")
     if rows[0].error is not None:
         raise InputError(rows[0].error)
     if rows[-1].window:
         raise InputError("--text reads one window; give longer texts as files, in a folder or a table")
     files.folder(out.parent)
     files.write(out, text_page(rows))
+    if options.npz:
+        files.write(out.with_suffix(".npz"), raw(rows))
     print("classes: " + ", ".join(_chances(explain, rows[0])))
     for row in rows:
         best = _highest(row.tokens or [], np.asarray(row.relevance))
@@ -82,6 +92,9 @@ def _continued(options: argparse.Namespace, explain: Explain, out: Path) -> int:
     names = [f"{loaded.class_names[i]!r}" for i in after[0].tolist()]
     files.folder(out.parent)
     files.write(out, page(tokens, explanation.relevance[0], [f"→ {name}" for name in names]))
+    if options.npz:
+        with files.replaced(out.with_suffix(".npz")) as path, path.open("wb") as file:
+            np.savez(file, target=after[0].cpu().numpy(), relevance=explanation.relevance[0].float().cpu().numpy())
     print(f"{options.text!r} goes on with {reader.tokenizer.decode(after[0])!r}")
     for k, (name, row) in enumerate(zip(names, explanation.relevance[0].float().cpu().numpy(), strict=True)):
         before = ids.shape[1] + k  # what a token was made of

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import itertools
 import json
 import os
 import tarfile
@@ -101,7 +102,19 @@ class Broken:
         raise InputError(self.reason)
 
 
-Where: TypeAlias = File | Slice | Value | Cell | Broken
+@dataclass(frozen=True)
+class Pair:
+    """A text or a picture, and the text that a model reads together with it."""
+
+    first: File | Slice | Value | Cell
+    second: str
+
+    def load(self) -> tuple[str | bytes, str]:
+        """Both."""
+        return self.first.load(), self.second
+
+
+Where: TypeAlias = File | Slice | Value | Cell | Pair | Broken
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class Found:
     ignored: int
 
 
-def find(given: Sequence[str], content: Content, column: str | None = None) -> Found:
+def find(given: Sequence[str], content: Content, column: str | None = None, pair: str | None = None) -> Found:
     """The items in what was given.
 
     Args:
@@ -129,14 +142,17 @@ def find(given: Sequence[str], content: Content, column: str | None = None) -> F
             writes them. What does not exist becomes an item that fails.
         content: "image" or "text".
         column: of tables and data sets: paths (relative to the table) or pictures, or texts.
+        pair: of tables and data sets: the column of texts that go with these.
 
     Raises:
-        InputError: a list or table that cannot be read, or without such a column.
+        InputError: a list or table that cannot be read, or without such a column; files of their own where pairs are asked for.
     """
     items: dict[str, Item] = {}
     ignored = 0
     for argument in _arguments(given):
-        for item in _items(argument, content, column):
+        for item in _items(argument, content, column, pair):
+            if item is not None and pair is not None and not isinstance(item.where, (Pair, Broken)):
+                raise InputError(f"{item.name!r} is no table; pairs are read from columns of tables and data sets")
             if item is None:
                 ignored += 1
             else:
@@ -145,7 +161,7 @@ def find(given: Sequence[str], content: Content, column: str | None = None) -> F
     return Found(list(items.values()), ignored)
 
 
-def locate(name: str, content: Content, column: str | None = None) -> Item:
+def locate(name: str, content: Content, column: str | None = None, pair: str | None = None) -> Item:
     """The item that `find` gave this name.
 
     Raises:
@@ -159,7 +175,7 @@ def locate(name: str, content: Content, column: str | None = None) -> Item:
         if len(shorter) == len(container) - 1 or os.path.isdir(container):
             break
         container = shorter
-    for item in find([container], content, column).items:
+    for item in find([container], content, column, pair).items:
         if item.name == name:
             return item
     raise InputError(f"{name!r} is not there any more, seen from this folder")
@@ -177,19 +193,19 @@ def _arguments(given: Iterable[str]) -> Iterator[str]:
         yield from (line.strip() for line in lines if line.strip())
 
 
-def _items(argument: str, content: Content, column: str | None) -> Iterator[Item | None]:
+def _items(argument: str, content: Content, column: str | None, pair: str | None) -> Iterator[Item | None]:
     path = os.path.normpath(argument) if argument else argument
     if os.path.isdir(path):
         dataset = any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_info.json", "dataset_dict.json"))
-        yield from _dataset(path, content, column) if dataset else _folder(path, content)
+        yield from _dataset(path, content, column, pair) if dataset else _folder(path, content)
     elif not os.path.lexists(path) and glob.has_magic(argument):
         matches = sorted(glob.glob(argument, recursive=True))
         if not matches:
             yield Item(argument, Broken("no file fits this pattern"))
         for match in matches:
-            yield from _items(match, content, column)
+            yield from _items(match, content, column, pair)
     elif os.path.isfile(path) and path.lower().endswith(TABLES):
-        yield from _table(path, content, column)
+        yield from _table(path, content, column, pair)
     elif os.path.isfile(path) and _is_archive(path):
         yield from _archive(path, content)
     else:
@@ -240,11 +256,12 @@ def _member(path: str, member: tarfile.TarInfo, before: Mapping[str, Slice | Bro
     return Slice(path, member.offset_data, member.size) if member.isfile() and not member.issparse() else None
 
 
-def _table(path: str, content: Content, column: str | None) -> Iterator[Item]:
+def _table(path: str, content: Content, column: str | None, pair: str | None) -> Iterator[Item]:
     if path.lower().endswith(".parquet"):
         from fastrel.data import tables
 
-        yield from _rows(path, path, tables.columns(path), tables.column(path, column), content, column)
+        values = [tables.column(path, name) for name in (column, pair)]
+        yield from _rows(path, path, tables.columns(path), values, content, (column, pair))
         return
     try:
         with files.long_fields(pictures.MAX_BYTES), open(path, newline="", encoding="utf-8-sig") as file:
@@ -255,8 +272,8 @@ def _table(path: str, content: Content, column: str | None) -> Iterator[Item]:
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"the table {path!r} cannot be read: {error}") from error
     names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row if name is not None))
-    values = None if column is None else [_entry(row, column) for row in rows]
-    yield from _rows(path, path, names, values, content, column)
+    values = [None if name is None else [_entry(row, name) for row in rows] for name in (column, pair)]
+    yield from _rows(path, path, names, values, content, (column, pair))
 
 
 def _object(number: int, line: str) -> dict[str, Any] | Broken:
@@ -274,22 +291,44 @@ def _entry(row: dict[str, Any] | Broken, column: str) -> Any:
     return row[column] if column in row else Broken(f"there is no {column!r}, but {', '.join(map(str, row)) or 'nothing'}")
 
 
-def _dataset(folder: str, content: Content, column: str | None) -> Iterator[Item]:
+def _dataset(folder: str, content: Content, column: str | None, pair: str | None) -> Iterator[Item]:
     from fastrel.data import tables
 
     for name, file in tables.dataset_files(folder):
-        yield from _rows(name, file, tables.columns(file), tables.column(file, column), content, column)
+        values = [tables.column(file, one) for one in (column, pair)]
+        yield from _rows(name, file, tables.columns(file), values, content, (column, pair))
 
 
 def _rows(
-    name: str, file: str, names: Sequence[str], values: Iterable[Any] | None, content: Content, column: str | None
+    name: str,
+    file: str,
+    names: Sequence[str],
+    values: Sequence[Iterable[Any] | None],
+    content: Content,
+    columns: tuple[str | None, str | None],
 ) -> Iterator[Item]:
-    if column is None or column not in names or values is None:
-        known = ", ".join(names)
-        asked = "say which column holds what is to be explained" if column is None else f"there is no column {column!r}"
-        raise InputError(f"{name!r}: {asked}; its columns are {known}")
-    for row, value in enumerate(values):
-        yield Item(f"{name}:{row}", _where(file, column, row, value, content))
+    """An item per row; `columns` of what is explained and of the texts that go with it, which need not be there, and their values."""
+    column, pair = columns
+    for one, asked in ((column, "say which column holds what is to be explained"), (pair, None)):
+        if (one is None and asked) or (one is not None and one not in names):
+            raise InputError(
+                f"{name!r}: {asked if one is None else f'there is no column {one!r}'}; its columns are {', '.join(names)}"
+            )
+    assert column is not None
+    first = values[0] or ()
+    second: Iterable[Any] = itertools.repeat(None) if pair is None else values[1] or ()
+    for row, (value, text) in enumerate(zip(first, second, strict=False)):
+        where = _where(file, column, row, value, content)
+        yield Item(f"{name}:{row}", where if pair is None else _with(where, pair, text))
+
+
+def _with(where: Where, column: str, text: Any) -> Where:
+    """What is explained together with a text."""
+    if isinstance(where, (Broken, Pair)):
+        return where
+    if isinstance(text, Broken):
+        return text
+    return Pair(where, text) if isinstance(text, str) else Broken(f"{column!r} holds {text!r:.60}, not a text")
 
 
 def _where(file: str, column: str, row: int, value: Any, content: Content) -> Where:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastrel import functional
+from fastrel.eager import parts
 from fastrel.eager.kinds import generic, move, unchanged
 from fastrel.eager.tape import Tape, handles, is_activation
 from fastrel.errors import UnsupportedModelError
@@ -29,14 +31,14 @@ def add(tape: Tape, u: Any, v: Any, *, alpha: float = 1) -> Tensor:
     if is_activation(v):
         if of_u.root is of_v.root:
             return tape.of_root(u.detach() + v.detach(), u)
-        sizes = torch.broadcast_shapes(u.shape, v.shape)
-        batch_first = not tape.batch or sizes[0] % tape.batch == 0 or tape.batch not in sizes
-        batch_dim = 0 if batch_first else sizes.index(tape.batch)
-        return tape.know(functional.add(u, v, tape.rules, batch_dim=batch_dim), **both_maps)
+        if (one := parts.added(tape, u, v)) is not None:
+            return one
+        batch_dim = tape.batch_dim(torch.broadcast_shapes(u.shape, v.shape))
+        return parts.kept(tape, tape.know(functional.add(u, v, tape.rules, batch_dim=batch_dim), **both_maps), u, v)
     if isinstance(v, Tensor) and tape.rules != "positive":
         return functional.add_constant(u, v, tape.rules)
     out = tape.pointwise(u.detach() + v, u)
-    return tape.know(out, **both_maps) if both_maps else out
+    return tape.know(out, **both_maps) if both_maps else parts.kept(tape, out, u, v)
 
 
 @handles("sub", "subtract")
@@ -65,6 +67,19 @@ def mul(tape: Tape, u: Any, v: Any) -> Tensor:
     if of_u.root is of_v.root:
         return tape.of_root(u.detach() * v.detach(), u)
     return tape.keep_map(functional.mul(u, v), *((u, v) if of_u.keys else (v, u)))
+
+
+@handles("cosine_similarity")
+def cosine_similarity(tape: Tape, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """The sum of the product of both, each divided by its norm, which passes relevance unchanged."""
+    dim = dim if dim < 0 else dim - max(x1.dim(), x2.dim())  # of both as they are broadcast
+    units = [
+        unchanged(tape, "normalize", F.normalize, (x,), {"dim": dim, "eps": eps})
+        if is_activation(x)
+        else F.normalize(x, dim=dim, eps=eps)
+        for x in (x1, x2)
+    ]
+    return sum_(tape, mul(tape, *units), dim)
 
 
 @handles("div", "truediv", "divide", "true_divide")
@@ -113,8 +128,9 @@ def mean(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype
 
 @handles("sum")
 def sum_(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    """As `mean`."""
-    return _by_share(tape, torch.sum, x, dim, keepdim, dtype)
+    """As `mean`; parts of a layer that were stacked add up to it."""
+    whole = None if keepdim or dtype is not None else parts.unstacked(tape, x, _dims(x, dim))
+    return _by_share(tape, torch.sum, x, dim, keepdim, dtype) if whole is None else whole
 
 
 @handles("var")

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastrel import functional
-from fastrel.eager.names import BROADCASTS, COPIES, OVER_FEATURES
+from fastrel.eager.names import BROADCASTS, COPIES, MOVES, OVER_FEATURES
 from fastrel.eager.tape import Tape, activations
 from fastrel.errors import UnsupportedModelError
 
@@ -21,6 +21,11 @@ def constant(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
     if activations(result):  # a view of a parameter requires grad all the same
         result = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) and x._is_view() else x, result)
+    if name in MOVES and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        whole = args[0] if tape.facts(args[0]).whole is None else tape.facts(args[0]).whole
+        for x in pytree.tree_leaves(result):
+            if x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+                tape.know(x, whole=whole)
     if name == "softmax":
         tape.know(result, keys=_softmax_keys(args[0], args, kwargs))
     elif name in ("mul", "rmul") and len(args) == 2:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastrel import functional
 from fastrel.eager.arithmetic import add, mul
 from fastrel.eager.kinds import move
+from fastrel.eager.parts import of_columns
 from fastrel.eager.tape import Facts, Tape, handles, is_activation, refuse_activations
 from fastrel.errors import UnsupportedModelError
 
@@ -21,7 +22,9 @@ def linear(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     """Eq. (5); of attention maps whose heads come last it makes maps mixed over heads."""
     refuse_activations("linear", weight, bias)
     keys, out = tape.facts(x).keys, functional.linear(x, weight, bias, tape.rules)
-    return tape.know(out, keys=keys, mixed=True) if keys not in (None, -1) else out
+    if keys not in (None, -1):
+        return tape.know(out, keys=keys, mixed=True)
+    return of_columns(tape, out, x, weight, weight, bias)
 
 
 @handles("addmm")
@@ -67,7 +70,7 @@ def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     if not is_activation(b) and b.dim() < 3:
         weight = b.detach().mT if b.dim() == 2 else b.detach()[None]
         out = functional.linear(a, weight, None, tape.rules)
-        return out if b.dim() == 2 else out.squeeze(-1)
+        return of_columns(tape, out, a, b, weight) if b.dim() == 2 else out.squeeze(-1)
     if not is_activation(a) and a.dim() < 3:
         return matmul(tape, b.mT, a.mT).mT.contiguous()
     of_a, of_b = tape.facts(a), tape.facts(b)

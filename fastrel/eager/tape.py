@@ -61,6 +61,9 @@ class Facts:
     mixed: bool = False
     scale: bool = False
     merged: tuple[int, int] | None = None
+    whole: Tensor | None = None  # of a part of a weight, that weight
+    layer: Any = None  # `fastrel.eager.parts.Layer`
+    stacked: tuple[tuple[Tensor, ...], int] | None = None  # of parts of a layer: these, and along which dimension
     alias: Tensor | None = None  # the same value, of an autograd.Function's forward pass
 
 
@@ -121,6 +124,11 @@ class Tape:
                 raise UnsupportedModelError(
                     f"{name} takes a tensor {tuple(x.shape)} that was overwritten in place; write the model without"
                 )
+
+    def batch_dim(self, shape: Sequence[int]) -> int:
+        """The dimension of samples in a value of this shape."""
+        first = not self.batch or shape[0] % self.batch == 0 or self.batch not in shape
+        return 0 if first else list(shape).index(self.batch)
 
     def overwrite(self, x: Tensor) -> None:
         """x is no longer what the model has: the result of the function that overwrote it took its place."""

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fastrel.graph import axes as axes_
+from fastrel.graph import parts
 from fastrel.graph.nodes import arguments, insert_call, insert_like, replace
 from fastrel.graph.patterns import IDENTITIES, is_attention_value, is_softmax_over_keys
 from fastrel.graph.softmax import softmax_of
@@ -155,20 +156,29 @@ def sums_of_a_stack(graph: fx.Graph, axes: Labelled) -> bool:
     return found
 
 
+rewrite(parts.layers_in_parts)
+
+
 @rewrite
 def softmax_over_the_last(graph: fx.Graph, axes: Labelled) -> bool:
     """softmax(x, 1)ᵀ becomes softmax(xᵀ, -1), a map with its keys where maps have them; whether there was any."""
     found = False
     for node in list(graph.nodes):
-        if node.target is not aten.transpose.int or node.args[0] not in axes:
+        if node.target not in (aten.transpose.int, aten.permute.default) or node.args[0] not in axes:
             continue
         attn, ndim = node.args[0], node.meta["val"].dim()
-        if attn.target is not aten.softmax.int or ndim - 1 not in (places := [dim % ndim for dim in node.args[1:]]):
+        if attn.target is not aten.softmax.int or (dim := attn.args[1] % ndim) == ndim - 1:
             continue
-        if attn.args[1] % ndim not in places or attn.args[1] % ndim == ndim - 1:
+        order = list(range(ndim))
+        if node.target is aten.permute.default:
+            order = [i % ndim for i in node.args[1]]
+        else:
+            i, j = (i % ndim for i in node.args[1:])
+            order[i], order[j] = order[j], order[i]
+        if order[-1] != dim:
             continue
         with graph.inserting_before(node):
-            scores = insert_call(graph, aten.transpose.int, attn.args[0], *places)
+            scores = insert_call(graph, node.target, attn.args[0], *node.args[1:])
             turned = insert_like(node, aten.softmax.int, scores, -1)
         replace(node, turned)
         found = True
@@ -240,6 +250,9 @@ def _turned_back(graph: fx.Graph, turned: Any, axes: Labelled) -> fx.Node | None
         return None
     scores = insert_call(graph, aten.transpose.int, turned.args[0], -2, -1)
     return insert_call(graph, aten.softmax.int, scores, -1)
+
+
+rewrite(parts.heads_one_by_one)
 
 
 @rewrite

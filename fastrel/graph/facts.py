@@ -35,7 +35,7 @@ class Facts:
     """Which values depend on the input, what their dimensions are, and which are functions of one other value.
 
     Attributes:
-        nodes: all nodes of the graph, in order.
+        nodes: all nodes of the graph, in order; inputs: those that hold the model's inputs.
         active: those whose values depend on the model's input.
         axes: what the dimensions of active values stand for.
         sizes: sizes as integers, symbols as primes.
@@ -46,6 +46,7 @@ class Facts:
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[fx.Node], batch: set[str]) -> None:
         self.nodes = list(graph.nodes)
+        self.inputs = list(inputs)
         self.active = _active(self.nodes, inputs)
         self.sizes = axes_.Sizes(batch)
         self.axes = axes_.label(self.nodes, self.active, self.sizes)
@@ -53,7 +54,6 @@ class Facts:
         self.sources = _sources(self.nodes, self.active, inputs)
         self.joined = _joined(self.nodes, inputs)
         self._in_a_row = _in_a_row(self.nodes, self.active, self.axes, self.sources)
-        self._inputs = list(inputs)
         self._numbers = {node: i for i, node in enumerate(self.nodes) if node in self.active}
 
     def enters(self, x: fx.Node) -> bool:
@@ -62,7 +62,7 @@ class Facts:
 
     def source(self, x: fx.Node) -> fx.Node:
         """The first of the model's inputs that x depends on."""
-        return next(node for node in self._inputs if node in self.sources[x])
+        return next(node for node in self.inputs if node in self.sources[x])
 
     def sequences(self, x: fx.Node) -> set[Any]:
         """The sequences of tokens that x is made of: inputs; but those over the same tokens ([B, T, …], T alike) are one, unless

@@ -226,6 +226,63 @@ def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: 
     return whole and _ordered(insert, whole, [*batch, *rows, *columns], list(result))
 
 
+@_spelling(aten.sum.dim_IntList)
+def _of_pairs(
+    insert: Any, x: fx.Node, dims: Any = None, keep: bool = False, *, active: Any, **options: Any
+) -> fx.Node | None:
+    """(u[:, :, None] * v[:, None]).sum(-1), of each pair of tokens: a matrix product."""
+    factors = []
+    while x.target in (aten.mul.Tensor, aten.div.Tensor) and not _are_active(x, active):  # by a number
+        if isinstance(x.args[1], fx.Node) and (x.args[1].meta["val"].dim() or active(x.args[1])):
+            return None
+        factors.append((x.target, x.args[1]))
+        x = x.args[0]  # type: ignore[assignment]
+    if x.target is not aten.mul.Tensor or not _are_active(x, active) or not dims or options:
+        return None
+    ndim = x.meta["val"].dim()
+    over = {dim % ndim for dim in dims}
+    operands = [_unexpanded(y, ndim) for y in x.args]
+    own = [{i for i, size in enumerate(y.meta["val"].shape) if not _is_one(size)} for y in operands]
+    u, v = operands
+    if any(y.meta["val"].dim() != ndim for y in operands) or not (own[0] - own[1] - over and own[1] - own[0] - over):
+        return None
+    if not over <= own[0] & own[1]:
+        return None
+    names = string.ascii_letters[:ndim]
+    nobody = [i for i in range(ndim) if i not in own[0] | own[1]]
+    left, right = ([i for i in range(ndim) if i in mine] for mine in own)
+    u, v = (_squeezed(insert, y, [i for i in range(ndim) if i not in mine]) for y, mine in zip((u, v), own, strict=True))
+    result = [i for i in range(ndim) if i not in over and i not in nobody]
+    equation = ",".join("".join(names[i] for i in side) for side in (left, right))
+    found = _einsum(insert, f"{equation}->{''.join(names[i] for i in result)}", (u, v), active=active)
+    for i in sorted([*nobody, *(over if keep else ())]) if found is not None else ():
+        found = insert(aten.unsqueeze.default, found, i - sum(j in over and not keep for j in range(i)))
+    for target, factor in reversed(factors) if found is not None else ():
+        found = insert(target, found, factor)
+    return found
+
+
+def _are_active(x: fx.Node, active: Any) -> bool:
+    return all(isinstance(y, fx.Node) and active(y) for y in x.args)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _unexpanded(x: Any, ndim: int) -> fx.Node:
+    """x before its sizes of 1 were enlarged."""
+    while x.target is aten.expand.default and x.args[0].meta["val"].dim() == ndim:
+        x = x.args[0]
+    return x
+
+
+def _squeezed(insert: Any, x: fx.Node, dims: list[int]) -> fx.Node:
+    if x.target is aten.unsqueeze.default and dims == [x.args[1] % x.meta["val"].dim()]:  # type: ignore[operator]
+        return x.args[0]  # type: ignore[return-value]
+    return insert(aten.squeeze.dims, x, dims) if dims else x
+
+
 def _named_dimensions(equation: str, operands: Sequence[fx.Node]) -> list[str] | None:
     """A name for each dimension of the operands and of the result, the dots and a result that is not written included; None where a
     dimension has the name of another."""

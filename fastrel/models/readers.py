@@ -57,15 +57,16 @@ class Texts:
     limit: int
     long: Literal["refuse", "window"] = "refuse"
 
-    def __call__(self, text: str) -> list[Sample]:
-        """The sample of one text, or those of its windows.
+    def __call__(self, text: str | tuple[str, str]) -> list[Sample]:
+        """The sample of one text, or of a pair that is read as one sequence, or those of its windows: of a pair, of its second text.
 
         Raises:
             InputError: the text is blank, or too long.
         """
-        if not text.strip():
-            raise InputError("the text is empty")
-        encoded = self.tokenizer(text, truncation=False, verbose=False)
+        given = (text,) if isinstance(text, str) else text
+        if not all(part.strip() for part in given):
+            raise InputError("the text is empty" if len(given) == 1 else "a text of the pair is empty")
+        encoded = self.tokenizer(*given, truncation=False, verbose=False)
         count = len(encoded["input_ids"])
         if count <= self.limit:
             return [self._sample(encoded)]
@@ -73,8 +74,17 @@ class Texts:
             raise InputError(
                 f"the text has {count} tokens, the model reads {self.limit}; shorten it, or read it in windows"
             )
+        if (
+            len(given) == 2
+            and count - len(self.tokenizer(given[1], add_special_tokens=False)["input_ids"]) > self.limit // 2
+        ):
+            raise InputError("the first text of the pair leaves too little room for windows of the second; shorten it")
         pieces = self.tokenizer(
-            text, truncation=True, max_length=self.limit, stride=self.limit // 4, return_overflowing_tokens=True
+            *given,
+            truncation=True if len(given) == 1 else "only_second",
+            max_length=self.limit,
+            stride=self.limit // 4,
+            return_overflowing_tokens=True,
         )
         names = self._names(pieces)
         return [{name: np.array(pieces[name][i], np.int64) for name in names} for i in range(len(pieces["input_ids"]))]
@@ -120,6 +130,12 @@ class PicturesWithText:
         """The sample of one pair."""
         encoded = self.processor(images=pair[0], text=pair[1], return_tensors="np")
         return [{name: value[0] for name, value in encoded.items()}]
+
+    def tokens(self, sample: Sample) -> list[str]:
+        """The tokenizer's strings for a sample's text."""
+        ids = sample["input_ids"]
+        kept = ids if "attention_mask" not in sample else ids[sample["attention_mask"] != 0]
+        return self.processor.tokenizer.convert_ids_to_tokens(kept.tolist())
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Arrays stacked; those of tokens are padded at the end to the longest."""

@@ -56,13 +56,25 @@ def batch_norm_backward(grad: Tensor, weight: Tensor | None, variance: Tensor, e
 @rule(aten.group_norm.default, aten.rms_norm.default, aten.instance_norm.default, aten.prelu.default)
 def other_norm(t: Context, node: fx.Node, out: Lanes) -> None:
     """Identity for relevance (also PReLU, whose slope is learned); the ordinary gradient."""
-    x = node.args[0]
+    x: Any = node.args[0]
     values: Any = fx.map_arg(node.args, t.value)
 
     def grad(lane: Lane) -> Lane:
+        if t.method.attnlrp and node.target is aten.rms_norm.default:
+            _, shape, weight, eps = arguments(node, None, None, count=4)
+            eps = torch.finfo(x.meta["val"].dtype).eps if eps is None else eps
+            scale = None if weight is None else t.value(weight)
+            dense = t.dense(lane, node).node
+            return Lane(t.emit.call(frozen_rms_norm_backward, dense, t.value(x), scale, len(shape), eps))
         return Lane(t.emit.call(vjp, node.target, t.dense(lane, node).node, 0, None, tuple(node.kwargs.items()), *values))
 
     t.pass_through(x, out, grad)
+
+
+def frozen_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: float) -> Tensor:
+    """AttnLRP's rule: the gradient with the root mean square taken as a constant."""
+    scale = (x.square().mean(tuple(range(-dims, 0)), keepdim=True) + eps).rsqrt()
+    return grad * (scale if weight is None else scale * weight)
 
 
 def frozen_layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: float) -> Tensor:

@@ -190,7 +190,8 @@ def mul(t: Context, node: fx.Node, out: Lanes) -> None:
         if not t.is_active(x):
             continue
         grad = None
-        if out.grad and t.wants(x):
+        frozen = scaled and not passes and t.method.attnlrp  # AttnLRP takes what a norm divides by as a constant
+        if out.grad and t.wants(x) and not frozen:
             rows, ndim = out.grad.rows, node.meta["val"].dim()
             factor = t.value(other, rows, ndim) if isinstance(other, fx.Node) else other
             lane = t.emit.call(torch.div if divide and x is u else torch.mul, out.grad.node, factor)

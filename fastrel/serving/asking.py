@@ -31,7 +31,7 @@ class Refusal(FastrelError):
 @dataclass(frozen=True)
 class Asked:
     """Bytes of a picture, or of a text in UTF-8; classes, ranks among them; how long the client waits; how strong an overlay is; by
-    which of the service's artefacts; how many of the highest classes are named."""
+    which of the service's artefacts; how many of the highest classes are named; a second text that is read with the first."""
 
     body: bytes
     classes: tuple[int, ...]
@@ -39,6 +39,7 @@ class Asked:
     opacity: float = 0.75
     method: int = 0
     top: int = TOP
+    pair: bytes = b""
 
 
 def asked(
@@ -69,7 +70,8 @@ def asked(
             raise Refusal(422, "query", f"{name} is given as {' and as '.join(values)}; give it once")
         if values:
             given[name] = values if name == "target" else values[-1]
-    unknown = sorted(({key for key, _ in query} | {*named}) - {*OPTIONS, "image", "text"})
+    pair = _pair(named, about)
+    unknown = sorted(({key for key, _ in query} | {*named}) - {*OPTIONS, "image", "text", "text_pair"})
     if unknown:
         raise Refusal(400, "query", f"unknown option {unknown[0]!r}; there are {', '.join(OPTIONS)}")
     timeout = _whole(given.get("timeout_ms", service.timeout_ms), "timeout_ms", 1, service.timeout_ms)
@@ -86,11 +88,25 @@ def asked(
         )
     number = 0 if method is None else methods.index(method)
     if explains:
-        return Asked(content, _classes(given, about, service), timeout, opacity, number)
+        return Asked(content, _classes(given, about, service), timeout, opacity, number, pair=pair)
     for name in ("target", "opacity", "method"):
         if name in given:
             raise Refusal(422, "query", f"{name}={given[name]!r} is for /explain; /predict takes top and timeout_ms")
-    return Asked(content, (), timeout, top=_whole(given.get("top", min(TOP, about.classes)), "top", 1, about.classes))
+    top = _whole(given.get("top", min(TOP, about.classes)), "top", 1, about.classes)
+    return Asked(content, (), timeout, top=top, pair=pair)
+
+
+def _pair(named: Mapping[str, Any], about: Metadata) -> bytes:
+    """The second text of JSON, in UTF-8; nothing where none is given."""
+    if "text_pair" not in named:
+        return b""
+    given = named["text_pair"]
+    if about.kind != "text":
+        what = "pictures" if about.kind == "image" else "one text"
+        raise Refusal(422, "query", f"text_pair is for classifiers of two texts; this model reads {what}")
+    if not isinstance(given, str) or not given.strip():
+        raise Refusal(422, "query", f"text_pair {given!r:.60} is no text")
+    return given.encode("utf-8", "replace")
 
 
 def _content(content_type: str, body: bytes, about: Metadata) -> tuple[bytes, Mapping[str, Any]]:

@@ -49,7 +49,8 @@ class Decoding:
         notes: tuple[str, ...] = ()
         picture, tokens = None, None
         if text:
-            (sample,) = [self._read(arrays["body"].decode())]
+            given, pair = arrays["body"].decode(), arrays["pair"].decode()
+            (sample,) = [self._read((given, pair) if pair else given)]
             tokens = self._read.tokens(sample[0])
         else:
             found = pictures.read(arrays["body"], self._max_pixels)

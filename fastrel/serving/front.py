@@ -270,7 +270,8 @@ class Front:
             if self._admitted > 1:  # a request that is alone waits for nobody
                 await self._window.wait()
             await self._slots.acquire()
-            asked = self.stages.ask(wire.pack(header, {"body": asking.body}), deadline - time.monotonic() + 1)
+            data = wire.pack(header, {"body": asking.body, "pair": asking.pair})
+            asked = self.stages.ask(data, deadline - time.monotonic() + 1)
             task = asyncio.create_task(asked)
             # The stages go on with what nobody waits for any more; until they are done, its slot is theirs.
             self._with_stages.add(task)

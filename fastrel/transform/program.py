@@ -19,6 +19,7 @@ class Map:
         features: its other dimensions.
         picture: the dimensions of height and width in an input of pictures, films or volumes; None for others.
         branch: what tells it from other maps of the same input, as " in decoder.embed"; empty for the only one.
+        beside: positions of other inputs that its tokens are made of, too.
     """
 
     input: int
@@ -26,6 +27,7 @@ class Map:
     features: tuple[int, ...]
     picture: tuple[int, int] | None = None
     branch: str = ""
+    beside: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

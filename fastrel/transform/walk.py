@@ -107,6 +107,7 @@ def transform(
                 tuple(t.features(one.node)),
                 picture_of(t.facts, source),
                 branch,
+                _beside(t, one, [source for source, _ in own]),
             )
             for one, branch, own in zip(found, _branches(t, found), parts, strict=True)
             for source, _ in own
@@ -273,6 +274,12 @@ def _parts(t: Context, one: _Found, row: fx.Node) -> list[tuple[fx.Node, fx.Node
         found.append((x, t.emit.call(aten.narrow.default, row, 2, start, length)))
         start = t.emit.arith("add", start, length)
     return found
+
+
+def _beside(t: Context, one: _Found, own: list[fx.Node]) -> tuple[int, ...]:
+    """The other inputs that a map's tokens are made of besides its own, position by position."""
+    inputs = [x for x in t.facts.inputs if x in t.facts.sources[one.node] and x not in own]
+    return tuple(t.facts.inputs.index(x) for x in inputs)
 
 
 def _branches(t: Context, found: Sequence[_Found]) -> list[str]:
