@@ -158,25 +158,21 @@ def attention_rows_kernel(
             tl.store(delta_ptr + t * size + own, delta, mask=i < queries)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "targets", "query_start"])
-def attention_queries_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr,
-    rel_q_ptr,  # [targets, batch, queries, heads, d]
-    grad_q_ptr,  # the same, lane_row numbers from token to token
-    sum_ptr,  # [targets, batch, heads, queries]
-    mask_sum_ptr,  # [targets, batch, heads, 3, queries]
-    heads, queries, keys, d, scale, query_start, lane_row,
+@triton.jit
+def queries_sweep(
+    program, parts, q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, rel_q_ptr, grad_q_ptr, sum_ptr,
+    mask_sum_ptr, heads, queries, keys, d, scale, query_start, lane_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
     REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, SUMS: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
+    """A tile of queries over all keys, of sample, head and tile `program` of `parts` samples times heads."""
     tiles = tl.cdiv(queries, BLOCK_M)
-    i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    part, t = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i = program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    part, t = (program // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
     b, h = part // heads, part % heads
-    parts = (tl.num_programs(0) // tiles).to(tl.int64)
     own = (t * parts + part) * queries
     b_q = load_rows(q_ptr + b * q_batch + h * q_head, i, queries, d, D, q_row, PRECISION)  # [BM, D]
     b_lse = tl.load(lse_ptr + part * queries + i, mask=i < queries, other=0.0)  # [BM]
@@ -234,25 +230,21 @@ def attention_queries_kernel(
         tl.store(sum_ptr + own + i, sums / heads, mask=i < queries)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "targets", "query_start"])
-def attention_keys_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr,
-    row_ptr,  # [targets, batch, queries]
-    rel_k_ptr, rel_v_ptr,  # [targets, batch, keys, heads, d]
-    grad_k_ptr, grad_v_ptr,  # the same, lane_row numbers from token to token
-    through_ptr,  # [targets, batch, heads, keys]
-    heads, queries, keys, d, scale, query_start, lane_row,
+@triton.jit
+def keys_sweep(
+    program, parts, q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, row_ptr, rel_k_ptr, rel_v_ptr,
+    grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, query_start, lane_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
     REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, ROW: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
+    """A tile of keys over all queries, of sample, head and tile `program` of `parts` samples times heads."""
     tiles = tl.cdiv(keys, BLOCK_N)
-    j = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    part, t = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
+    j = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    part, t = (program // tiles).to(tl.int64), tl.program_id(1).to(tl.int64)
     b, h = part // heads, part % heads
-    parts = (tl.num_programs(0) // tiles).to(tl.int64)
     own = (t * parts + part) * queries
     sample = t * (parts // heads) + b
     b_k = load_rows(k_ptr + b * k_batch + h * k_head, j, keys, d, D, k_row, PRECISION)  # [BN, D]
@@ -307,6 +299,98 @@ def attention_keys_kernel(
         tl.store(through_ptr + (t * parts + part) * keys + j, through / heads, mask=j < keys)
 
 
+@triton.jit(do_not_specialize=["queries", "keys", "targets", "query_start"])
+def attention_queries_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr,
+    rel_q_ptr,  # [targets, batch, queries, heads, d]
+    grad_q_ptr,  # the same, lane_row numbers from token to token
+    sum_ptr,  # [targets, batch, heads, queries]
+    mask_sum_ptr,  # [targets, batch, heads, 3, queries]
+    heads, queries, keys, d, scale, query_start, lane_row,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
+    REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, SUMS: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    parts = (tl.num_programs(0) // tl.cdiv(queries, BLOCK_M)).to(tl.int64)
+    queries_sweep(
+        tl.program_id(0), parts, q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, rel_q_ptr, grad_q_ptr, sum_ptr,
+        mask_sum_ptr, heads, queries, keys, d, scale, query_start, lane_row,
+        q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+        mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
+        REL, GRAD, GRAD_IN, REL_IN, SUMS, MASK, CAUSAL, OFFICIAL, UPDATE, PRECISION, BLOCK_M, BLOCK_N, D,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "targets", "query_start"])
+def attention_keys_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr,
+    row_ptr,  # [targets, batch, queries]
+    rel_k_ptr, rel_v_ptr,  # [targets, batch, keys, heads, d]
+    grad_k_ptr, grad_v_ptr,  # the same, lane_row numbers from token to token
+    through_ptr,  # [targets, batch, heads, keys]
+    heads, queries, keys, d, scale, query_start, lane_row,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
+    REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, ROW: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    parts = (tl.num_programs(0) // tl.cdiv(keys, BLOCK_N)).to(tl.int64)
+    keys_sweep(
+        tl.program_id(0), parts, q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, row_ptr, rel_k_ptr, rel_v_ptr,
+        grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, query_start, lane_row,
+        q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+        mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
+        REL, GRAD, GRAD_IN, REL_IN, ROW, MASK, CAUSAL, OFFICIAL, UPDATE, PRECISION, BLOCK_M, BLOCK_N, D,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "targets", "query_start"])
+def attention_lanes_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, row_ptr,
+    rel_k_ptr, rel_v_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr, through_ptr,  # as the sweeps alone have them
+    heads, queries, keys, d, scale, query_start, q_lane_row, k_lane_row,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
+    REL: tl.constexpr, GRAD: tl.constexpr, ROW: tl.constexpr,
+    APART: tl.constexpr,  # relevance of the keys has a sweep of its own
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, OFFICIAL: tl.constexpr, UPDATE: tl.constexpr, PRECISION: tl.constexpr,
+    Q_M: tl.constexpr, Q_N: tl.constexpr, K_M: tl.constexpr, K_N: tl.constexpr, R_M: tl.constexpr, R_N: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Under the positive rules: the queries' sweep by the first programs, the keys' by those after them. Neither waits for the other."""
+    of_queries, of_keys = tl.cdiv(queries, Q_M), tl.cdiv(keys, K_N)
+    of_relevance = tl.cdiv(keys, R_N) if APART else 0
+    parts = tl.num_programs(0) // (of_queries + of_keys + of_relevance)
+    program = tl.program_id(0)
+    if program < parts * of_queries:
+        queries_sweep(
+            program, parts.to(tl.int64), q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, lse_ptr, grad_q_ptr, lse_ptr,
+            lse_ptr, heads, queries, keys, d, scale, query_start, q_lane_row,
+            q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+            mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
+            False, GRAD, True, False, False, MASK, CAUSAL, OFFICIAL, UPDATE, PRECISION, Q_M, Q_N, D,
+        )  # fmt: skip
+    elif program < parts * (of_queries + of_keys):
+        keys_sweep(
+            program - parts * of_queries, parts.to(tl.int64), q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, row_ptr, rel_k_ptr, rel_v_ptr,
+            grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, query_start, k_lane_row,
+            q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+            mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
+            REL, GRAD, True, not APART, ROW, MASK, CAUSAL, OFFICIAL, UPDATE, PRECISION, K_M, K_N, D,
+        )  # fmt: skip
+    elif APART:
+        keys_sweep(
+            program - parts * (of_queries + of_keys), parts.to(tl.int64), q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, row_ptr, rel_k_ptr, rel_v_ptr,
+            grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, query_start, k_lane_row,
+            q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+            mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
+            REL, False, False, True, False, MASK, CAUSAL, OFFICIAL, UPDATE, PRECISION, R_M, R_N, D,
+        )  # fmt: skip
+
+
 @on_its_device
 def attention_relevance(
     q: Tensor,
@@ -323,8 +407,12 @@ def attention_relevance(
     update: str,
     normalize: bool,
     inputs: bool,
+    parts: bool = False,
 ) -> tuple[Tensor, ...]:
-    """`fastrel::attention_relevance` for q, k, v of float32, bfloat16 or float16 with head sizes to 128, lanes of float32."""
+    """`fastrel::attention_relevance` for q, k, v of float32, bfloat16 or float16 with head sizes to 128, lanes of float32.
+
+    parts: `through` as the heads' own parts [K, B, h, Tk], not yet added up.
+    """
     (batch, heads, queries, d), keys = q.shape, k.shape[2]
     given = rel if rel is not None else grad if grad is not None else row
     targets = 1 if given is None else len(given)
@@ -391,6 +479,21 @@ def attention_relevance(
     # What a sweep computes: lanes that go in, and M. Else than in TF32 under the positive rules, all lanes at once would spill.
     together = multiply == "tf32" and not official
     sweeps = [(wants_grad, wants_rel, True)] if together else [(wants_grad, False, True), (False, wants_rel, False)]
+    plain = mask is None and not is_causal and not official and not sums.numel() and not torch.version.hip
+    tiles = configs.together(multiply, width, batch * queries, where) if plain and wants_grad and wants_rel else None
+    if tiles:
+        of_queries, of_keys, of_relevance = tiles[0], tiles[1], tiles[-1]
+        programs = blocks(queries, of_queries.m) + blocks(keys, of_keys.n)
+        programs += 0 if together else blocks(keys, of_relevance.n)
+        through = none if row is None else empty(targets, batch, heads, keys)
+        attention_lanes_kernel[programs * batch * heads, targets](
+            **values, q_lane_row=grad_q.stride(-2), k_lane_row=grad_k.stride(-2), row_ptr=none if row is None else dense(row),
+            rel_k_ptr=rel_k, rel_v_ptr=rel_v, grad_q_ptr=grad_q, grad_k_ptr=grad_k, grad_v_ptr=grad_v, through_ptr=through,
+            **options, ROW=row is not None, APART=not together, Q_M=of_queries.m, Q_N=of_queries.n,
+            K_M=of_keys.m, K_N=of_keys.n, R_M=of_relevance.m, R_N=of_relevance.n,
+            num_warps=of_queries.warps, num_stages=of_queries.stages, **registers,
+        )  # fmt: skip
+        return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, none, _of_heads(through, row, parts)
     for grad_in, rel_in, update_in in sweeps:
         rel_in, sums_in = rel_in and official, update_in and sums.numel() > 0
         tile, blocking = tiled("queries relevance" if rel_in and not grad_in else "queries")
@@ -419,7 +522,11 @@ def attention_relevance(
     if mask_sums.numel():
         factor = mask_factor(mask_sums.sum((2, 4))).view(targets, batch, 1, 1, 1)
         rel_q, rel_k = rel_q * factor, rel_k * factor
-    return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, none if row is None else through.sum(2)
+    return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, _of_heads(through, row, parts)
+
+
+def _of_heads(through: Tensor, row: Tensor | None, parts: bool) -> Tensor:
+    return through if row is None or parts else through.sum(2)
 
 
 def _of_lanes(options: dict[str, Any], grad_in: bool, rel_in: bool, update_in: bool) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def _vit(dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     """ViT-B's twelve blocks; what is launched does not depend on their width."""
     from timm.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=96, depth=12, num_heads=3, num_classes=10).eval()
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=128, depth=12, num_heads=2, num_classes=10).eval()
     return model.to(dtype), {"x": torch.randn(2, 3, 32, 32).to(dtype)}
 
 
