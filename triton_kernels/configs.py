@@ -26,7 +26,7 @@ SHARES = {
     "float8": {80: Tile(64, 64, 64, 8, 2)},
 }
 
-#: Second product of `zplus_linear` (rows × ins over outs): three accumulators.
+#: Second product of `zplus_linear` (rows × ins over outs): three accumulators. `divided`: S is formed where it is read.
 BACK = {
     "float32": {
         80: Tile(64, 64, 16, 8, 2),
@@ -40,6 +40,7 @@ BACK = {
         90: Tile(128, 64, 32, 8, 2),
         120: Tile(32, 64, 16, 8, 2),
     },
+    "float32, divided": {80: Tile(32, 64, 16, 8, 2), 90: Tile(64, 64, 16, 8, 2), 100: Tile(32, 64, 16, 8, 2)},
     "split": {80: Tile(64, 64, 16, 8, 2)},
     "split, tf32": {80: Tile(32, 64, 16, 8, 2)},
     "bfloat16": {80: Tile(64, 64, 32, 8, 2), 100: Tile(32, 64, 32, 8, 2), 120: Tile(64, 64, 32, 8, 2)},

@@ -283,7 +283,9 @@ def zplus_linear(
     w_grad [grad_outs, ins]: where the gradient is of other outputs than relevance. sums: Z, formed before (`zplus_sums`).
     slope: what x is the gelu of; the gradient goes through that, too.
     """
-    by_library = x.dtype == weight.dtype == torch.bfloat16 and configs.products_first(x.numel() // x.shape[-1], weight.shape)
+    by_library = x.dtype == weight.dtype == torch.bfloat16 and configs.products_first(
+        x.numel() // x.shape[-1], weight.shape
+    )
     if grad is not None and w_grad is not None and (by_library or grad.shape[:-1] != rel.shape[:-1]):
         rel_in, _ = zplus_linear(x, weight, y, bias, rel, None, rules, sums=sums)
         return rel_in, zplus_products.matmul(grad, w_grad)
@@ -369,7 +371,9 @@ def _fused(
     s, top, tops = (rel, unused, 1) if sums is not None else _shares(kind, given, w, scales, y, bias, rel, rules)
     rel_in = empty(*rel.shape[:-1], ins)
     grad_in = torch.empty_like(rel_in) if grad is not None else rel_in.new_empty(0)
-    tile = configs.product(configs.BACK, kind.name, lanes, where)
+    divided = f"{kind.name}, divided"
+    how = divided if sums is not None and divided in configs.BACK else kind.name
+    tile = configs.product(configs.BACK, how, lanes, where)
     if w_grad is None or (w_grad.data_ptr() == w.data_ptr() and w_grad.dtype == w.dtype and w_grad.shape == w.shape):
         w_grad = w
     behind = None if slope is None else rows_of(slope, ins)

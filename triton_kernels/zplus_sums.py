@@ -38,7 +38,7 @@ def sums_tile(
 
 @triton.jit
 def tiles(n, outs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    return tl.cdiv(n, BLOCK_M) * tl.cdiv(outs, BLOCK_N)
+    return tl.cast(tl.cdiv(n, BLOCK_M), tl.int64) * tl.cdiv(outs, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["n_0", "n_1", "n_2", "n_3"])
@@ -62,24 +62,24 @@ def zplus_sums_kernel(
             program, x_0_ptr, w_0_ptr, y_0_ptr, bias_0_ptr, z_0_ptr, n_0, outs_0, ins_0, x_row_0, y_row_0, w_row_0, w_col_0,
             HAS_OUTPUT, (BIASES & 1) != 0, REDUCED, DOT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
         )  # fmt: skip
-    if LAYERS > 1:
+    if LAYERS > 1:  # noqa: SIM102  (a constant, and a number)
         if (program >= end_0) & (program < end_1):
             sums_tile(
-                program - end_0,
+                (program - end_0).to(tl.int32),
                 x_1_ptr, w_1_ptr, y_1_ptr, bias_1_ptr, z_1_ptr, n_1, outs_1, ins_1, x_row_1, y_row_1, w_row_1, w_col_1,
                 HAS_OUTPUT, (BIASES & 2) != 0, REDUCED, DOT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
             )  # fmt: skip
-    if LAYERS > 2:
+    if LAYERS > 2:  # noqa: SIM102  (a constant, and a number)
         if (program >= end_1) & (program < end_2):
             sums_tile(
-                program - end_1,
+                (program - end_1).to(tl.int32),
                 x_2_ptr, w_2_ptr, y_2_ptr, bias_2_ptr, z_2_ptr, n_2, outs_2, ins_2, x_row_2, y_row_2, w_row_2, w_col_2,
                 HAS_OUTPUT, (BIASES & 4) != 0, REDUCED, DOT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
             )  # fmt: skip
-    if LAYERS > 3:
+    if LAYERS > 3:  # noqa: SIM102  (a constant, and a number)
         if program >= end_2:
             sums_tile(
-                program - end_2,
+                (program - end_2).to(tl.int32),
                 x_3_ptr, w_3_ptr, y_3_ptr, bias_3_ptr, z_3_ptr, n_3, outs_3, ins_3, x_row_3, y_row_3, w_row_3, w_col_3,
                 HAS_OUTPUT, (BIASES & 8) != 0, REDUCED, DOT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
             )  # fmt: skip

@@ -37,7 +37,10 @@ class _Fusion:
         )
 
         self.graph = graph
-        self.norm, self.norm_beside = layer_norm_backward.layer_norm_backward, layer_norm_backward.layer_norm_backward_beside
+        self.norm, self.norm_beside = (
+            layer_norm_backward.layer_norm_backward,
+            layer_norm_backward.layer_norm_backward_beside,
+        )
         self.half_block = layer_norm_backward.half_block
         self.share, self.share_of_sum = residual_add.residual_add, residual_add.residual_add_of_sum
         self.attention = attention_relevance.attention_relevance
@@ -80,7 +83,9 @@ class _Fusion:
             assert isinstance(own, fx.Node)
             if own.target is self.norm and len(own.users) == 1:
                 with self.graph.inserting_before(total):
-                    total.replace_all_uses_with(self.graph.call_function(self.norm_beside, (*own.args, beside)))
+                    both = self.graph.call_function(self.norm_beside, (*own.args, beside))
+                both.meta = dict(own.meta)
+                total.replace_all_uses_with(both)
                 return
 
     def _slope(self, node: fx.Node) -> None:
@@ -113,6 +118,7 @@ class _Fusion:
             both.kwargs = {**both.kwargs, "w_grad": weight}
         else:
             both.args = (*layer.args[:4], weight, *layer.args[5:8], lane)
+        both.meta = dict(layer.meta)
         self._replaced(both, [(use, use.args[1]) for use in list(layer.users)] + [(product, 1)])
 
     def _is_part_of(self, layer: fx.Node, weight: Any) -> bool:
@@ -134,6 +140,7 @@ class _Fusion:
                 beside = norm.args[5] if norm.target is self.norm_beside else None
                 with self.graph.inserting_after(node):
                     both = self.graph.call_function(self.half_block, (*norm.args[:5], beside, *node.args))
+                both.meta = dict(norm.meta)
                 self._replaced(both, [(norm, 0), *((use, 1 + use.args[1]) for use in list(node.users))])
 
     def _replaced(self, both: fx.Node, results: Sequence[tuple[fx.Node, Any]]) -> None:
@@ -203,6 +210,7 @@ class _Fusion:
                 _move_before(x, group[0])
         with self.graph.inserting_before(group[0]):
             sums = self.graph.call_function(self.sums, tuple(parts), {"reduced": group[0].target is self.reduced})
+            sums.meta = dict(group[0].meta)
             for i, layer in enumerate(group):
                 layer.kwargs = {**layer.kwargs, "sums": self.graph.call_function(operator.getitem, (sums, i))}
 
