@@ -89,21 +89,21 @@ def _linear(n: int, dtype: torch.dtype, purpose: Any = None, rules: str = "posit
     kernels[ops.zplus_linear_reduced](x, *parts, w_grad, y, bias, lane, lane)
 
 
-def _block(dtype: torch.dtype, purpose: Any = None) -> None:
-    """The layers of a block as fusion makes them where there are few rows: with Z formed before, gelu's slope, and more gradients."""
-    kernels, d, hidden = triton_backend.kernels(), 768, 3072
+def _block(dtype: torch.dtype, purpose: Any = None, n: int = 197, d: int = 768) -> None:
+    """The layers of a block as fusion makes them: with Z formed before where there are few rows, gelu's slope, and more gradients."""
+    kernels, hidden = triton_backend.kernels(), 4 * d
     op = kernels[ops.zplus_linear_reduced if purpose else ops.zplus_linear]
     qkv = _empty(3 * d, d, dtype=dtype)
     sizes = ((hidden, d), (d, hidden), (d, d), (d, d))
     weights = [_empty(outs, ins, dtype=dtype) for ins, outs in sizes[:3]] + [qkv.narrow(0, 2 * d, d)]
     prepared = [kernels[ops.reduced_weight](w, purpose) if purpose else (w,) for w in weights]
-    values = [(_empty(1, 197, ins, dtype=dtype), _empty(1, 197, outs, dtype=dtype), _empty(outs, dtype=dtype))
+    values = [(_empty(1, n, ins, dtype=dtype), _empty(1, n, outs, dtype=dtype), _empty(outs, dtype=dtype))
               for ins, outs in sizes]  # fmt: skip
     parts = [x for (x, y, bias), w in zip(values, prepared, strict=True) for x in (x, w[0], y, bias)]
     sums = zplus_sums.zplus_sums(*parts, reduced=bool(purpose))
     for i, ((x, y, bias), w, z) in enumerate(zip(values, prepared, sums, strict=True)):
         lane, given = _empty(1, *y.shape), {"sums": z, **({"slope": x} if i == 0 else {})}
-        grad = _empty(1, 1, 197, 3 * d) if i == 3 else lane
+        grad = _empty(1, 1, n, 3 * d) if i == 3 else lane
         if purpose:
             w_grad = kernels[ops.reduced_weight](qkv, "gradient")[0] if i == 3 else w[0]
             op(x, *w, w_grad, y, bias, lane, grad, **given)
@@ -140,8 +140,14 @@ def launches(float8: bool) -> Iterator[tuple[str, Any]]:
             yield name, lambda dtype=dtype: _half_block(dtype)
             if float8:
                 yield f"{name} low", lambda dtype=dtype: _linear(197, dtype, "float8")
+                yield f"{name} low block", lambda dtype=dtype: _block(dtype, "float8")
     yield "float32 official", lambda: _linear(197, torch.float32, rules="official")
     yield "float32 many rows", lambda: _linear(12608, torch.float32)
+    for dtype in (torch.float32, torch.float16):
+        name = f"{str(dtype).removeprefix('torch.')} block, many rows"
+        yield name, lambda dtype=dtype: _block(dtype, n=12608)
+    yield "narrow block, many rows", lambda: _block(torch.bfloat16, n=12608, d=384)
+    yield "narrow mixed block, many rows", lambda: _block(torch.bfloat16, "bfloat16", n=12608, d=384)
     yield "many rows", lambda: _linear(12608, torch.bfloat16)
     yield "many rows mixed", lambda: _linear(12608, torch.bfloat16, "bfloat16")
     for d in (32, 64, 128):

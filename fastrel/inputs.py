@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from fastrel.errors import InputError, first_line
 
+#: What a device reports, and neither a model nor a rule is to blame for: it is passed on as it is.
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+
 #: What to do about numbers that a model made, none of which were among its inputs.
 _OVERFLOW = "look for NaN in its weights, for values that overflow its dtype, and for rows that a mask hides whole"
 

@@ -18,7 +18,7 @@ from fastrel.engine import Call, Engine
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.explanation import Explanation
 from fastrel.graph.ambient import plainly
-from fastrel.inputs import Checks, image_size, rejected
+from fastrel.inputs import DEVICE_ERRORS, Checks, image_size, rejected
 from fastrel.maps import TokenMap
 from fastrel.methods.integrated_gradients import integrated_gradients
 from fastrel.noise import Maps, floor, perturbed
@@ -275,7 +275,7 @@ class Prediction:
         """Outputs and saved values; the graph's own failures are those of the model on these inputs."""
         try:
             return program.forward(*self._call.values)
-        except torch.OutOfMemoryError:
+        except DEVICE_ERRORS:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
             raise rejected(self._engine.model, error, self._call.tensors) from error
@@ -283,7 +283,7 @@ class Prediction:
     def _run_reverse(self, program: Program, arguments: list[Any]) -> Any:
         try:
             return program.reverse(arguments)
-        except torch.OutOfMemoryError:
+        except DEVICE_ERRORS:
             raise
         except RuntimeError as error:
             name = type(self._engine.model).__name__

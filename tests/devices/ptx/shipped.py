@@ -249,7 +249,14 @@ def linears() -> Iterator[tuple[str, Call]]:
     yield "a gradient by a bfloat16 weight", Call(_matmul)
     for dtype in (FLOAT32, BFLOAT16, FLOAT16):
         yield f"a block in {str(dtype).removeprefix('torch.')}", Call(lambda dtype=dtype: _block(dtype))
-    yield "a block in bfloat16 products", Call(lambda: _block(FLOAT32, "bfloat16"))
+        yield (
+            f"a block in {str(dtype).removeprefix('torch.')}, many rows",
+            Call(lambda dtype=dtype: _block(dtype), many=True),
+        )
+    for many in (False, True):
+        name = f"a block in bfloat16 products{', many rows' if many else ''}"
+        yield name, Call(lambda: _block(FLOAT32, "bfloat16"), many=many)
+    yield "a block in float8 products", Call(lambda: _block(FLOAT32, "float8"), capability=89)
     for approximate in ("none", "tanh"):
         yield f"slope of gelu, {approximate}", Call(lambda approximate=approximate: _slope(FLOAT32, approximate))
 
