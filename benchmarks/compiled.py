@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 import triton
+from fastrel.triton_kernels import layer_norm_backward, zplus_sums
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
@@ -68,6 +69,10 @@ class Resources:
     loop: int = 0
 
 
+#: What tells variants of a kernel apart, in their names.
+FLAGS = ("REL_IN", "GRAD_IN", "DIVIDE", "APART", "SLOPE", "THROUGH")
+
+
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=DEVICE)
 
@@ -84,13 +89,42 @@ def _linear(n: int, dtype: torch.dtype, purpose: Any = None, rules: str = "posit
     kernels[ops.zplus_linear_reduced](x, *parts, w_grad, y, bias, lane, lane)
 
 
-def _attention(d: int, dtype: torch.dtype, rules: str, masked: bool) -> None:
-    q = _empty(2, 197, 12, d, dtype=dtype).transpose(1, 2)
-    lane = _empty(1, 2, 197, 12, d).transpose(2, 3)
-    mask = _empty(2, 1, 1, 197, dtype=dtype) if masked else None
+def _block(dtype: torch.dtype, purpose: Any = None, n: int = 197, d: int = 768) -> None:
+    """The layers of a block as fusion makes them: with Z formed before where there are few rows, gelu's slope, and more gradients."""
+    kernels, hidden = triton_backend.kernels(), 4 * d
+    op = kernels[ops.zplus_linear_reduced if purpose else ops.zplus_linear]
+    qkv = _empty(3 * d, d, dtype=dtype)
+    sizes = ((hidden, d), (d, hidden), (d, d), (d, d))
+    weights = [_empty(outs, ins, dtype=dtype) for ins, outs in sizes[:3]] + [qkv.narrow(0, 2 * d, d)]
+    prepared = [kernels[ops.reduced_weight](w, purpose) if purpose else (w,) for w in weights]
+    values = [(_empty(1, n, ins, dtype=dtype), _empty(1, n, outs, dtype=dtype), _empty(outs, dtype=dtype))
+              for ins, outs in sizes]  # fmt: skip
+    parts = [x for (x, y, bias), w in zip(values, prepared, strict=True) for x in (x, w[0], y, bias)]
+    sums = zplus_sums.zplus_sums(*parts, reduced=bool(purpose))
+    for i, ((x, y, bias), w, z) in enumerate(zip(values, prepared, sums, strict=True)):
+        lane, given = _empty(1, *y.shape), {"sums": z, **({"slope": x} if i == 0 else {})}
+        grad = _empty(1, 1, n, 3 * d) if i == 3 else lane
+        if purpose:
+            w_grad = kernels[ops.reduced_weight](qkv, "gradient")[0] if i == 3 else w[0]
+            op(x, *w, w_grad, y, bias, lane, grad, **given)
+        else:
+            op(x, *w, y, bias, lane, grad, "positive", **given, **({"w_grad": qkv} if i == 3 else {}))
+
+
+def _half_block(dtype: torch.dtype) -> None:
+    value, lane = _empty(1, 197, 768, dtype=dtype), _empty(1, 1, 197, 768)
+    through, row, weight = _empty(1, 1, 12, 197), _empty(1, 1, 197), _empty(768, dtype=dtype)
+    layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, None, None)
+    layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, through, row)
+
+
+def _attention(d: int, dtype: torch.dtype, rules: str, masked: bool, batch: int = 2) -> None:
+    q = _empty(batch, 197, 12, d, dtype=dtype).transpose(1, 2)
+    lane = _empty(1, batch, 197, 12, d).transpose(2, 3)
+    mask = _empty(batch, 1, 1, 197, dtype=dtype) if masked else None
     options = (d**-0.5, False, 0, rules, "gradient_relevance", masked, True)
     kernel = triton_backend.kernels()[ops.attention_relevance]
-    kernel(q, q, q, mask, lane, lane, _empty(1, 2, 197), *options)
+    kernel(q, q, q, mask, lane, lane, _empty(1, batch, 197), *options)
 
 
 def launches(float8: bool) -> Iterator[tuple[str, Any]]:
@@ -99,18 +133,28 @@ def launches(float8: bool) -> Iterator[tuple[str, Any]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
         yield name, lambda dtype=dtype: _linear(197, dtype)
+        yield f"{name} block", lambda dtype=dtype: _block(dtype)
         if dtype != torch.float16:
             yield f"{name} mixed", lambda dtype=dtype: _linear(197, dtype, "bfloat16")
+            yield f"{name} mixed block", lambda dtype=dtype: _block(dtype, "bfloat16")
+            yield name, lambda dtype=dtype: _half_block(dtype)
             if float8:
                 yield f"{name} low", lambda dtype=dtype: _linear(197, dtype, "float8")
+                yield f"{name} low block", lambda dtype=dtype: _block(dtype, "float8")
     yield "float32 official", lambda: _linear(197, torch.float32, rules="official")
     yield "float32 many rows", lambda: _linear(12608, torch.float32)
+    for dtype in (torch.float32, torch.float16):
+        name = f"{str(dtype).removeprefix('torch.')} block, many rows"
+        yield name, lambda dtype=dtype: _block(dtype, n=12608)
+    yield "narrow block, many rows", lambda: _block(torch.bfloat16, n=12608, d=384)
+    yield "narrow mixed block, many rows", lambda: _block(torch.bfloat16, "bfloat16", n=12608, d=384)
     yield "many rows", lambda: _linear(12608, torch.bfloat16)
     yield "many rows mixed", lambda: _linear(12608, torch.bfloat16, "bfloat16")
     for d in (32, 64, 128):
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{str(dtype).removeprefix('torch.')} d={d}"
-            yield name, lambda d=d, dtype=dtype: _attention(d, dtype, "positive", d == 64)
+            yield name, lambda d=d, dtype=dtype: _attention(d, dtype, "positive", d == 64, 8)
+            yield f"{name} few rows", lambda d=d, dtype=dtype: _attention(d, dtype, "positive", False)
             if d <= triton_backend.MAX_HEAD_OFFICIAL:
                 yield f"{name} official", lambda d=d, dtype=dtype: _attention(d, dtype, "official", True)
     x, lane = (64, 197, 768), (1, 64, 197, 768)
@@ -137,7 +181,7 @@ def cases(target: str) -> tuple[Case, ...]:
             for variant in seen.kernels:
                 constants = dict(zip(variant.kernel.arg_names, range(1000), strict=False))
                 values = {name: dict(variant.constants).get((i,)) for name, i in constants.items()}
-                flags = "".join(f" {flag.lower()}" for flag in ("REL_IN", "GRAD_IN") if values.get(flag))
+                flags = "".join(f" {flag.lower()}" for flag in FLAGS if values.get(flag))
                 dot = values.get("DOT")
                 how = f" {values['PRECISION']}" if values.get("PRECISION") else ""
                 how += f" {dot.name}" if dot is not None else " fp32" if how else ""

@@ -78,7 +78,11 @@ def compiler(part: Part = CPU) -> list[str]:
     if part is CUDA:
         if not shutil.which("nvcc"):
             raise BuildError("no CUDA compiler found (nvcc)")
-        return ["nvcc", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs())]
+        archs = cuda_archs()
+        # PTX of the newest, which drivers compile for GPUs that come after it.
+        newest = max(archs, key=lambda arch: int("".join(filter(str.isdigit, arch))))
+        kinds = [*((arch, f"sm_{arch}") for arch in archs), (newest, f"compute_{newest}")]
+        return ["nvcc", *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in kinds)]
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
     for name in ("g++", "c++", "clang++"):

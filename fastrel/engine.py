@@ -29,7 +29,7 @@ from fastrel.graph.ambient import outside_inference
 from fastrel.graph.capture import LOCK, Captured, Signature, capture, check_weights, in_order
 from fastrel.graph.clone import unwrapped
 from fastrel.graph.fingerprint import Fingerprint
-from fastrel.inputs import check_inputs, input_names, rejected
+from fastrel.inputs import DEVICE_ERRORS, Checks, check_inputs, input_names, rejected
 from fastrel.options import Options
 from fastrel.outputs import logits_index
 from fastrel.transform.lanes import lane_dtype
@@ -109,15 +109,17 @@ class Call:
 class Engine:
     """Captures a model when it must, and runs programs on its live parameters. Safe to call from several threads."""
 
-    def __init__(self, model: nn.Module, live: bool = True) -> None:
-        self.model, self.live = unwrapped(model), live
+    def __init__(self, model: nn.Module, live: bool = True, checks: bool = True) -> None:
+        self.model, self.live, self.checks = unwrapped(model), live, checks
         self._given = model
         self._entries: list[Entry] = []  # the most recently used first
         self._lock = threading.RLock()
         self._warned = False
 
-    def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any], checks: Checks | None = None) -> Call:
         """The captured graph that takes these inputs, made if there is none, and the values of its placeholders.
+
+        `checks`: where numbers are looked at later, if all else is settled.
 
         Raises:
             InputError: the model rejects these inputs, or they hold NaN.
@@ -127,18 +129,23 @@ class Engine:
         kwargs = in_order(self.model, args, kwargs)
         signature, leaves = Signature.of(args, kwargs)
         names = input_names(self.model, args, kwargs)
-        check_inputs([(name, leaf) for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)])
+        now = checks is None
+        checks = Checks(self.checks) if checks is None else checks
+        check_inputs([(name, leaf) for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)], checks)
         with outside_inference():
             leaves = [_ordinary(leaf) for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
         found = self._find(signature, tensors)
+        if found is None or now:
+            checks.settle()
         if found is None:
             with LOCK, self._lock:
                 found = self._find(signature, tensors) or self._captured(signature, args, kwargs, tensors)
         entry, owned = found
         due = self.live and next(entry.calls) % NOW_AND_THEN == 0
         if due or not self._is_settled(entry, tensors):
+            checks.settle()
             with LOCK, self._lock:
                 entry, owned = self._compared(entry, owned, args, kwargs, leaves, tensors, due)
         return Call(entry, owned + leaves, tensors, names)
@@ -306,6 +313,8 @@ class Engine:
         """Tell a model that rejects its inputs from one that cannot be captured."""
         try:
             run_model(self.model, args, kwargs)
+        except DEVICE_ERRORS:
+            raise
         except Exception as error:
             raise rejected(
                 self.model, error, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

@@ -15,6 +15,7 @@ from fastrel.errors import InputError
 from fastrel.explanation import Explanation
 from fastrel.graph.facts import Memory
 from fastrel.graphed import Graphed
+from fastrel.inputs import Checks
 from fastrel.options import Backend, Options, method_of
 from fastrel.precision import Precision
 from fastrel.prediction import Prediction
@@ -54,6 +55,8 @@ class Explainer:
             "torch", plain PyTorch. One that is named computes everything that it has kernels for, or says why it cannot.
         live: whether to ask, at every call, that the model still is what was captured, in less than a millisecond, and to
             compare outputs at every 64th. False trusts: after a change other than of weights, call `reset`.
+        checks: whether NaN and infinity in inputs, outputs and maps are refused. On a GPU all are looked at once, at the end of a
+            call, which is the only time that it waits for the device. False looks at nothing: NaN in is NaN out.
         output: which output classes are picked from, by its name (a key or field, `decoder.logits`) or place, where the model
             returns several. Default: the one called `logits`, or the only one of shape [B, C]; of several, it asks.
         grid: (rows, columns) of the patches, or (frames, rows, columns), where they cannot be read off the model. The patches
@@ -75,6 +78,7 @@ class Explainer:
         backend: Backend = "auto",
         memory: Memory = "normal",
         live: bool = True,
+        checks: bool = True,
         output: str | int | None = None,
         grid: tuple[int, ...] | None = None,
     ) -> None:
@@ -88,7 +92,9 @@ class Explainer:
         )
         if not isinstance(live, bool):
             raise InputError(f"live must be True or False, not {live!r}")
-        self._engine = Engine(model, live)
+        if not isinstance(checks, bool):
+            raise InputError(f"checks must be True or False, not {checks!r}")
+        self._engine = Engine(model, live, checks)
 
     @property
     def model(self) -> nn.Module:
@@ -147,7 +153,9 @@ class Explainer:
         """
         if create_graph:
             return self._differentiable(args, kwargs, target)
-        return self._predicted(self._engine.enter(args, kwargs), self._options).explain_once(target)
+        checks = Checks(self._engine.checks)
+        call = self._engine.enter(args, kwargs, checks)
+        return self._predicted(call, self._options, checks=checks).explain_once(target)
 
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
         """The model's prediction, kept so that it can be explained for any target without another forward pass.
@@ -358,15 +366,22 @@ class Explainer:
 
     def __getstate__(self) -> dict[str, Any]:
         """The model and the options; captured graphs are made anew where they are needed."""
-        return {"model": self._model, "options": self._options, "live": self._engine.live}
+        return {
+            "model": self._model,
+            "options": self._options,
+            "live": self._engine.live,
+            "checks": self._engine.checks,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._model, self._options = state["model"], state["options"]
-        self._engine = Engine(self._model, state["live"])
+        self._engine = Engine(self._model, state["live"], state["checks"])
 
-    def _predicted(self, call: Call, options: Options, grad: bool = False, kept: bool = False) -> Prediction:
+    def _predicted(
+        self, call: Call, options: Options, grad: bool = False, kept: bool = False, checks: Checks | None = None
+    ) -> Prediction:
         program = self._engine.explaining(call, options)
-        return Prediction(self._engine, options, call, program, grad, kept)
+        return Prediction(self._engine, options, call, program, grad, kept, checks)
 
     def _differentiable(self, args: Any, kwargs: Any, target: Target) -> Explanation:
         """An explanation with its graph of autograd, by the plain PyTorch of every operator."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,62 @@ from torch import Tensor, nn
 
 from fastrel.errors import InputError, first_line
 
+#: What a device reports, and neither a model nor a rule is to blame for: it is passed on as it is.
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+
 #: What to do about numbers that a model made, none of which were among its inputs.
 _OVERFLOW = "look for NaN in its weights, for values that overflow its dtype, and for rows that a mask hides whole"
 
 
-def check_inputs(named: Sequence[tuple[str, Tensor]]) -> None:
+class Checks:
+    """What one call asks of numbers. On a GPU it asks at its end, all at once: looking waits for everything launched before.
+
+    `wanted`: False looks at nothing; NaN in is then NaN out.
+    """
+
+    def __init__(self, wanted: bool = True) -> None:
+        self._wanted = wanted
+        self._later: list[tuple[Tensor, Callable[[], None]]] = []
+
+    def finite(self, name: str, x: Tensor, allowed: float | None = None, advice: str = _OVERFLOW) -> None:
+        """`check_finite`, now or at the end."""
+        if not self._wanted:
+            return
+        if waits(x):
+            self.later(_is_finite(x, allowed).all(), lambda: check_finite(name, x, allowed, advice))
+        else:
+            check_finite(name, x, allowed, advice)
+
+    def later(self, fine: Tensor, look: Callable[[], None]) -> None:
+        """At the end call `look`, which says what is wrong, unless `fine` [] holds."""
+        if self._wanted:
+            self._later.append((fine, look))
+
+    def settle(self) -> None:
+        """The end of a call.
+
+        Raises:
+            InputError: of the first check that fails.
+        """
+        pending, self._later = self._later, []
+        if pending and not bool(torch.stack([fine.to(pending[0][0].device) for fine, _ in pending]).all()):
+            for _, look in pending:
+                look()
+
+
+def waits(x: Tensor) -> bool:
+    """Whether looking at the numbers of a tensor waits for a device."""
+    return x.device.type == "cuda"
+
+
+def _is_finite(x: Tensor, allowed: float | None) -> Tensor:
+    return torch.isfinite(x) if allowed is None else torch.isfinite(x) | (x == allowed)
+
+
+def check_inputs(named: Sequence[tuple[str, Tensor]], checks: Checks | None = None) -> None:
     """Refuse what cannot be explained: nothing at all, empty batches, NaN, layouts and devices without numbers.
 
-    −inf may stand in a mask that is added to scores.
+    −inf may stand in a mask that is added to scores. With `checks`, numbers on a GPU are looked at when these are settled.
 
     Raises:
         InputError: naming the input.
@@ -33,7 +81,8 @@ def check_inputs(named: Sequence[tuple[str, Tensor]]) -> None:
         if x.dim() and len(x) == 0:
             raise InputError(f"{name} of shape {tuple(x.shape)} holds no samples")
         if x.is_floating_point():
-            check_finite(name, x, allowed=-torch.inf, advice="mask or replace it")
+            look = check_finite if checks is None else checks.finite
+            look(name, x, allowed=-torch.inf, advice="mask or replace it")
 
 
 def _is_fake(x: Tensor) -> bool:
@@ -45,7 +94,7 @@ def check_finite(name: str, x: Tensor, allowed: float | None = None, advice: str
     fine = torch.isfinite(x)
     if bool(fine.all()):
         return
-    fine = fine if allowed is None else fine | (x == allowed)
+    fine = _is_finite(x, allowed)
     if not bool(fine.all()):
         place = (~fine).nonzero()[0].tolist()
         sample = f" in sample {place[0]}, at {place}" if place else ""

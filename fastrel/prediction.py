@@ -18,7 +18,7 @@ from fastrel.engine import Call, Engine
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.explanation import Explanation
 from fastrel.graph.ambient import plainly
-from fastrel.inputs import check_finite, image_size, rejected
+from fastrel.inputs import DEVICE_ERRORS, Checks, image_size, rejected
 from fastrel.maps import TokenMap
 from fastrel.methods.integrated_gradients import integrated_gradients
 from fastrel.noise import Maps, floor, perturbed
@@ -100,7 +100,8 @@ class Prediction:
     Holds what the explanation needs: the inputs, values saved in between, and the model's parameters as they are. Where one
     of them is written to before `explain`, that is refused; see `Versions`.
 
-    `kept`: it may be explained later, so that the numbers of its tensors are watched, too, and not their versions alone.
+    `kept`: it may be explained later, so that the numbers of its tensors are watched, too, and not their versions alone. `checks`:
+    of its inputs, where they are not settled yet.
 
     Attributes:
         logits: the logits, as the model returns them.
@@ -108,9 +109,17 @@ class Prediction:
     """
 
     def __init__(
-        self, engine: Engine, options: Options, call: Call, program: Program, grad: bool = False, kept: bool = False
+        self,
+        engine: Engine,
+        options: Options,
+        call: Call,
+        program: Program,
+        grad: bool = False,
+        kept: bool = False,
+        checks: Checks | None = None,
     ) -> None:
         self._engine, self._options, self._call, self._program = engine, options, call, program
+        self._checks = checks
         with plainly(grad):
             outputs, saved = self._run_forward(program)
         self._outputs: list[Any] = list(outputs)
@@ -202,13 +211,14 @@ class Prediction:
         return [BlockTrace(**{name: found[block].get(name) for name in names}) for block in sorted(found)]  # type: ignore
 
     def _explained(self, target: Target, once: bool, create_graph: bool = False) -> Explanation:
+        checks, self._checks = self._checks or Checks(self._engine.checks), None
         changed = self._versions.changed()
         if changed:
             raise InputError(f"{changed} changed in place since the prediction, so no map belongs to it; predict again")
         with plainly(create_graph):
             if self._saved is None:
                 raise InputError("this prediction was explained by explain_once, which frees what it kept; use explain")
-            seeds = self.seeds(target)
+            seeds = self.seeds(target, checks)
             program, saved = self._prepared(seeds)
             if isinstance(self._options.method.reading, PathIntegral):
                 rows = grids = [self._along_path(seeds)]
@@ -218,12 +228,15 @@ class Prediction:
                 if once:
                     self._saved = None
                 rows, grids, _ = self._run_reverse(program, arguments)
-            maps = self._maps(program, rows, grids, seeds.several)
+            maps = self._maps(program, rows, grids, seeds.several, checks)
+            checks.settle()
         source = None if once else weakref.ref(self)
         asked = None if once else target if callable(target) else seeds.classes
         return Explanation(self.logits, seeds.classes, maps, self.output, program.generic, _prediction=source, _asked=asked)
 
-    def _maps(self, program: Program, rows: list[Any], grids: list[Any], several: bool) -> dict[str, TokenMap]:
+    def _maps(
+        self, program: Program, rows: list[Any], grids: list[Any], several: bool, checks: Checks
+    ) -> dict[str, TokenMap]:
         found: dict[str, TokenMap] = {}
         method = self._options.method
         # Maps at pixels lie on those.
@@ -231,7 +244,7 @@ class Prediction:
         placed = False
         for where, row, grid in zip(program.maps, rows, grids, strict=True):
             relevance = row.reshape(*row.shape[:2], -1).transpose(0, 1)
-            check_finite("the explanation", relevance)
+            checks.finite("the explanation", relevance)
             name = self._call.names[where.input] + where.branch
             if len(relevance) != len(self.logits):
                 raise UnsupportedModelError(
@@ -263,7 +276,7 @@ class Prediction:
         """Outputs and saved values; the graph's own failures are those of the model on these inputs."""
         try:
             return program.forward(*self._call.values)
-        except torch.OutOfMemoryError:
+        except DEVICE_ERRORS:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
             raise rejected(self._engine.model, error, self._call.tensors) from error
@@ -271,15 +284,15 @@ class Prediction:
     def _run_reverse(self, program: Program, arguments: list[Any]) -> Any:
         try:
             return program.reverse(arguments)
-        except torch.OutOfMemoryError:
+        except DEVICE_ERRORS:
             raise
         except RuntimeError as error:
             name = type(self._engine.model).__name__
             rule = program.rule_of(error) or "an operator"
             raise UnsupportedModelError(f"cannot explain {name}, the rule of {rule} does not take it: {error}") from error
 
-    def seeds(self, target: Target) -> Seeds:
-        """Where the reverse pass starts for a target.
+    def seeds(self, target: Target, checks: Checks | None = None) -> Seeds:
+        """Where the reverse pass starts for a target; with `checks`, numbers on a GPU are looked at when these are settled.
 
         Raises:
             InputError: the target does not fit the output.
@@ -290,7 +303,7 @@ class Prediction:
                 return even_seeds(self.logits, self._program.leaves[0])
             if why:
                 raise InputError(why)
-            return class_seeds(self.logits, self._program.leaves[0], target)
+            return class_seeds(self.logits, self._program.leaves[0], target, checks)
         with torch.inference_mode(False):
             return function_seeds(self._outputs, self._rebuild, target, self._call.batch)
 

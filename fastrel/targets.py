@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastrel.errors import InputError
-from fastrel.inputs import check_finite
+from fastrel.inputs import Checks, check_finite, waits
 from fastrel.transform.lanes import lane_dtype
 
 #: None (predicted class) · int · [B] · [B, K] · callable(output) -> [B] or [B, K]
@@ -34,26 +33,35 @@ class Seeds:
     several: bool
 
 
-def class_seeds(logits: Tensor, index: int, target: Target) -> Seeds:
+def class_seeds(logits: Tensor, index: int, target: Target, checks: Checks | None = None) -> Seeds:
     """Seeds for classes of logits [B, C], which are output `index`: a one-hot vector (value 1, not the logit). Of an output [B], a
-    regression's say, the value itself.
+    regression's say, the value itself. With `checks`, numbers on a GPU are looked at when these are settled; until then a class
+    that does not exist is explained by NaN.
 
     Raises:
         InputError: the target's type, shape or range does not fit the logits, or these hold NaN.
     """
-    check_finite("the model's output", logits, allowed=-torch.inf)
-    classes = classes_of(logits, target)
+    look = check_finite if checks is None else checks.finite
+    look("the model's output", logits, allowed=-torch.inf)
+    classes = classes_of(logits, target, checks)
     columns, scores = classes.reshape(len(logits), -1), logits.reshape(len(logits), -1)
-    check_finite("the model's output for the target", scores.gather(1, columns))
-    one_hot = F.one_hot(columns.T, scores.shape[1]).to(lane_dtype(logits.dtype))  # [K, B, C]
+    unknown = None
+    if checks is not None and waits(columns):
+        unknown = (columns < 0) | (columns >= scores.shape[1])
+        columns = columns.clamp(0, scores.shape[1] - 1)
+    look("the model's output for the target", scores.gather(1, columns))
+    zeros = torch.zeros(columns.shape[1], *scores.shape, dtype=lane_dtype(logits.dtype), device=logits.device)
+    one_hot = zeros.scatter(2, columns.T.unsqueeze(-1), 1.0)  # [K, B, C]
+    if unknown is not None:
+        one_hot = one_hot.masked_fill(unknown.T.unsqueeze(-1), torch.nan)
     one_hot = one_hot.reshape(len(one_hot), *logits.shape)
     return Seeds((index,), [one_hot], [one_hot], classes, classes.dim() == 2)
 
 
-def classes_of(logits: Tensor, target: Any) -> Tensor:
+def classes_of(logits: Tensor, target: Any, checks: Checks | None = None) -> Tensor:
     """The classes that a target other than a function names, [B] or [B, K]; InputError where it does not fit logits [B, C].
 
-    An output [B] has one class.
+    An output [B] has one class. With `checks`, classes that are on a GPU already are looked at when these are settled.
     """
     logits = logits.unsqueeze(1) if logits.dim() == 1 else logits
     if logits.dim() != 2:
@@ -64,11 +72,19 @@ def classes_of(logits: Tensor, target: Any) -> Tensor:
     batch, count = logits.shape
     if target is None:
         return logits.argmax(1)
-    classes = class_indices(target, batch).to(logits.device)
-    wrong = classes[(classes < 0) | (classes >= count)]
-    if len(wrong):
-        raise InputError(f"target {int(wrong[0])} is out of range: the model has {count} classes, 0 to {count - 1}")
-    return classes
+    classes = class_indices(target, batch)
+    outside = (classes < 0) | (classes >= count)
+
+    def look() -> None:
+        wrong = classes[outside]
+        if len(wrong):
+            raise InputError(f"target {int(wrong[0])} is out of range: the model has {count} classes, 0 to {count - 1}")
+
+    if checks is not None and waits(classes):
+        checks.later(~outside.any(), look)
+    else:
+        look()
+    return classes.to(logits.device, non_blocking=True)
 
 
 def class_indices(target: Any, batch: int) -> Tensor:

@@ -26,7 +26,7 @@ SHARES = {
     "float8": {80: Tile(64, 64, 64, 8, 2)},
 }
 
-#: Second product of `zplus_linear` (rows × ins over outs): three accumulators.
+#: Second product of `zplus_linear` (rows × ins over outs): three accumulators. `divided`: S is formed where it is read.
 BACK = {
     "float32": {
         80: Tile(64, 64, 16, 8, 2),
@@ -40,6 +40,7 @@ BACK = {
         90: Tile(128, 64, 32, 8, 2),
         120: Tile(32, 64, 16, 8, 2),
     },
+    "float32, divided": {80: Tile(32, 64, 16, 8, 2), 90: Tile(64, 64, 16, 8, 2), 100: Tile(32, 64, 16, 8, 2)},
     "split": {80: Tile(64, 64, 16, 8, 2)},
     "split, tf32": {80: Tile(32, 64, 16, 8, 2)},
     "bfloat16": {80: Tile(64, 64, 32, 8, 2), 100: Tile(32, 64, 32, 8, 2), 120: Tile(64, 64, 32, 8, 2)},
@@ -101,6 +102,33 @@ ATTENTION = {
         },
     },
 }
+
+#: The sweeps of queries, of keys and, in float32, of the keys' relevance by programs of one launch, where there are few rows: they
+#: have warps in common, and none may spill.
+TOGETHER = {
+    "tf32": {
+        32: {
+            80: (Tile(32, 32, 0, 4, 1), Tile(32, 32, 0, 4, 1)),
+            86: (Tile(16, 16, 0, 4, 1), Tile(16, 16, 0, 4, 1)),
+            90: (Tile(64, 64, 0, 8, 1), Tile(32, 64, 0, 8, 1)),
+            120: (Tile(16, 16, 0, 4, 1), Tile(16, 16, 0, 4, 1)),
+        },
+        64: {80: (Tile(32, 32, 0, 4, 1), Tile(16, 32, 0, 4, 1))},
+    },
+    "float32": {
+        32: {80: (Tile(16, 32, 0, 4, 1), Tile(16, 16, 0, 4, 1), Tile(16, 16, 0, 4, 1))},
+        64: {80: (Tile(32, 32, 0, 8, 1), Tile(16, 32, 0, 8, 1), Tile(32, 32, 0, 8, 1))},
+    },
+}
+
+
+def together(precision: str, width: int, rows: int, capability: int) -> tuple[Tile, ...] | None:
+    """The tiles of all sweeps of a launch over heads padded to `width` features; None where one launch each is better."""
+    by_width = TOGETHER["tf32" if precision == "tf32" else "float32"]
+    if rows >= MANY_ROWS or width > max(by_width):
+        return None
+    table = by_width[min(known for known in by_width if known >= width)]
+    return table[max(known for known in table if known <= capability)]
 
 
 def product(tables: dict[str, dict[int, Tile]], kind: str, rows: int, capability: int) -> Tile:

@@ -99,6 +99,17 @@ def update_of(attn, grad, rel, UPDATE: tl.constexpr):
 
 
 @triton.jit
+def gelu_slope(x, APPROXIMATE: tl.constexpr):
+    """gelu'(x), of gelu itself or of its approximation by tanh."""
+    if APPROXIMATE:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * inner))
+        return 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+    else:
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
 def share(u, v, rel):
     """Residual add, positive rules: σ = sign(u+v), R_u = R (σu)⁺ ⊘ ((σu)⁺ + (σv)⁺), R_v alike."""
     total = u + v
@@ -109,9 +120,8 @@ def share(u, v, rel):
 
 
 @triton.jit
-def tile_of(rows, columns, GROUP: tl.constexpr):
-    """This program's block of rows and of columns: GROUP blocks of rows take turns, so that their columns stay in the cache."""
-    program = tl.program_id(0)
+def tile_of(program, rows, columns, GROUP: tl.constexpr):
+    """A program's block of rows and of columns: GROUP blocks of rows take turns, so that their columns stay in the cache."""
     in_group = GROUP * columns
     first = program // in_group * GROUP
     height = tl.minimum(rows - first, GROUP)

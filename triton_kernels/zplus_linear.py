@@ -11,8 +11,25 @@ import torch
 import triton
 import triton.language as tl
 from fastrel.triton_kernels import configs, zplus_products
-from fastrel.triton_kernels.launch import blocks, capability, dense, float32_precision, on_its_device
-from fastrel.triton_kernels.math import ROUNDING, dot, narrow, negative, operand, positive, safe_divide, tile_of
+from fastrel.triton_kernels.launch import (
+    blocks,
+    capability,
+    dense,
+    float32_precision,
+    on_its_device,
+    with_unit_stride,
+)
+from fastrel.triton_kernels.math import (
+    ROUNDING,
+    dot,
+    gelu_slope,
+    narrow,
+    negative,
+    operand,
+    positive,
+    safe_divide,
+    tile_of,
+)
 from torch import Tensor
 
 from fastrel.ops.zplus_linear_reduced import FLOOR as LEAST_SHARE
@@ -74,33 +91,20 @@ def scaled_rows_kernel(
         tl.store(out_ptr + row * ins + i, narrow(b_x / scale, tl.float8e4nv), mask=i < ins)
 
 
-@triton.jit(do_not_specialize=["n", "targets"])
-def zplus_shares_kernel(
-    x_ptr,  # [n, ins]
-    w_ptr,  # [outs, ins]
-    y_ptr,  # [n, outs]
-    bias_ptr,  # [outs]
-    rel_ptr,  # [targets, n, outs]
-    s_ptr,  # [targets, n, outs]
-    x_scale_ptr,  # [n]
-    w_scale_ptr,  # [outs]
-    top_ptr,  # [targets, n, blocks of outs]
-    n, outs, ins, targets, w_row, w_col,
-    HAS_OUTPUT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, REDUCED: tl.constexpr, OFFICIAL: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+@triton.jit
+def signed_sums(
+    x_ptr, w_ptr, y_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, m, o, n, outs, ins, x_row, y_row, w_row, w_col,
+    HAS_OUTPUT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, REDUCED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.cdiv(outs, BLOCK_N)
-    block_m, block_n = tile_of(tl.cdiv(n, BLOCK_M), columns, GROUP)
-    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Z of the rows m and outputs o, from both signed products or from the layer's own output and one of magnitudes."""
     in_m, in_o = m < n, o < outs
     row = m.to(tl.int64)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, ins, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)
         in_i = i < ins
-        b_x = tl.load(x_ptr + row[:, None] * ins + i[None, :], mask=in_m[:, None] & in_i[None, :], other=0.0)  # [BM, BK]
+        b_x = tl.load(x_ptr + row[:, None] * x_row + i[None, :], mask=in_m[:, None] & in_i[None, :], other=0.0)  # [BM, BK]
         p_w = w_ptr + o.to(tl.int64)[None, :] * w_row + i.to(tl.int64)[:, None] * w_col
         b_w = tl.load(p_w, mask=in_o[None, :] & in_i[:, None], other=0.0)  # [BK, BN]
         b_x, b_w = b_x.to(tl.float32), b_w.to(tl.float32)
@@ -113,14 +117,13 @@ def zplus_shares_kernel(
             z = tl.dot(a, b, z, input_precision=PRECISION, max_num_imprecise_acc=limit)
             a, b = operand(negative(b_x), DOT, PRECISION), operand(negative(b_w), DOT, PRECISION)
             z = tl.dot(a, b, z, input_precision=PRECISION, max_num_imprecise_acc=limit)
-    inside = in_m[:, None] & in_o[None, :]
-    at = row[:, None] * outs + o[None, :]
     if SCALED:
         b_x_scale = tl.load(x_scale_ptr + m, mask=in_m, other=1.0)  # [BM]
         b_w_scale = tl.load(w_scale_ptr + o, mask=in_o, other=1.0)  # [BN]
         z = z * b_x_scale[:, None] * b_w_scale[None, :]
     if HAS_OUTPUT:
-        b_y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BM, BN]
+        p_y = y_ptr + row[:, None] * y_row + o[None, :]
+        b_y = tl.load(p_y, mask=in_m[:, None] & in_o[None, :], other=0.0).to(tl.float32)  # [BM, BN]
         if HAS_BIAS:
             b_y -= tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
         half = (b_y + z) * 0.5
@@ -128,6 +131,39 @@ def zplus_shares_kernel(
             z = tl.maximum(half, z * FLOOR, propagate_nan=tl.PropagateNan.ALL)
         else:
             z = tl.where(half < z * (0.5 * ROUNDING), 0.0, half)
+    return z
+
+
+@triton.jit(do_not_specialize=["n", "targets"])
+def zplus_shares_kernel(
+    x_ptr,  # [n, ins], x_row numbers from row to row
+    w_ptr,  # [outs, ins]
+    y_ptr,  # [n, outs], y_row numbers from row to row
+    bias_ptr,  # [outs]
+    rel_ptr,  # [targets, n, outs]
+    s_ptr,  # [targets, n, outs]
+    x_scale_ptr,  # [n]
+    w_scale_ptr,  # [outs]
+    top_ptr,  # [targets, n, blocks of outs]
+    n, outs, ins, targets, x_row, y_row, w_row, w_col,
+    HAS_OUTPUT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, REDUCED: tl.constexpr, OFFICIAL: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(outs, BLOCK_N)
+    block_m, block_n = tile_of(tl.program_id(0), tl.cdiv(n, BLOCK_M), columns, GROUP)
+    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m, in_o = m < n, o < outs
+    z = signed_sums(
+        x_ptr, w_ptr, y_ptr, bias_ptr, x_scale_ptr, w_scale_ptr, m, o, n, outs, ins, x_row, y_row, w_row, w_col,
+        HAS_OUTPUT, HAS_BIAS, SCALED, REDUCED, DOT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    row = m.to(tl.int64)
+    inside = in_m[:, None] & in_o[None, :]
+    at = row[:, None] * outs + o[None, :]
+    if SCALED:
+        b_w_scale = tl.load(w_scale_ptr + o, mask=in_o, other=1.0)  # [BN]
     size = tl.cast(n, tl.int64) * outs
     for t in range(targets):
         b_rel = tl.load(rel_ptr + t * size + at, mask=inside, other=0.0)  # [BM, BN]
@@ -141,21 +177,27 @@ def zplus_shares_kernel(
 
 @triton.jit(do_not_specialize=["lanes", "n"])
 def zplus_back_kernel(
-    x_ptr,  # [n, ins]
-    s_ptr,  # [lanes, outs], lanes = targets · n
-    grad_ptr,  # [lanes, outs]
+    x_ptr,  # [n, ins], x_row numbers from row to row
+    s_ptr,  # [lanes, outs], lanes = targets · n; R where S is yet to be formed
+    z_ptr,  # [n, outs]
+    grad_ptr,  # [lanes, grad_outs]
     w_ptr,  # [outs, ins]
-    w_grad_ptr,  # [outs, ins]
+    w_grad_ptr,  # [grad_outs, ins]
+    slope_ptr,  # [n, ins], slope_row numbers from row to row: what x is the gelu of
     rel_in_ptr,  # [lanes, ins]
     grad_in_ptr,  # [lanes, ins]
     top_ptr,  # [lanes, tops]
-    lanes, n, outs, ins, tops, w_row, w_col, w_grad_row, w_grad_col,
+    lanes, n, outs, grad_outs, ins, tops, x_row, slope_row, w_row, w_col, w_grad_row, w_grad_col,
     HAS_GRAD: tl.constexpr,
     OWN_WEIGHT: tl.constexpr,  # the gradient's product takes the same weight
+    APART: tl.constexpr,  # the gradient is of other outputs
+    DIVIDE: tl.constexpr,  # S = R ⊘ Z
+    OFFICIAL: tl.constexpr,
+    SLOPE: tl.constexpr,  # 1: gelu, 2: its approximation
     SCALED: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, DOT_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TOPS: tl.constexpr,
 ):  # fmt: skip
-    block_m, block_n = tile_of(tl.cdiv(lanes, BLOCK_M), tl.cdiv(ins, BLOCK_N), GROUP)
+    block_m, block_n = tile_of(tl.program_id(0), tl.cdiv(lanes, BLOCK_M), tl.cdiv(ins, BLOCK_N), GROUP)
     lane = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     i = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_lane, in_i = lane < lanes, i < ins
@@ -174,6 +216,9 @@ def zplus_back_kernel(
         in_w = in_o[:, None] & in_i[None, :]
         far, near = o.to(tl.int64)[:, None], i.to(tl.int64)[None, :]
         b_s = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32)  # [BM, BK]
+        if DIVIDE:
+            p_z = z_ptr + (row % n)[:, None] * outs + o[None, :]
+            b_s = safe_divide(b_s, tl.load(p_z, mask=inside, other=1.0), OFFICIAL)
         b_w = tl.load(w_ptr + far * w_row + near * w_col, mask=in_w, other=0.0).to(tl.float32)  # [BK, BN]
         if SCALED:
             s = operand(b_s / b_scale[:, None], DOT, PRECISION)
@@ -184,36 +229,76 @@ def zplus_back_kernel(
         else:
             c_pos = dot(b_s, operand(positive(b_w), DOT, PRECISION), c_pos, SPLIT, DOT, PRECISION)
             c_neg = dot(b_s, operand(negative(b_w), DOT, PRECISION), c_neg, SPLIT, DOT, PRECISION)
-        if HAS_GRAD:
+        if HAS_GRAD and not APART:
             b_grad = tl.load(grad_ptr + at, mask=inside, other=0.0)  # [BM, BK]
             if not OWN_WEIGHT:
                 b_w = tl.load(w_grad_ptr + far * w_grad_row + near * w_grad_col, mask=in_w, other=0.0).to(tl.float32)
             c_grad = dot(b_grad, operand(b_w, DOT_GRAD, PRECISION), c_grad, SPLIT, DOT_GRAD, PRECISION)
+    if HAS_GRAD and APART:
+        for start in range(0, grad_outs, BLOCK_K):
+            o = start + tl.arange(0, BLOCK_K)
+            in_o = o < grad_outs
+            p_grad = grad_ptr + row[:, None] * grad_outs + o[None, :]
+            b_grad = tl.load(p_grad, mask=in_lane[:, None] & in_o[None, :], other=0.0)  # [BM, BK]
+            p_w = w_grad_ptr + o.to(tl.int64)[:, None] * w_grad_row + i.to(tl.int64)[None, :] * w_grad_col
+            b_w = tl.load(p_w, mask=in_o[:, None] & in_i[None, :], other=0.0).to(tl.float32)  # [BK, BN]
+            c_grad = dot(b_grad, operand(b_w, DOT_GRAD, PRECISION), c_grad, SPLIT, DOT_GRAD, PRECISION)
     inside = in_lane[:, None] & in_i[None, :]
-    b_x = tl.load(x_ptr + (row % n)[:, None] * ins + i[None, :], mask=inside, other=0.0).to(tl.float32)  # [BM, BN]
+    b_x = tl.load(x_ptr + (row % n)[:, None] * x_row + i[None, :], mask=inside, other=0.0).to(tl.float32)  # [BM, BN]
     rel = positive(b_x) * c_pos + negative(b_x) * c_neg
     if SCALED:
         rel = rel * b_scale[:, None]
     at = row[:, None] * ins + i[None, :]
     tl.store(rel_in_ptr + at, rel, mask=inside)
     if HAS_GRAD:
+        if SLOPE != 0:
+            p_slope = slope_ptr + (row % n)[:, None] * slope_row + i[None, :]
+            c_grad *= gelu_slope(tl.load(p_slope, mask=inside, other=0.0).to(tl.float32), SLOPE == 2)
         tl.store(grad_in_ptr + at, c_grad, mask=inside)
+
+
+#: What x may be the result of, by the names that gelu has for its ways: the slope that the gradient is multiplied by.
+SLOPES = {"none": 1, "tanh": 2}
 
 
 @on_its_device
 def zplus_linear(
-    x: Tensor, weight: Tensor, y: Tensor | None, bias: Tensor | None, rel: Tensor, grad: Tensor | None, rules: str
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    rel: Tensor,
+    grad: Tensor | None,
+    rules: str,
+    w_grad: Tensor | None = None,
+    sums: Tensor | None = None,
+    slope: Tensor | None = None,
+    approximate: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """`fastrel::zplus_linear` with operands of float32, bfloat16 or float16 and lanes of float32.
 
     Z is formed from both signed products, except in float32 where the layer's own output is given: one that was rounded to
     16 bits has no digits left for a difference.
+
+    w_grad [grad_outs, ins]: where the gradient is of other outputs than relevance. sums: Z, formed before (`zplus_sums`).
+    slope: what x is the gelu of; the gradient goes through that, too.
     """
-    kind = kind_of(weight.dtype)
-    if x.dtype == weight.dtype == torch.bfloat16 and configs.products_first(x.numel() // x.shape[-1], weight.shape):
-        return zplus_products.linear(x, weight, weight, None, None, rel, grad, rules, parts=2)
-    from_output = y is not None and y.dtype == weight.dtype == torch.float32
-    return _fused(kind, x, weight, None, weight, y if from_output else None, bias, rel, grad, rules)
+    by_library = x.dtype == weight.dtype == torch.bfloat16 and configs.products_first(
+        x.numel() // x.shape[-1], weight.shape
+    )
+    if grad is not None and w_grad is not None and (by_library or grad.shape[:-1] != rel.shape[:-1]):
+        rel_in, _ = zplus_linear(x, weight, y, bias, rel, None, rules, sums=sums)
+        return rel_in, zplus_products.matmul(grad, w_grad)
+    if by_library:
+        rel_in, grad_in = zplus_products.linear(x, weight, weight, None, None, rel, grad, rules, parts=2)
+        return rel_in, _through_gelu(grad_in, slope, approximate)
+    y, w_grad = y if has_exact_output(weight, y) else None, weight if w_grad is None else w_grad
+    return _fused(kind_of(weight.dtype), x, weight, None, w_grad, y, bias, rel, grad, rules, sums, slope, approximate)
+
+
+def has_exact_output(weight: Tensor, y: Tensor | None) -> bool:
+    """Whether Z of `zplus_linear` may be formed from the layer's own output."""
+    return y is not None and y.dtype == weight.dtype == torch.float32
 
 
 @on_its_device
@@ -227,12 +312,35 @@ def zplus_linear_reduced(
     bias: Tensor | None,
     rel: Tensor,
     grad: Tensor | None,
+    sums: Tensor | None = None,
+    slope: Tensor | None = None,
+    approximate: str = "none",
 ) -> tuple[Tensor, Tensor]:
-    """`fastrel::zplus_linear_reduced` in the prepared weight's dtype, bfloat16 or float8_e4m3fn. |W| is formed in registers."""
+    """`fastrel::zplus_linear_reduced` in the prepared weight's dtype, bfloat16 or float8_e4m3fn. |W| is formed in registers.
+
+    w_grad [grad_outs, ins], sums, slope: as `zplus_linear` takes them.
+    """
     kind = REDUCED[w.dtype]
-    if kind.name == "bfloat16" and configs.products_first(x.numel() // x.shape[-1], w.shape):
-        return zplus_products.linear(x, w, w_grad, y, bias, rel, grad, "positive", parts=1)
-    return _fused(kind, x, w, scales, w_grad, y, bias, rel, grad, "positive")
+    by_library = kind.name == "bfloat16" and configs.products_first(x.numel() // x.shape[-1], w.shape)
+    apart = grad is not None and w_grad is not None and len(w_grad) != len(w)
+    if grad is not None and w_grad is not None and apart and (by_library or grad.shape[:-1] != rel.shape[:-1]):
+        rel_in, _ = zplus_linear_reduced(x, w, w_abs, scales, None, y, bias, rel, None, sums=sums)
+        return rel_in, zplus_products.reduced_matmul(grad, w_grad)
+    if by_library:
+        rel_in, grad_in = zplus_products.linear(x, w, w_grad, y, bias, rel, grad, "positive", parts=1)
+        return rel_in, _through_gelu(grad_in, slope, approximate)
+    return _fused(kind, x, w, scales, w_grad, y, bias, rel, grad, "positive", sums, slope, approximate)
+
+
+def _through_gelu(grad: Tensor, x: Tensor | None, approximate: str) -> Tensor:
+    if x is None:
+        return grad
+    return torch.ops.aten.gelu_backward(grad, x.to(grad.dtype).expand_as(grad), approximate=approximate)
+
+
+def rows_of(x: Tensor, width: int) -> Tensor:
+    """x [*, width] as [n, width], a view of it where that can be."""
+    return with_unit_stride(x.reshape(-1, width))
 
 
 def _fused(
@@ -246,51 +354,83 @@ def _fused(
     rel: Tensor,
     grad: Tensor | None,
     rules: str,
+    sums: Tensor | None,
+    slope: Tensor | None,
+    approximate: str,
 ) -> tuple[Tensor, Tensor]:
     outs, ins = w.shape
     rel = dense(rel)
-    given = dense(x.reshape(-1, ins))
-    n, targets, device, scaled = len(given), len(rel), rel.device, kind.name == "float8"
+    given = rows_of(x, ins)
+    n, targets, device = len(given), len(rel), rel.device
     lanes, where = targets * n, capability(device)
-    bias = bias if y is not None else None
-    tile = configs.product(configs.SHARES, kind.name, n, where)
-    tops = blocks(outs, tile.n)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    unused = rel
-    s, operand_x, x_scale, top = empty(*rel.shape, dtype=kind.stored), given, unused, unused
-    if scaled:
-        operand_x, x_scale, top = empty(n, ins, dtype=w.dtype), empty(n), empty(lanes, tops)
-        scaled_rows_kernel[(n,)](x_ptr=given, out_ptr=operand_x, scale_ptr=x_scale, n=n, ins=ins, BLOCK=1024)
-    zplus_shares_kernel[(blocks(n, tile.m) * tops,)](
-        x_ptr=operand_x, w_ptr=w, y_ptr=unused if y is None else dense(y.reshape(n, outs)),
-        bias_ptr=unused if bias is None else dense(bias), rel_ptr=rel, s_ptr=s,
-        x_scale_ptr=x_scale, w_scale_ptr=scales if scaled else unused, top_ptr=top,
-        n=n, outs=outs, ins=ins, targets=targets, w_row=w.stride(0), w_col=w.stride(1),
-        HAS_OUTPUT=y is not None, HAS_BIAS=bias is not None, SCALED=scaled, REDUCED=kind.stored == torch.bfloat16,
-        OFFICIAL=rules == "official",
-        DOT=kind.dot, PRECISION=kind.precision, **_options(tile),
-    )  # fmt: skip
+    unused, scaled = rel, kind.name == "float8"
+    s, top, tops = (rel, unused, 1) if sums is not None else _shares(kind, given, w, scales, y, bias, rel, rules)
     rel_in = empty(*rel.shape[:-1], ins)
     grad_in = torch.empty_like(rel_in) if grad is not None else rel_in.new_empty(0)
-    tile = configs.product(configs.BACK, kind.name, lanes, where)
-    if w_grad is None or (w_grad.data_ptr() == w.data_ptr() and w_grad.dtype == w.dtype):
+    divided = f"{kind.name}, divided"
+    how = divided if sums is not None and divided in configs.BACK else kind.name
+    tile = configs.product(configs.BACK, how, lanes, where)
+    if w_grad is None or (w_grad.data_ptr() == w.data_ptr() and w_grad.dtype == w.dtype and w_grad.shape == w.shape):
         w_grad = w
+    behind = None if slope is None else rows_of(slope, ins)
     zplus_back_kernel[(blocks(lanes, tile.m) * blocks(ins, tile.n),)](
-        x_ptr=given, s_ptr=s, grad_ptr=unused if grad is None else dense(grad), w_ptr=w, w_grad_ptr=w_grad,
+        x_ptr=given, s_ptr=s, z_ptr=unused if sums is None else sums, grad_ptr=unused if grad is None else dense(grad),
+        w_ptr=w, w_grad_ptr=w_grad, slope_ptr=unused if behind is None else behind,
         rel_in_ptr=rel_in, grad_in_ptr=grad_in, top_ptr=top,
-        lanes=lanes, n=n, outs=outs, ins=ins, tops=tops,
+        lanes=lanes, n=n, outs=outs, grad_outs=len(w_grad), ins=ins, tops=tops,
+        x_row=given.stride(0), slope_row=ins if behind is None else behind.stride(0),
         w_row=w.stride(0), w_col=w.stride(1), w_grad_row=w_grad.stride(0), w_grad_col=w_grad.stride(1),
-        HAS_GRAD=grad is not None, OWN_WEIGHT=w_grad is w, SCALED=scaled, SPLIT=kind.split,
+        HAS_GRAD=grad is not None, OWN_WEIGHT=w_grad is w, APART=grad is not None and len(w_grad) != outs,
+        DIVIDE=sums is not None, OFFICIAL=sums is not None and rules == "official",
+        SLOPE=SLOPES[approximate] if behind is not None and grad is not None else 0, SCALED=scaled, SPLIT=kind.split,
         DOT=kind.dot, DOT_GRAD=kind.dot_grad, PRECISION=kind.precision, TOPS=triton.next_power_of_2(tops) if scaled else 1,
-        **_options(tile),
+        **options_of(tile),
     )  # fmt: skip
     return rel_in, grad_in
 
 
-def _options(tile: configs.Tile) -> dict[str, Any]:
+def _shares(
+    kind: Kind,
+    x: Tensor,
+    w: Tensor,
+    scales: Tensor | None,
+    y: Tensor | None,
+    bias: Tensor | None,
+    rel: Tensor,
+    rules: str,
+) -> tuple[Tensor, Tensor, int]:
+    """S of x [n, ins]; in float8 the largest |S| of every row and block of columns, and how many of these there are."""
+    (outs, ins), n, targets, scaled = w.shape, len(x), len(rel), kind.name == "float8"
+    tile = configs.product(configs.SHARES, kind.name, n, capability(rel.device))
+    tops, unused = blocks(outs, tile.n), rel
+    bias = bias if y is not None else None
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=rel.device)
+
+    s, operand_x, x_scale, top = empty(*rel.shape, dtype=kind.stored), x, unused, unused
+    if scaled:
+        operand_x, x_scale, top = empty(n, ins, dtype=w.dtype), empty(n), empty(targets * n, tops)
+        scaled_rows_kernel[(n,)](x_ptr=dense(x), out_ptr=operand_x, scale_ptr=x_scale, n=n, ins=ins, BLOCK=1024)
+    own = unused if y is None else rows_of(y, outs)
+    zplus_shares_kernel[(blocks(n, tile.m) * tops,)](
+        x_ptr=operand_x, w_ptr=w, y_ptr=own, bias_ptr=unused if bias is None else dense(bias), rel_ptr=rel, s_ptr=s,
+        x_scale_ptr=x_scale, w_scale_ptr=scales if scaled else unused, top_ptr=top,
+        n=n, outs=outs, ins=ins, targets=targets, x_row=operand_x.stride(0), y_row=outs if y is None else own.stride(0),
+        w_row=w.stride(0), w_col=w.stride(1),
+        HAS_OUTPUT=y is not None, HAS_BIAS=bias is not None, SCALED=scaled, REDUCED=kind.stored == torch.bfloat16,
+        OFFICIAL=rules == "official",
+        DOT=kind.dot, PRECISION=kind.precision, **options_of(tile),
+    )  # fmt: skip
+    return s, top, tops
+
+
+def options_of(tile: configs.Tile) -> dict[str, Any]:
+    """A tile as the kernels take it."""
     return {
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": configs.GROUP,
         "num_warps": tile.warps, "num_stages": tile.stages,

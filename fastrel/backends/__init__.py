@@ -11,11 +11,9 @@ from torch import fx
 
 from fastrel import ops, weights
 from fastrel.backends import cpp, cuda, fusion, triton
-from fastrel.backends.common import Call
+from fastrel.backends.common import Call, as_the_model_has_it
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.ops.library import CPU_KERNELS, REFERENCES
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,9 @@ def lower(
             )
         if chosen.narrow:
             with reverse.graph.inserting_before(node):
-                node.args = tuple(_as_the_model_has_it(x) for x in node.args)
+                node.args = tuple(as_the_model_has_it(x) for x in node.args)
         node.target = chosen.kernels().get(op, op)
+        node.meta["of a weight"] = op is ops.reduced_weight
         if keep_weights and op is ops.reduced_weight:
             _keep(node, chosen, device, digests)
         fused = fused or chosen.name == "triton"
@@ -143,18 +142,3 @@ def _keep(node: fx.Node, chosen: Backend, device: torch.device, digests: dict[An
         with node.graph.inserting_before(node):
             digests[weight] = node.graph.call_function(weights.digested(chosen.digest), (weight,))
     node.target, node.args = weights.kept(target), (weight, purpose, digests[weight])
-
-
-#: What takes a part of a value or turns it around, before or after a cast alike.
-_VIEWS = {aten.narrow.default, aten.t.default}
-
-
-def _as_the_model_has_it(x: Any) -> Any:
-    """A 16-bit value, or a part of one, without its cast to float32."""
-    if not isinstance(x, fx.Node):
-        return x
-    if x.meta.get("widened"):
-        return x.args[0]
-    if x.target in _VIEWS and isinstance(x.args[0], fx.Node) and x.args[0].meta.get("widened"):
-        return x.graph.call_function(x.target, (x.args[0].args[0], *x.args[1:]))
-    return x

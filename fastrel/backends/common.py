@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class Call:
@@ -38,3 +40,18 @@ def without_kernel(call: Call, narrow: str | None) -> list[str]:
         reasons.append("has no kernel for attention Grad-CAM's update")
     others = [dtype for dtype in ("int8", "float8") if dtype != narrow]
     return reasons + [f"has no products in {dtype}" for dtype in others if dtype in call.options]
+
+
+#: What takes a part of a value or turns it around, before or after a cast alike.
+_VIEWS = {aten.narrow.default, aten.t.default}
+
+
+def as_the_model_has_it(x: Any) -> Any:
+    """A 16-bit value, or a part of one, without its cast to float32."""
+    if not isinstance(x, fx.Node):
+        return x
+    if x.meta.get("widened"):
+        return x.args[0]
+    if x.target in _VIEWS and isinstance(x.args[0], fx.Node) and x.args[0].meta.get("widened"):
+        return x.graph.call_function(x.target, (x.args[0].args[0], *x.args[1:]))
+    return x

@@ -1,35 +1,218 @@
-"""Lanes that are added up, or joined, where a Triton kernel reads or writes them anyway: fewer launches, less memory moved."""
+"""What a lowered reverse graph launches on a GPU, made fewer: lanes are added up, joined, multiplied by a slope or divided where a
+Triton kernel reads or writes them anyway, and what does not depend on each other shares a launch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fastrel.backends.common import as_the_model_has_it
+from fastrel.rules.pointwise import gelu_backward
+from fastrel.transform.context import add_rows
+
 aten = torch.ops.aten
+
+#: What takes a part of a value, or turns it around, and launches nothing.
+_VIEWS = {aten.narrow.default, aten.t.default, aten.dropout.default, aten.view.default, aten.unsqueeze.default}
 
 
 def fuse(graph: fx.Graph) -> None:
     """Rewrite a lowered reverse graph in place."""
-    from fastrel.triton_kernels.layer_norm_backward import layer_norm_backward, layer_norm_backward_beside
-    from fastrel.triton_kernels.residual_add import residual_add, residual_add_of_sum
+    _Fusion(graph).run()
 
-    for node in list(graph.nodes):
-        if node.target is aten.cat.default:
-            node.target = joined
-        elif (
-            node.target is residual_add
-            and node.args[4] == "positive"
-            and _is_sum(node.args[2])
-            and len(node.args[2].users) == 1
-        ):
-            u, v, total = node.args[:3]
-            node.target, node.args = residual_add_of_sum, (u, v, *total.args)
-        elif _is_sum(node):
-            _fuse_norm(graph, node, layer_norm_backward, layer_norm_backward_beside)
-    graph.eliminate_dead_code()
+
+class _Fusion:
+    def __init__(self, graph: fx.Graph) -> None:
+        from fastrel.triton_kernels import (
+            attention_relevance,
+            layer_norm_backward,
+            residual_add,
+            zplus_linear,
+            zplus_products,
+            zplus_sums,
+        )
+
+        self.graph = graph
+        self.norm, self.norm_beside = (
+            layer_norm_backward.layer_norm_backward,
+            layer_norm_backward.layer_norm_backward_beside,
+        )
+        self.half_block = layer_norm_backward.half_block
+        self.share, self.share_of_sum = residual_add.residual_add, residual_add.residual_add_of_sum
+        self.attention = attention_relevance.attention_relevance
+        self.linear, self.reduced = zplus_linear.zplus_linear, zplus_linear.zplus_linear_reduced
+        self.matmuls = {zplus_products.matmul: self.linear, zplus_products.reduced_matmul: self.reduced}
+        self.sums, self.most = zplus_sums.zplus_sums, zplus_sums.LAYERS
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.target is aten.cat.default:
+                node.target = joined
+            elif node.target is add_rows and self._is_own(node.args[0]):
+                node.target = add_rows_in_place
+            elif node.target is self.share and node.args[4] == "positive":
+                self._share_of_sum(node)
+            elif _is_sum(node):
+                self._norm_beside(node)
+            elif node.target is gelu_backward:
+                self._slope(node)
+        for node in list(self.graph.nodes):
+            if node.target in self.matmuls:
+                self._gradient_of_more_outputs(node)
+        self._half_blocks()
+        self._rows()
+        self.graph.eliminate_dead_code()
+        self._sums_together()
+
+    def _is_own(self, lane: Any) -> bool:
+        """Whether a lane was just made by a kernel, for this one use: it may be written to."""
+        made = lane.args[0] if lane.target is operator.getitem else lane
+        return len(lane.users) == 1 and made.target in (self.norm, self.norm_beside, self.linear, self.reduced)
+
+    def _share_of_sum(self, node: fx.Node) -> None:
+        u, v, total = node.args[:3]
+        of_sum = _is_sum(total) and len(total.users) == 1  # type: ignore[union-attr]
+        node.target, node.args = self.share_of_sum, (u, v, *(total.args if of_sum else (total, None)))  # type: ignore[union-attr]
+
+    def _norm_beside(self, total: fx.Node) -> None:
+        for own, beside in (total.args, reversed(total.args)):
+            assert isinstance(own, fx.Node)
+            if own.target is self.norm and len(own.users) == 1:
+                with self.graph.inserting_before(total):
+                    both = self.graph.call_function(self.norm_beside, (*own.args, beside))
+                both.meta = dict(own.meta)
+                total.replace_all_uses_with(both)
+                return
+
+    def _slope(self, node: fx.Node) -> None:
+        """A layer's gradient through the gelu before it."""
+        lane, x, *rest = node.args
+        with self.graph.inserting_before(node):
+            x = as_the_model_has_it(x)
+        if not (isinstance(lane, fx.Node) and lane.target is operator.getitem and len(lane.users) == 1):
+            return
+        made = lane.args[0]
+        assert isinstance(made, fx.Node)
+        if made.target not in (self.linear, self.reduced) or not isinstance(x, fx.Node) or not _is_given(x):
+            return
+        _move_before(x, made)
+        made.kwargs = {**made.kwargs, "slope": x, **({"approximate": rest[0]} if rest else {})}
+        node.replace_all_uses_with(lane)
+
+    def _gradient_of_more_outputs(self, product: fx.Node) -> None:
+        """Relevance of v and the gradient of q, k and v through the layer that makes them all."""
+        lane, weight = product.args
+        call = self.matmuls[product.target]
+        own = [node for node in self.graph.nodes if node.target is call and self._is_part_of(node, weight)]
+        if len(own) != 1 or _is_used_before(*sorted((own[0], product))):
+            return
+        (layer,) = own
+        with self.graph.inserting_after(max(layer, product)):
+            both = self.graph.call_function(call, layer.args, dict(layer.kwargs))
+        if call is self.linear:
+            both.args = (*layer.args[:5], lane, layer.args[6])
+            both.kwargs = {**both.kwargs, "w_grad": weight}
+        else:
+            both.args = (*layer.args[:4], weight, *layer.args[5:8], lane)
+        both.meta = dict(layer.meta)
+        self._replaced(both, [(use, use.args[1]) for use in list(layer.users)] + [(product, 1)])
+
+    def _is_part_of(self, layer: fx.Node, weight: Any) -> bool:
+        """Whether a layer with relevance alone has some of the outputs that a product's weight has."""
+        grad = layer.args[5 if layer.target is self.linear else 8]
+        part = _origin(layer.args[1])
+        return grad is None and part.target is aten.narrow.default and _origin(part.args[0]) is _origin(weight)
+
+    def _half_blocks(self) -> None:
+        """A norm's gradient and the shares of a sum, one after the other."""
+        norms: list[fx.Node] = []
+        for node in list(self.graph.nodes):
+            if node.target in (self.norm, self.norm_beside):
+                norms = [node]
+            elif node.target in (self.share, self.share_of_sum) and norms:
+                norm = norms.pop()
+                if node.target is self.share or _is_used_before(norm, node):
+                    continue
+                beside = norm.args[5] if norm.target is self.norm_beside else None
+                with self.graph.inserting_after(node):
+                    both = self.graph.call_function(self.half_block, (*norm.args[:5], beside, *node.args))
+                both.meta = dict(norm.meta)
+                self._replaced(both, [(norm, 0), *((use, 1 + use.args[1]) for use in list(node.users))])
+
+    def _replaced(self, both: fx.Node, results: Sequence[tuple[fx.Node, Any]]) -> None:
+        """Place i of what `both` returns takes the place of a node, for each (node, i)."""
+        after = both
+        for node, i in results:
+            with self.graph.inserting_after(after):
+                after = self.graph.call_function(operator.getitem, (both, i))
+            node.replace_all_uses_with(after)
+
+    def _rows(self) -> None:
+        """r + r M of an attention block by the launch of the half block that comes after it."""
+        block: fx.Node | None = None
+        for node in list(self.graph.nodes):
+            if node.target is self.attention and not node.args[12] and node.args[6] is not None:
+                block = node
+            elif node.target is self.half_block and block:
+                self._row(block, node)
+                block = None
+
+    def _row(self, block: fx.Node, half: fx.Node) -> None:
+        """There is the row as it is at the sum R and as the attention has it, r, and `through` on its way back to R: steps that lay
+        out anew what is there. Whether they undo each other shows when they run."""
+        row: Any = block.args[6]
+        through = next(use for use in block.users if use.args[1] == 7)
+        steps, end = _way(through)
+        if not _is_sum(end) or any(user <= half for user in end.users):
+            return
+        (whole,) = (x for x in end.args if x not in steps)
+        if row is not whole and whole not in _laid_out(row):
+            return
+        with self.graph.inserting_before(half):
+            back = _copied(self.graph, steps, {through: row})
+            entering = self.graph.call_function(if_in_place, (back, whole, row))
+        block.kwargs = {"parts": True}
+        half.kwargs = {"through": through, "row": entering}
+        with self.graph.inserting_before(half.next):
+            left = self.graph.call_function(operator.getitem, (half, 3))
+            moved = _copied(self.graph, steps, {through: left})
+            end.replace_all_uses_with(self.graph.call_function(settled, (moved, whole, entering)))
+
+    def _sums_together(self) -> None:
+        """Z of the layers of a block in one launch."""
+        group: list[fx.Node] = []
+        for node in [*self.graph.nodes]:
+            if node.target in (self.linear, self.reduced) and all(_is_given(x) for x in self._values(node)):
+                if group and node.target is not group[0].target:
+                    self._together(group)
+                    group = []
+                group.append(node)
+                if len(group) == self.most:
+                    self._together(group)
+                    group = []
+        self._together(group)
+
+    def _values(self, layer: fx.Node) -> tuple[Any, ...]:
+        """x, weight, output and bias."""
+        x, w, *rest = layer.args
+        return (x, w, *rest[:2]) if layer.target is self.linear else (x, w, *rest[3:5])
+
+    def _together(self, group: Sequence[fx.Node]) -> None:
+        if len(group) < 2:
+            return
+        parts = [x for layer in group for x in self._values(layer)]
+        for x in parts:
+            if isinstance(x, fx.Node):
+                _move_before(x, group[0])
+        with self.graph.inserting_before(group[0]):
+            sums = self.graph.call_function(self.sums, tuple(parts), {"reduced": group[0].target is self.reduced})
+            sums.meta = dict(group[0].meta)
+            for i, layer in enumerate(group):
+                layer.kwargs = {**layer.kwargs, "sums": self.graph.call_function(operator.getitem, (sums, i))}
 
 
 def _is_sum(node: Any) -> bool:
@@ -43,13 +226,92 @@ def _is_sum(node: Any) -> bool:
     )
 
 
-def _fuse_norm(graph: fx.Graph, total: fx.Node, norm: Any, with_sum: Any) -> None:
-    for own, beside in (total.args, reversed(total.args)):
-        assert isinstance(own, fx.Node)
-        if own.target is norm and len(own.users) == 1:
-            with graph.inserting_before(total):
-                total.replace_all_uses_with(graph.call_function(with_sum, (*own.args, beside)))
-            return
+#: What lays a row out anew.
+_LAYOUTS = {aten.reshape.default, aten.permute.default, aten.squeeze.dims, aten.unsqueeze.default, aten.transpose.int}
+
+
+def _way(x: fx.Node) -> tuple[list[fx.Node], fx.Node]:
+    """The steps by which alone a value is laid out anew, with what they ask of its shape, and where it is used then."""
+    steps: list[fx.Node] = []
+    while True:
+        shapes = [use for use in x.users if use.target is getattr]
+        shapes += [size for shape in shapes for size in shape.users]
+        steps += shapes
+        users = [use for use in x.users if use not in shapes]
+        if len(users) != 1 or users[0].target not in _LAYOUTS:
+            return steps, users[0] if len(users) == 1 else x
+        x = users[0]
+        steps.append(x)
+
+
+def _laid_out(x: Any) -> Iterator[fx.Node]:
+    """What a value is a new layout of."""
+    while isinstance(x, fx.Node) and x.target in _LAYOUTS:
+        x = x.args[0]
+        yield x
+
+
+def _copied(graph: fx.Graph, steps: Sequence[fx.Node], given: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The steps once more, from another value on."""
+    copies = dict(given)
+    last = next(iter(given.values()))
+    for step in steps:
+        copies[step] = graph.node_copy(step, lambda x: copies.get(x, x))
+        last = copies[step] if step.target in _LAYOUTS else last
+    return last
+
+
+def if_in_place(back: Tensor, whole: Tensor, row: Tensor) -> Tensor | None:
+    """row, if its entries lie where they do in `whole` when it is laid out as `back`."""
+    same = back.shape == whole.shape and back.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    sizes = zip(whole.shape, back.stride(), whole.stride(), strict=True) if same else ()
+    same = same and back.storage_offset() == whole.storage_offset()
+    return row if same and all(a == b for size, a, b in sizes if size > 1) else None
+
+
+def settled(moved: Tensor, whole: Tensor, entering: Tensor | None) -> Tensor:
+    """r + r M: `moved` itself if that took r in."""
+    return moved if entering is not None else moved + whole
+
+
+def _is_used_before(first: fx.Node, last: fx.Node) -> bool:
+    """Whether the result of `first`, or a part of it, is used before `last` has run."""
+    users = [user for use in first.users for user in ([*use.users] if use.target is operator.getitem else [use])]
+    return any(user <= last for user in users)
+
+
+def _prepares(node: fx.Node) -> bool:
+    return bool(node.meta.get("of a weight"))
+
+
+def _is_given(x: Any) -> bool:
+    """Whether a value is there from the start: an input of the reverse graph, a part of one, or made of a weight."""
+    if not isinstance(x, fx.Node) or x.op == "placeholder":
+        return True
+    known = x.target in _VIEWS or x.target is operator.getitem or _prepares(x)
+    return known and all(_is_given(one) for one in x.all_input_nodes)
+
+
+def _move_before(x: fx.Node, node: fx.Node) -> None:
+    """x, and what it is made of, which is there from the start, to before a node."""
+    if x.op == "placeholder" or x < node:
+        return
+    node.prepend(x)
+    for one in x.all_input_nodes:
+        _move_before(one, x)
+
+
+def _origin(x: Any) -> Any:
+    """The weight, or the part of one, that a prepared weight was made of."""
+    while isinstance(x, fx.Node) and (x.target is operator.getitem or _prepares(x)):
+        x = x.args[0]
+    return x
+
+
+def add_rows_in_place(dense: Tensor, part: Tensor, dim: int, start: int) -> Tensor:
+    """`add_rows` to a lane that nothing else will read."""
+    dense.narrow(dim, start, part.shape[dim]).add_(part)
+    return dense
 
 
 def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:

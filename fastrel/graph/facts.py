@@ -15,6 +15,7 @@ from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.graph import axes as axes_
 from fastrel.graph.patterns import (
     ACTIVATIONS,
+    ALIASES,
     CONSTANTS,
     IDENTITIES,
     enters,
@@ -167,12 +168,15 @@ class Facts:
             seen.update(todo)
         return None
 
-    def recomputed(self, memory: Memory) -> Callable[[fx.Node], bool]:
+    def recomputed(self, memory: Memory, device: torch.device) -> Callable[[fx.Node], bool]:
         """Which values the reverse pass computes again instead of keeping them.
 
-        "normal": activation functions and layer norms, which are quick. "low": all but those through which all flows.
+        "normal": on a CPU activation functions and layer norms, which are quick there; on a GPU, where each would be a launch, what
+        a training step keeps is kept. "low": all but those through which all flows.
         """
         quick = {*ACTIVATIONS, *IDENTITIES, aten.layer_norm.default}
+        if device.type == "cuda" and memory == "normal":
+            quick = ALIASES
         kept = _bottlenecks(self.active) if memory == "low" else self.active
 
         def again(x: fx.Node) -> bool:

@@ -29,6 +29,15 @@ IDENTITIES = {
     aten.type_as.default,
 }
 
+#: Those among them that give the same tensor, and launch nothing on a GPU.
+ALIASES = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.alias.default,
+    aten.detach.default,
+}
+
 ACTIVATIONS = {
     aten.gelu.default,
     aten.relu.default,

@@ -50,10 +50,12 @@ def transform(
     trace: bool = False,
     memory: Memory = "normal",
     products: Products = Products(),  # noqa: B008
+    device: torch.device | None = None,
 ) -> Program:
     """Build the forward and reverse graphs for explaining the outputs `leaves` of a captured model.
 
-    With memory="low", the forward graph saves only what the blocks pass on, and the reverse graph computes the rest again.
+    With memory="low", the forward graph saves only what the blocks pass on, and the reverse graph computes the rest again. `device`:
+    where they will run, if not where the model was captured.
 
     Raises:
         InputError: `start_layer` leaves no block.
@@ -64,7 +66,7 @@ def transform(
     nodes = [captured.outputs[i] for i in leaves]
     stretch = Stretch.of(captured.facts, nodes, method.start_layer, everything=trace or method.to_the_end)
     dtype = common_lane_dtype(stretch.needed)
-    emit = Emitter(captured.graph, captured.facts.recomputed(memory), dtype)
+    emit = Emitter(captured.graph, captured.facts.recomputed(memory, device or nodes[0].meta["val"].device), dtype)
     products = products if dtype == torch.float32 else Products()
     t = Context(captured.facts, stretch, method, rules, products, emit, trace)
     for i, leaf in enumerate(nodes):

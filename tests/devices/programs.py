@@ -23,16 +23,26 @@ aten = torch.ops.aten
 
 
 def lowered(
-    model: nn.Module, given: dict[str, Any], device: torch.device, *, precision: str = "float32", rules: str = "positive"
+    model: nn.Module,
+    given: dict[str, Any],
+    device: torch.device,
+    *,
+    precision: str = "float32",
+    rules: str = "positive",
+    kept_as_on: str | None = None,
 ) -> tuple[Program, list[Any]]:
-    """The program that explains a model, its operators chosen for Triton on `device`, and the values it takes."""
+    """The program that explains a model, its operators chosen for Triton on `device`, and the values it takes.
+
+    kept_as_on: the kind of device on which the reverse pass finds what this one does, if not `device`'s.
+    """
     given = in_order(model, (), given)
     captured = capture(model, (), given)
     logits = logits_index(captured)
     dtype = lane_dtype(captured.outputs[logits].meta["val"].dtype)
+    kept = device if kept_as_on is None else torch.device(kept_as_on)
     products = precision_.products(precision, rules, dtype, device, "triton")
     method = methods.get("transformer_attribution")
-    program = transform(captured, method, rules=rules, leaves=(logits,), products=products)
+    program = transform(captured, method, rules=rules, leaves=(logits,), products=products, device=kept)
     backends.lower(program.reverse, "triton", device, program.dtype)
     values = captured.parameters(model)
     assert values is not None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
-from fastrel.triton_kernels.layer_norm_backward import layer_norm_backward_beside
-from fastrel.triton_kernels.residual_add import residual_add_of_sum
 from torch import Tensor, nn
 
 from fastrel import ops
-from fastrel.backends import triton
+from fastrel.backends import fusion, triton
 from fastrel.graphed import run
 from fastrel.ops.attention import attention_probabilities
 from fastrel.ops.library import REFERENCES
@@ -126,7 +125,7 @@ def operators() -> dict[Any, Callable[..., Any]]:
 
 def explained(model: nn.Module, image: Tensor, target: int, precision: str = "float32", exact: bool = False) -> Tensor:
     """The map of one image, as the Triton backend would compute it; exact: the same operators without any rounding."""
-    with recorded(90):
+    with recorded(90), mock.patch.object(fusion, "fuse", lambda graph: None):  # operators one by one
         program, values = lowered(model, {"x": image}, torch.device("cuda:0"), precision=precision)
         launchers = triton.kernels()
     simulated = operators()
@@ -139,13 +138,7 @@ def explained(model: nn.Module, image: Tensor, target: int, precision: str = "fl
     lanes = arithmetic.two_parts if not exact else same
     for node in program.reverse.graph.nodes:
         op = by_launcher.get(node.target)
-        if node.target is layer_norm_backward_beside:
-            node.target = lambda *args: _widened(REFERENCES[ops.layer_norm_backward])(*args[:5]) + args[5]
-        elif node.target is residual_add_of_sum:
-            node.target = lambda u, v, rel, beside: _widened(REFERENCES[ops.residual_add])(
-                u, v, rel + beside, 0, "positive"
-            )
-        elif op is torch.matmul:
+        if op is torch.matmul:
             node.target = lambda lane, weight: (lanes(lane) if weight.dtype == torch.bfloat16 else lane) @ weight.float()
         if op in simulated:
             node.target = simulated[op]

@@ -68,7 +68,7 @@ def _all_ran() -> None:
 
 def _key(kernel: str, constants: dict[str, Any], options: Any) -> Any:
     """A variant, apart from sizes that follow from those of the tensors."""
-    kept = {name: str(value) for name, value in constants.items() if name not in ("TOPS", "CHUNKS", "BLOCK")}
+    kept = {name: str(value) for name, value in constants.items() if name not in ("TOPS", "CHUNKS", "BLOCK", "HEADS")}
     return kernel, tuple(sorted(kept.items())), tuple(sorted(dict(options).items()))
 
 

@@ -77,7 +77,7 @@ def test_every_kernel_passes_the_front_end_however_its_integers_are_specialised(
 LARGEST = {
     "n": 1 << 26, "lanes": 1 << 26, "targets": 1 << 12, "heads": 1 << 10, "queries": 1 << 20, "keys": 1 << 20,
     "query_start": 1 << 20, "ins": 1 << 18, "outs": 1 << 18, "width": 1 << 16, "d": 1 << 7, "tops": 1 << 14, "chunks": 1 << 18,
-    "tiles": 1 << 20, "columns": 1 << 14, "first": 1 << 22, "rows": 1 << 22,
+    "tile": 1 << 20, "tiles": 1 << 20, "columns": 1 << 14, "first": 1 << 22, "rows": 1 << 22,
 }  # fmt: skip
 
 UNKNOWN = 1 << 31

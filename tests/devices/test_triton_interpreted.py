@@ -15,18 +15,19 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start: tests/test_triton.py runs it", allow_module_level=True)
 
 import numpy as np
-from fastrel.triton_kernels import configs, zplus_products
+from fastrel.triton_kernels import configs, layer_norm_backward, residual_add, zplus_linear, zplus_products, zplus_sums
 from fastrel.triton_kernels import math as kernel_math
 
 import fastrel
 from fastrel import ops
-from fastrel.backends import triton
+from fastrel.backends import fusion, triton
 from fastrel.graphed import run
 from fastrel.ops.library import REFERENCES
 from tests import golden_files as golden
 from tests import models
 from tests.devices import arithmetic, cases
 from tests.devices.guards import Guards, guards  # noqa: F401  (a fixture)
+from tests.devices.programs import lowered
 from tests.devices.stores import conflicts, disjoint_stores  # noqa: F401  (a fixture)
 
 #: Of values; lanes are float32. bfloat16 is upcast right after the load, which is all that the interpreter gets right of it.
@@ -196,6 +197,139 @@ def test_residual_add_over_several_chunks(guards: Guards) -> None:  # noqa: F811
     u, v = 1 + torch.rand(2, 20_000), torch.rand(2, 20_000)
     compare(guards, ops.residual_add, u, v, torch.rand(1, 2, 20_000), 0, "official")
     compare(guards, ops.residual_add, u, -u, torch.rand(1, 2, 20_000), 0, "positive")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_gradient_goes_on_through_the_gelu_before_the_layer(dtype: torch.dtype, approximate: str) -> None:
+    """Also where torch multiplies, and the last rows of a longer value."""
+    h, weight = torch.randn(2, 7, 20).to(dtype)[:, 2:], torch.randn(13, 20).to(dtype)
+    x = torch.nn.functional.gelu(h, approximate=approximate)
+    rel, grad = torch.rand(3, 2, 5, 13), torch.randn(3, 2, 5, 13)
+    ours = triton.kernels()[ops.zplus_linear](
+        x, weight, None, None, rel, grad, "positive", slope=h, approximate=approximate
+    )
+    leaf = h.double().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(torch.nn.functional.gelu(leaf, approximate=approximate).sum(), leaf)
+    wanted = (grad.double() @ weight.double()) * slope
+    assert golden.relative_error(ours[1].double(), wanted) < 5e-6
+    for parts in (1, 2):
+        values = (x.bfloat16(), weight.bfloat16())
+        made = zplus_linear.zplus_linear(*values, None, None, rel, grad, "positive", slope=h, approximate=approximate)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(configs, "products_first", lambda rows, weight: True)
+            by_torch = zplus_linear.zplus_linear(
+                *values, None, None, rel, grad, "positive", slope=h, approximate=approximate
+            )
+        for a, b in zip(made, by_torch, strict=True):
+            assert golden.relative_error(a, b.double()) < 1e-4, parts
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ["all", "some"])
+def test_relevance_of_v_and_the_gradient_of_q_k_and_v_at_once(dtype: torch.dtype, rows: str) -> None:
+    """One layer makes all three, of which only v has relevance; where the gradient is of fewer tokens, each by itself."""
+    x, weight, bias = torch.randn(2, 5, 20).to(dtype), torch.randn(39, 20).to(dtype), torch.randn(39).to(dtype)
+    qkv, v = (x.float() @ weight.float().mT + bias.float()).to(dtype), slice(26, 39)
+    rel, grad = torch.rand(3, 2, 5, 13), torch.randn(3, 2, 5 if rows == "all" else 1, 39)
+    exact = qkv[..., v] if dtype == torch.float32 else None
+    ours = triton.kernels()[ops.zplus_linear](x, weight[v], exact, bias[v], rel, grad, "positive", w_grad=weight)
+    wide = [one.double() for one in (x, weight[v])]
+    (rel_in, _) = REFERENCES[ops.zplus_linear](*wide, None, None, rel.double(), None, "positive")
+    assert golden.relative_error(ours[0].double(), rel_in) < 5e-6
+    assert golden.relative_error(ours[1].double(), grad.double() @ weight.double()) < 5e-6
+
+
+def _layers(dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+    """x, weight, output and bias of a block's layers: one of fewer rows, one a part of a wider value."""
+    made = []
+    for tokens, features, outs in ((1, 70, 33), (5, 33, 70), (5, 20, 13)):
+        x, weight, bias = (torch.randn(*s).to(dtype) for s in ((2, tokens, features), (outs, features), (outs,)))
+        made.append((x, weight, (x.float() @ weight.float().mT + bias.float()).to(dtype), bias))
+    x, weight, y, bias = made[1]
+    return [*made, (x[:, 2:, :], weight[40:], y[:, 2:, 40:], bias[40:])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("count", [2, 4])
+def test_sums_of_several_layers_are_those_of_each(dtype: torch.dtype, rules: str, count: int) -> None:
+    """To the bit: S is formed later, and of the same numbers."""
+    layers = _layers(dtype)[-count:]
+    sums = zplus_sums.zplus_sums(*(x for layer in layers for x in layer), reduced=False)
+    for (x, weight, y, bias), z in zip(layers, sums, strict=True):
+        assert z is not None
+        rel, grad = torch.rand(3, *y.shape), torch.randn(3, *y.shape)
+        call = (x, weight, y, bias, rel, grad, rules)
+        expected = triton.kernels()[ops.zplus_linear](*call)
+        for a, b in zip(triton.kernels()[ops.zplus_linear](*call, sums=z), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_reduced_sums_of_several_layers_are_those_of_each() -> None:
+    kernels, layers = triton.kernels(), _layers(torch.float32)
+    prepared = [kernels[ops.reduced_weight](weight, "bfloat16") for _, weight, _, _ in layers]
+    given = [(x, w[0], y, bias) for (x, _, y, bias), w in zip(layers, prepared, strict=True)]
+    sums = zplus_sums.zplus_sums(*(x for layer in given for x in layer), reduced=True)
+    for (x, _, y, bias), w, z in zip(layers, prepared, sums, strict=True):
+        rel, grad = torch.rand(3, *y.shape), torch.randn(3, *y.shape)
+        call = (x, *w, w[0], y, bias, rel, grad)
+        expected = kernels[ops.zplus_linear_reduced](*call)
+        for a, b in zip(kernels[ops.zplus_linear_reduced](*call, sums=z), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_layers_that_do_not_go_together_are_summed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    (a, b), narrow = _layers(torch.float32)[:2], _layers(torch.bfloat16)[0]
+    assert zplus_sums.zplus_sums(*a, *narrow, reduced=False) == [None, None]
+    monkeypatch.setattr(configs, "MANY_ROWS", 1)
+    assert zplus_sums.zplus_sums(*a, *b, reduced=False) == [None, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("extra", ["nothing", "lanes", "lanes and row"])
+def test_a_half_block_is_its_parts(guards: Guards, dtype: torch.dtype, extra: str) -> None:  # noqa: F811
+    """Norm, residual add and the row's step, to the bit what they are by themselves."""
+    x, u, v = (torch.randn(2, 9, 63).to(dtype) for _ in range(3))
+    weight, (grad, rel, grad_beside, rel_beside) = torch.randn(63).to(dtype), torch.randn(4, 3, 2, 9, 63)
+    through, row = torch.rand(3, 2, 5, 9), torch.rand(3, 2, 9)
+    besides = (None, None) if extra == "nothing" else (grad_beside, rel_beside)
+    steps = {} if extra == "nothing" else {"through": through, "row": row if "row" in extra else None}
+    given = [guards.around(one) for one in (grad, x, weight)]
+    ours = layer_norm_backward.half_block(
+        *given, 1, 1e-5, besides[0], guards.around(u), guards.around(v), guards.around(rel), besides[1], **steps
+    )
+    assert torch.equal(ours[0], layer_norm_backward.layer_norm_backward_beside(grad, x, weight, 1, 1e-5, besides[0]))
+    for a, b in zip(ours[1:3], residual_add.residual_add_of_sum(u, v, rel, besides[1]), strict=True):
+        assert torch.equal(a, b)
+    if steps:
+        torch.testing.assert_close(ours[3], through.sum(2) + (row if "row" in extra else 0))
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "hf_bert", "mixed"])
+def test_fused_passes_change_no_map(name: str) -> None:
+    """What is launched for a GPU, with values kept as there, against one operator after the other."""
+    if name == "mixed":  # layers as wide as reduced products are for
+        from timm.models.vision_transformer import VisionTransformer
+
+        model = VisionTransformer(img_size=32, patch_size=16, embed_dim=256, depth=2, num_heads=4, num_classes=6).eval()
+        given = {"x": torch.randn(2, 3, 32, 32)}
+    else:
+        model, given = models.build(name).float(), models.inputs(name)
+        given = {key: x.float() if x.is_floating_point() else x for key, x in given.items()}
+    precision = "mixed" if name == "mixed" else "float32"
+    found = []
+    for fused in (True, False):
+        with pytest.MonkeyPatch.context() as patched:
+            if not fused:
+                patched.setattr(fusion, "fuse", lambda graph: None)
+            program, values = lowered(model, given, torch.device("cpu"), precision=precision, kept_as_on="cuda")
+            targets = {node.target for node in program.reverse.graph.nodes}
+            assert (zplus_sums.zplus_sums in targets) == (layer_norm_backward.half_block in targets) == fused
+            with torch.no_grad():
+                found.append(run(program, values, torch.ones(len(values[-1]), 2, dtype=torch.long))[2][0])
+    assert golden.relative_error(found[0], found[1].double()) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -117,11 +117,13 @@ _same("max.NaN", lambda a, b: formats.to_bfloat16(np.maximum(formats.from_bfloat
 _same("fma.rn", _fma, "f32", 3)
 _same("fma.rn.ftz", lambda a, b, c: _flushed(_fma(_flushed(a), _flushed(b), _flushed(c))), "f32", 3)
 _same("div.full", np.divide, "f32")
+_same("abs.ftz", lambda a: _flushed(np.abs(a)), "f32", 1)
+_same("ex2.approx.ftz", lambda a: _flushed(np.exp2(_flushed(a).astype(np.float64)).astype(np.float32)), "f32", 1)
 _same("ex2.approx", lambda a: np.exp2(a.astype(np.float64)).astype(np.float32), "f32", 1)
 _same("sqrt.approx.ftz", lambda a: np.sqrt(_flushed(a)), "f32", 1)
 
 _same("and", np.bitwise_and, "b16 b32 b64 pred")
-_same("or", np.bitwise_or, "b16 b32 b64")
+_same("or", np.bitwise_or, "b16 b32 b64 pred")
 _same("xor", np.bitwise_xor, "b32")
 for _bits in ("16", "32", "64"):
     _rule(f"shl.b{_bits}", _shifted(np.left_shift), f"b{_bits}", f"b{_bits}", "u32")
@@ -132,7 +134,8 @@ for _name in ("s32", "u32"):
 _rule("prmt.b32", _permuted, "b32", "b32", "b32", "b32")
 
 for _name, _types, _compare in (
-    ("lt", "f32 s32 u32 s64", np.less), ("le", "s32", np.less_equal), ("gt", "f32 s32", np.greater),
+    ("lt", "f32 s32 u32 s64", np.less), ("le", "s32 s64", np.less_equal), ("gt", "f32 s32 s64", np.greater),
+    ("ge", "f32 s32", np.greater_equal),
     ("eq", "b32 f32", np.equal), ("ne", "b16 b32 b64", np.not_equal),
     ("num", "f16 f32", lambda a, b: ~(np.isnan(a) | np.isnan(b))),
 ):  # fmt: skip

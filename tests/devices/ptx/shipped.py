@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fastrel.triton_kernels import configs
+from fastrel.triton_kernels import configs, layer_norm_backward, zplus_sums
 from fastrel.triton_kernels.residual_add import residual_add_of_sum
 from torch import Tensor
 
@@ -161,6 +161,65 @@ def _unaligned_linear() -> None:
     compare(ops.zplus_linear, _unaligned(x), _unaligned(weight), None, None, _unaligned(rel), rel - 0.5, "positive")
 
 
+def _slope(dtype: torch.dtype, approximate: str) -> None:
+    """The gradient goes on through the gelu before the layer."""
+    h, weight = torch.randn(2, 5, 70).to(dtype), torch.randn(33, 70).to(dtype)
+    rel, grad = torch.rand(2, 2, 5, 33), torch.randn(2, 2, 5, 33)
+    x = torch.nn.functional.gelu(h, approximate=approximate)
+    options = {"slope": h, "approximate": approximate}
+    _, ours = triton.kernels()[ops.zplus_linear](x, weight, None, None, rel, grad, "positive", **options)
+    leaf = h.double().requires_grad_()
+    (slope,) = torch.autograd.grad(torch.nn.functional.gelu(leaf, approximate=approximate).sum(), leaf)
+    assert golden.relative_error(ours.double(), grad.double() @ weight.double() * slope) < 5e-6
+
+
+def _block(dtype: torch.dtype, purpose: Any = None) -> None:
+    """A block's layers with Z formed in one launch: the same numbers as one by one, whose checks hold for them. The first takes
+    gelu's slope, the last the gradient of more outputs."""
+    kernels, tokens = triton.kernels(), 5
+    op = kernels[ops.zplus_linear_reduced if purpose else ops.zplus_linear]
+    wide = torch.randn(39, 20).to(dtype)
+    sizes = ((70, 33), (33, 70), (20, 13), (20, 13))
+    weights = [torch.randn(outs, ins).to(dtype) for ins, outs in sizes[:3]] + [wide[26:]]
+    prepared = [kernels[ops.reduced_weight](w, purpose) if purpose else (w,) for w in weights]
+    layers, parts = [], []
+    for w, made in zip(weights, prepared, strict=True):
+        x, bias = torch.randn(1, tokens, w.shape[1]).to(dtype), torch.randn(len(w)).to(dtype)
+        layers.append((x, (x.float() @ w.float().mT + bias.float()).to(dtype), bias))
+        parts += [x, made[0], *layers[-1][1:]]
+    for i, ((x, y, bias), w, z) in enumerate(
+        zip(layers, prepared, zplus_sums.zplus_sums(*parts, reduced=bool(purpose)), strict=True)
+    ):
+        rel, grad = torch.rand(2, *y.shape), torch.randn(2, *y.shape[:-1], 39 if i == 3 else y.shape[-1])
+        own = wide.bfloat16() if purpose and i == 3 else w[0]
+        tail = () if purpose else ("positive",)
+        values = (x, *w, *((own,) if purpose else ()), y, bias, rel)
+        more = {"w_grad": wide} if i == 3 and not purpose else {}
+        ours = op(*values, grad, *tail, sums=z, **more, **({"slope": x} if i == 0 else {}))
+        alone = op(*values, None if i == 3 else grad, *tail, **({"slope": x} if i == 0 else {}))
+        assert torch.equal(ours[0], alone[0])
+        if i == 3:
+            exact = grad.double() @ (own if purpose else wide).double()
+            assert golden.relative_error(ours[1].double(), exact) < (5e-3 if purpose else 5e-6)
+        else:
+            assert torch.equal(ours[1], alone[1])
+
+
+def _half_block(dtype: torch.dtype, width: int) -> None:
+    """Norm, residual add and the row's step of one value in one launch: the same numbers as in launches of their own."""
+    x, u, v = (torch.randn(2, 5, width).to(dtype) for _ in range(3))
+    weight, (grad, rel, grad_beside, rel_beside) = torch.randn(width).to(dtype), torch.randn(4, 3, 2, 5, width)
+    through, row = torch.rand(3, 2, 7, 5), torch.rand(3, 2, 5)
+    for steps in ((None, None), (through, row)):
+        values = (grad, x, weight, 1, 1e-5, grad_beside)
+        ours = layer_norm_backward.half_block(*values, u, v, rel, rel_beside, *steps)
+        assert torch.equal(ours[0], layer_norm_backward.layer_norm_backward_beside(*values))
+        for a, b in zip(ours[1:3], residual_add_of_sum(u, v, rel, rel_beside), strict=True):
+            assert torch.equal(a, b)
+        if steps[0] is not None:
+            torch.testing.assert_close(ours[3], through.sum(2) + row)
+
+
 def linears() -> Iterator[tuple[str, Call]]:
     """`zplus_linear`, `zplus_linear_reduced` and the passes around the vendor's products."""
     for dtype in (FLOAT32, BFLOAT16, FLOAT16):
@@ -188,11 +247,24 @@ def linears() -> Iterator[tuple[str, Call]]:
     )
     yield "bfloat16 products, passes", Call(lambda: _reduced("bfloat16"), products=True)
     yield "a gradient by a bfloat16 weight", Call(_matmul)
+    for dtype in (FLOAT32, BFLOAT16, FLOAT16):
+        yield f"a block in {str(dtype).removeprefix('torch.')}", Call(lambda dtype=dtype: _block(dtype))
+        yield (
+            f"a block in {str(dtype).removeprefix('torch.')}, many rows",
+            Call(lambda dtype=dtype: _block(dtype), many=True),
+        )
+    for many in (False, True):
+        name = f"a block in bfloat16 products{', many rows' if many else ''}"
+        yield name, Call(lambda: _block(FLOAT32, "bfloat16"), many=many)
+    yield "a block in float8 products", Call(lambda: _block(FLOAT32, "float8"), capability=89)
+    for approximate in ("none", "tanh"):
+        yield f"slope of gelu, {approximate}", Call(lambda approximate=approximate: _slope(FLOAT32, approximate))
 
 
 #: Names, and rules, dtype, queries, keys, head size, mask, lanes, and the dtype of a bias.
 ATTENTIONS: dict[str, tuple[Any, ...]] = {
     "float32, d 32": (FLOAT32, "positive", (40, 17, 32), "none", 0),
+    "float32, d 64": (FLOAT32, "positive", (33, 40, 64), "none", 0),
     "float32, d 64, bias": (FLOAT32, "positive", (33, 40, 64), "float", 2),
     "float32, d 128": (FLOAT32, "positive", (17, 33, 128), "none", 0),
     "float32, d 16, scaled rows alone": (FLOAT32, "positive", (5, 37, 16), "none", 1),
@@ -202,6 +274,8 @@ ATTENTIONS: dict[str, tuple[Any, ...]] = {
     "float32, official, d 24, causal": (FLOAT32, "official", (5, 37, 24), "causal", 2),
     "float32, official, d 8, keep": (FLOAT32, "official", (35, 37, 8), "bool", 0),
     "bfloat16, d 32": (BFLOAT16, "positive", (40, 70, 32), "none", 2),
+    "bfloat16, d 32, together": (BFLOAT16, "positive", (40, 70, 32), "none", 0),
+    "bfloat16, d 64": (BFLOAT16, "positive", (33, 40, 64), "none", 0),
     "bfloat16, d 64, bias": (BFLOAT16, "positive", (65, 40, 64), "float", 2, BFLOAT16),
     "bfloat16, d 128": (BFLOAT16, "positive", (33, 40, 128), "none", 0),
     "bfloat16, d 24, keep": (BFLOAT16, "positive", (5, 37, 24), "bool", 0),
@@ -218,6 +292,8 @@ def attentions() -> Iterator[tuple[str, Call]]:
     """`attention_relevance`."""
     for name, options in ATTENTIONS.items():
         yield name, Call(lambda options=options: _attention(*options))
+    for name in ("float32, d 32", "bfloat16, d 32, together"):
+        yield f"{name.split(', together')[0]}, many rows", Call(lambda name=name: _attention(*ATTENTIONS[name]), many=True)
     for update, lanes in METHODS:
         yield f"float32, {update}", Call(lambda update=update, lanes=lanes: _methods(update, lanes))
     yield "bfloat16, unaligned", Call(_unaligned_attention)
@@ -230,6 +306,8 @@ def others() -> Iterator[tuple[str, Call]]:
         yield f"residual add, {rules}, bfloat16", Call(lambda rules=rules: _residual(rules, BFLOAT16, (3, 4, 16), 1))
     yield "residual add, official, chunks", Call(lambda: _residual("official", FLOAT32, (2, 20_001)))
     yield "residual add of a sum", Call(_residual_of_sum)
+    yield "half a block of 63", Call(lambda: _half_block(FLOAT32, 63))
+    yield "half a block of 768, bfloat16", Call(lambda: _half_block(BFLOAT16, 768))
     for width in (3, 63, 768):
         yield f"layer norm {width}", Call(lambda width=width: _norm(width, FLOAT32))
     yield "layer norm 1030, float16, no weight", Call(lambda: _norm(1030, FLOAT16, weighted=False))
