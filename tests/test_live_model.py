@@ -28,7 +28,7 @@ import fastrel
 import fastrel.methods
 from fastrel import engine
 from fastrel.graph import fingerprint
-from tests.small import ids, made
+from tests.small import EXAMPLES, ids, made
 
 EXACT = 1e-12
 
@@ -612,8 +612,8 @@ def state() -> tuple[Any, ...]:
     return torch.backends.mha.get_fastpath_enabled(), loggers, tuple(warnings.filters), torch.is_grad_enabled()
 
 
-#: How often 8 models are first explained in 8 threads at once.
-ROUNDS = 20
+#: How often 8 models are first explained in 8 threads at once; before a release 15 times.
+ROUNDS = max(1, EXAMPLES // 20)
 
 
 def in_threads(work: list[Callable[[], None]]) -> list[BaseException]:

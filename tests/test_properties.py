@@ -15,10 +15,7 @@ from fastrel.graph import axes as axes_
 from fastrel.transform.context import add_rows
 from fastrel.transform.lanes import Branch, Lane, Part, Row
 from fastrel.transform.rollout import Rollout
-from tests.small import remembered
-
-#: Random transformers in CI.
-EXAMPLES = 300
+from tests.small import EXAMPLES, remembered
 
 slow = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
