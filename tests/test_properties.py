@@ -4,6 +4,7 @@ from typing import Any
 from unittest import mock
 
 import hypothesis.strategies as st
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -187,6 +188,7 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a, b, rtol=1e-8, atol=1e-12))
 
 
+@pytest.mark.slow
 @settings(slow, max_examples=EXAMPLES)
 @given(CHOICES)
 def test_every_small_transformer(choice: dict[str, Any]) -> None:

@@ -47,6 +47,7 @@ CHECKERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checker", CHECKERS)
 def test_py_typed_lets_a_checker_find_misspellings(checker: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(checker) is None:
