@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,22 +23,70 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 #: Files that take longest, the longest first: begun last, one of them would be all that one worker has left to do.
 LONG = (
     "test_triton.py",
-    "test_properties.py",
     "test_live_model.py",
+    "test_ptx.py",
     "test_coverage.py",
-    "test_second_path.py",
+    "test_properties.py",
     "test_artefact.py",
-    "test_engine.py",
+    "test_serving.py",
+    "test_batch_ray.py",
+    "test_second_path.py",
     "test_spellings.py",
     "test_verification.py",
     "test_stability.py",
+    "test_engine.py",
 )
 
+#: Files with many cases of one kind: of so many tests one is quick, and runs with `-m "not slow"`. Other tests that take seconds
+#: are marked slow where they are.
+ONE_IN = {
+    "test_live_model.py": 8,
+    "test_coverage.py": 9,
+    "test_second_path.py": 8,
+    "test_spellings.py": 8,
+    "test_engine.py": 4,
+    "test_methods.py": 4,
+    "test_dtypes.py": 4,
+    "test_explainer.py": 3,
+    "test_ptx.py": 12,
+    "test_docs.py": 4,
+}
 
+#: Fixtures that take long: tests that use one are slow.
+LONG_MADE = {"server", "browser", "subject"}
+
+#: Seconds of processor time, its children's with it, that a test may take that is not marked slow.
+QUICK = 15
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first; xdist hands files out in this order (--no-loadscope-reorder)."""
+    """Long files first, since xdist hands files out in this order (--no-loadscope-reorder); and which tests are slow."""
     places = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+    seen: Counter[str] = Counter()
+    for item in items:
+        turn = seen[item.path.name] % ONE_IN.get(item.path.name, 1)
+        if item.get_closest_marker("load") or LONG_MADE & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+        if not item.get_closest_marker("slow"):
+            seen[item.path.name] += 1
+            if turn:
+                item.add_marker("slow")
+
+
+def _seconds() -> float:
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """What takes long says so, lest the quick tests become slow ones."""
+    before = _seconds()
+    yield
+    if _seconds() - before > QUICK and not item.get_closest_marker("slow"):
+        pytest.fail(f"took more than {QUICK} seconds of processor time: mark it slow")
 
 
 @pytest.fixture(scope="session")

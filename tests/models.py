@@ -1,11 +1,13 @@
 """Small random models of every supported family, and inputs for them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import fastrel
 from tests import golden_files as golden
 
 Inputs = dict[str, Tensor]
@@ -31,6 +33,12 @@ def golden_bert(name: str, attention: str = "sdpa") -> nn.Module:
     model = BertForSequenceClassification(config).double().eval()
     model.load_state_dict(golden.parameters(name), strict=False)
     return model
+
+
+@functools.cache
+def golden_explainer(name: str, attention: str = "sdpa") -> fastrel.Explainer:
+    """Of a golden model that nobody changes, captured once; `using` gives it other options."""
+    return fastrel.Explainer(golden_vit(name) if name.startswith("vit") else golden_bert(name, attention))
 
 
 def _images(batch: int, size: tuple[int, int] = (32, 32)) -> Inputs:
@@ -124,6 +132,12 @@ def build(name: str, seed: int = 0) -> nn.Module:
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+@functools.cache
+def explainer(name: str) -> fastrel.Explainer:
+    """Of `build(name)`, which nobody changes, captured once; `using` gives it other options."""
+    return fastrel.Explainer(build(name))
 
 
 def inputs(name: str, batch: int = 3, seed: int = 1) -> Inputs:

@@ -1,5 +1,6 @@
 """A home-made encoder to build small models of, and what must hold of every explanation."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 import fastrel
 from fastrel.graph.capture import Captured, capture
+
+#: How many random transformers are tried; before a release 300.
+EXAMPLES = int(os.environ.get("FASTREL_EXAMPLES", "100"))
 
 WIDTH = 16
 

@@ -235,6 +235,7 @@ def test_methods_that_are_no_graphs_are_refused_by_name(
         fastrel.export(fastrel.Explainer(vit), images, path=tmp_path / "a.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in methods.METHODS if name not in NO_GRAPHS])
 def test_all_other_methods(tmp_path: Path, method: str) -> None:
     options = {"lrp_pixels": {"rules": "official"}, "rollout": {"precision": "mixed"}}.get(method, {})
@@ -267,6 +268,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_other_architectures(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
@@ -296,6 +298,7 @@ def test_other_architectures(tmp_path: Path, name: str) -> None:
 LENGTHS = {"Bert": 24, "Roberta": 22, "DistilBert": 24, "GPT2": 24, "Llama": None, "T5": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LENGTHS)
 def test_how_long_texts_may_be(name: str) -> None:
     """BERT's kinds of tokens, which are not given, have a table of two rows; RoBERTa's positions begin at two; T5's are distances."""
@@ -374,6 +377,7 @@ def compiled_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fastrel.export(fastrel.Explainer(smallest()), torch.randn(3, 3, 16, 16), path=path, targets=2, compile=True)
 
 
+@pytest.mark.slow
 def test_the_compiled_form_gives_the_same(compiled_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast, plain = fastrel.load(compiled_path, compiled=True), fastrel.load(compiled_path, compiled=False)
     assert (fast.compiled, plain.compiled) == (True, False)
@@ -399,6 +403,7 @@ def test_the_compiled_form_gives_the_same(compiled_path: Path, monkeypatch: pyte
         fastrel.load(compiled_path, compiled=True)
 
 
+@pytest.mark.slow
 def test_libtorch_alone_runs_the_compiled_form(compiled_path: Path, tmp_path: Path) -> None:
     folder = Path(torch.__file__).parent
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
@@ -431,6 +436,7 @@ def test_libtorch_alone_runs_the_compiled_form(compiled_path: Path, tmp_path: Pa
     np.testing.assert_allclose([float(row[2]) for row in rows[::2]], expected.logits[:, 3].numpy(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_same_and_checks_the_same(path: Path, artefact: fastrel.Artefact, tmp_path: Path) -> None:
     import onnxruntime
 

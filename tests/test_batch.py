@@ -350,6 +350,7 @@ def test_show_lists_and_renders_rows(
 # Kills
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_killed_at_ten_random_moments_the_rows_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
     items = found(tiny.pictures(tmp_path / "p", 60))
@@ -474,6 +475,7 @@ class Pids:
 # Size
 
 
+@pytest.mark.slow
 def test_ten_thousand_items_in_flat_memory_and_few_files(tmp_path: Path) -> None:
     content = hostile.encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)), "PNG")
     items = [inputs.Item(f"{i}", inputs.Value(content)) for i in range(10_000)]

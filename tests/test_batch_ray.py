@@ -26,6 +26,8 @@ from fastrel.errors import FastrelError, InputError
 from tests import tiny
 from tests.test_batch import found, rows
 
+pytestmark = pytest.mark.slow
+
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray listens on loopback alone
 ray = pytest.importorskip("ray")
 

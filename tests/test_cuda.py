@@ -28,6 +28,7 @@ def _compiler_library(name: str) -> str:
     return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_the_passes_through_a_host_shim_with_sanitizers(tmp_path: Path) -> None:
     build.compile_library(tmp_path / "_C_cuda.so", SHIM, SANITIZERS)
@@ -64,6 +65,7 @@ def test_a_thread_that_misses_a_barrier_is_found(tmp_path: Path) -> None:
     assert "threads diverge at a barrier" in wrong.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 def test_nvcc_compiles_the_passes_for_every_architecture_without_spills(tmp_path: Path) -> None:
     library = tmp_path / "_C_cuda.so"

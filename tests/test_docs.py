@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import fastrel
 from tests import tiny
@@ -41,6 +42,9 @@ mask, tokens = torch.ones_like(ids), list("abcdefg")
     "docs/serving.md": {0: "import fastrel, timm" + VIT + "loaded = None"},
 }
 
+#: How many blocks a page's models have, where two are not enough for what it shows.
+BLOCKS = {"docs/guides/own-method.md": 7}
+
 
 def gpt() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -68,12 +72,17 @@ def blocks(page: str) -> list[str]:
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Names of pretrained models give the same architectures with random weights; the current folder has a BERT and pictures."""
+def offline(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Names of pretrained models give the same architectures with few blocks of random weights; the current folder has a BERT and
+    pictures."""
     import timm
 
     create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options).eval())
+
+    def shallow(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+        return create(name, **{"depth": BLOCKS.get(page, 2), **options}).eval()
+
+    monkeypatch.setattr(timm, "create_model", shallow)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-bert").mkdir()
     tiny.bert_folder(tmp_path / "my-bert")

@@ -32,9 +32,9 @@ def reference_trace(
 
 @pytest.mark.parametrize("name", ["timm_vit", "hf_bert", "hf_bert_eager"])
 def test_positive_equals_the_reference_block_by_block(name: str) -> None:
-    model, given, target = models.build(name), models.inputs(name), torch.tensor([1, 5, 0])
-    expected = reference_trace(name, model.state_dict(), given, target)
-    blocks = fastrel.Explainer(model).trace(**given, target=target)
+    explainer, given, target = models.explainer(name), models.inputs(name), torch.tensor([1, 5, 0])
+    expected = reference_trace(name, explainer.model.state_dict(), given, target)
+    blocks = explainer.trace(**given, target=target)
     assert len(blocks) == len(expected.blocks)
     for i, (ours, theirs) in enumerate(zip(blocks, expected.blocks, strict=True)):
         rows = ours.attention.shape[-2]
@@ -47,18 +47,18 @@ def test_positive_equals_the_reference_block_by_block(name: str) -> None:
     maps = [gradient_relevance(b.gradient, b.relevance) for b in expected.blocks]
     for start in (0, 1, -1):
         for normalize in (False, True):
-            explainer = fastrel.Explainer(model, start_layer=start, normalize_rollout=normalize)
+            other = explainer.using(start_layer=start, normalize_rollout=normalize)
             row = rollout(maps, start_layer=start, normalize=normalize)[:, 0]
-            assert golden.map_error(explainer(**given, target=target).relevance, row) < EXACT, (start, normalize)
+            assert golden.map_error(other(**given, target=target).relevance, row) < EXACT, (start, normalize)
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_gradients_equal_autograd(name: str) -> None:
     """∂y_c/∂V, which the gradient lane passes on, from the maps' gradients against autograd on the eager model."""
-    model, given = models.build(name), models.inputs(name, batch=2)
+    explainer, given = models.explainer(name), models.inputs(name, batch=2)
     target = torch.tensor([2, 4])
-    expected = attention_gradients(model, given, target)
-    blocks = fastrel.Explainer(model).trace(**given, target=target)
+    expected = attention_gradients(explainer.model, given, target)
+    blocks = explainer.trace(**given, target=target)
     assert len(blocks) == len(expected) == 3
     for block, wanted in zip(blocks, expected, strict=True):
         assert block.gradient is not None
@@ -96,7 +96,7 @@ def attention_gradients(model: torch.nn.Module, given: models.Inputs, target: to
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_relevance_is_conserved_through_every_block(name: str, rules: str) -> None:
     """Sum 1 per sample, less what the rules themselves lose: nothing is ever added, and samples keep to themselves."""
-    blocks = fastrel.Explainer(models.build(name), rules=rules).trace(**models.inputs(name), target=1)
+    blocks = models.explainer(name).using(rules=rules).trace(**models.inputs(name), target=1)
     above = torch.ones(3, dtype=torch.float64)
     for block in reversed(blocks):
         assert block.input_relevance is not None
@@ -114,8 +114,7 @@ def test_relevance_is_conserved_through_every_block(name: str, rules: str) -> No
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_a_batch_equals_its_samples(name: str, rules: str) -> None:
     """Different targets, K targets each, mixed paddings."""
-    model, given = models.build(name), models.inputs(name)
-    explainer = fastrel.Explainer(model, rules=rules)
+    explainer, given = models.explainer(name).using(rules=rules), models.inputs(name)
     targets = [[0, 3], [5, 5], [2, 1]]
     batch = explainer(**given, target=targets)
     assert batch.relevance.shape[:2] == (3, 2)
@@ -130,8 +129,7 @@ def test_a_batch_equals_its_samples(name: str, rules: str) -> None:
 
 @pytest.mark.parametrize("name", models.TEXT)
 def test_padding_gets_zero_and_changes_nothing(name: str) -> None:
-    model, given = models.build(name), models.inputs(name)
-    explainer = fastrel.Explainer(model)
+    explainer, given = models.explainer(name), models.inputs(name)
     padded = explainer(**given, target=2)
     assert not padded.relevance[given["attention_mask"] == 0].any()
     longer = {key: torch.cat((x, torch.zeros(3, 7, dtype=x.dtype)), 1) for key, x in given.items()}
@@ -142,10 +140,10 @@ def test_padding_gets_zero_and_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_logits_are_the_models_own(name: str) -> None:
-    model, given = models.build(name), models.inputs(name)
+    explainer, given = models.explainer(name), models.inputs(name)
     with torch.no_grad():
-        expected = models.logits(model, given)
-    explanation = fastrel.Explainer(model)(**given)
+        expected = models.logits(explainer.model, given)
+    explanation = explainer(**given)
     if name == "torchvision_vit":  # its eager fast path rounds differently
         assert golden.relative_error(explanation.logits, expected) < 1e-12
     else:
@@ -155,23 +153,24 @@ def test_logits_are_the_models_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_float32_is_within_1e_4_of_float64(name: str) -> None:
-    model, given = models.build(name), models.inputs(name)
-    exact = fastrel.Explainer(model)(**given, target=1).relevance
+    given = models.inputs(name)
+    exact = models.explainer(name)(**given, target=1).relevance
     single = {key: x.float() if x.is_floating_point() else x for key, x in given.items()}
-    assert golden.map_error(fastrel.Explainer(model.float())(**single, target=1).relevance, exact) < 1e-4
+    assert golden.map_error(fastrel.Explainer(models.build(name).float())(**single, target=1).relevance, exact) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["timm_vit", "hf_bert"])
 def test_official_in_float32_errs_at_most_twice_as_much_as_the_reference(name: str) -> None:
     """The official rules amplify rounding, so one input says little (ratios from 0.3 to 4): the mean over eight decides."""
     ours, theirs = 0.0, 0.0
+    explainer = fastrel.Explainer(models.build(name).float(), rules="official")
     for seed in range(8):
         model, given, target = models.build(name, seed), models.inputs(name, seed=100 + seed), torch.tensor([1, 5, 0])
         exact = reference_map(name, model, given, target, torch.float64)
         theirs += golden.map_error(reference_map(name, model, given, target, torch.float32), exact)
         single = {key: x.float() if x.is_floating_point() else x for key, x in given.items()}
-        explanation = fastrel.Explainer(model.float(), rules="official")(**single, target=target)
-        ours += golden.map_error(explanation.relevance, exact)
+        explainer.model.load_state_dict(model.state_dict())
+        ours += golden.map_error(explainer(**single, target=target).relevance, exact)
     assert ours <= 2 * theirs
 
 
@@ -186,8 +185,8 @@ def reference_map(
 
 
 def test_what_a_graph_fails_on_is_said_of_the_inputs() -> None:
-    model, given = models.build("hf_bert"), models.inputs("hf_bert")
-    explainer, beyond = fastrel.Explainer(model), {**given, "input_ids": given["input_ids"].clone()}
+    given = models.inputs("hf_bert")
+    explainer, beyond = fastrel.Explainer(models.build("hf_bert")), {**given, "input_ids": given["input_ids"].clone()}
     beyond["input_ids"][0, 0] = 10**6
     for _ in range(2):  # as the first call, and once there is a graph
         with pytest.raises(fastrel.InputError, match=r"rejects these inputs: index out of range.* to 1000000"):
@@ -210,7 +209,7 @@ def test_a_rule_that_fails_while_it_runs_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_prediction_explained_once_says_so() -> None:
-    prediction = fastrel.Explainer(models.build("hf_bert")).predict(**models.inputs("hf_bert"))
+    prediction = models.explainer("hf_bert").predict(**models.inputs("hf_bert"))
     prediction.explain_once(0)
     with pytest.raises(fastrel.InputError, match="explained by explain_once"):
         prediction.explain(0)

@@ -368,6 +368,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     assert refused.value
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_scores_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -8,6 +8,8 @@ from nbclient import NotebookClient
 
 from tests import real_models
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

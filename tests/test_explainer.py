@@ -14,13 +14,13 @@ from tests import models
 
 
 @pytest.fixture(scope="module")
-def vit() -> nn.Module:
-    return models.build("timm_vit")
+def vit(explainer: fastrel.Explainer) -> nn.Module:
+    return explainer.model
 
 
 @pytest.fixture(scope="module")
-def explainer(vit: nn.Module) -> fastrel.Explainer:
-    return fastrel.Explainer(vit)
+def explainer() -> fastrel.Explainer:
+    return models.explainer("timm_vit")
 
 
 @pytest.fixture
@@ -62,16 +62,17 @@ def test_predict_then_explain_equals_one_call(explainer: fastrel.Explainer, imag
 
 
 def test_rollout_of_the_distilled_model_reads_both_tokens() -> None:
-    model = models.build("timm_deit_distilled")
-    row = fastrel.Explainer(model, "raw_attention")(models.inputs("timm_deit_distilled")["x"]).relevance
+    row = (
+        models.explainer("timm_deit_distilled").using("raw_attention")(models.inputs("timm_deit_distilled")["x"]).relevance
+    )
     assert row.shape == (3, 6)
     assert torch.allclose(row.sum(1), torch.ones(3, dtype=row.dtype))
 
 
 def test_mean_pooling_reads_all_tokens_equally() -> None:
-    model = models.build("timm_vit_mean_pooled")
-    explanation = fastrel.Explainer(model, "raw_attention")(models.inputs("timm_vit_mean_pooled")["x"])
-    blocks = fastrel.Explainer(model).trace(models.inputs("timm_vit_mean_pooled")["x"])
+    explainer = models.explainer("timm_vit_mean_pooled")
+    explanation = explainer.using("raw_attention")(models.inputs("timm_vit_mean_pooled")["x"])
+    blocks = explainer.trace(models.inputs("timm_vit_mean_pooled")["x"])
     assert torch.allclose(explanation.relevance, blocks[-1].attention.mean((1, 2)))
     assert explanation.patches.shape == (3, 4, 4)
 
@@ -79,7 +80,7 @@ def test_mean_pooling_reads_all_tokens_equally() -> None:
 @pytest.mark.parametrize("name", models.VISION)
 def test_patches_are_the_tokens_that_come_from_the_image(name: str) -> None:
     """Evidence that sits in one patch: its own embedding is perturbed, and only that patch's value is its token's."""
-    explanation = fastrel.Explainer(models.build(name))(**models.inputs(name))
+    explanation = models.explainer(name)(**models.inputs(name))
     patches = explanation.patches.flatten(1)
     side = int(patches.shape[1] ** 0.5)
     assert explanation.patches.shape == (3, side, side)
@@ -266,12 +267,11 @@ def test_options_that_do_not_exist(vit: nn.Module, options: dict[str, str], mess
         fastrel.Explainer(vit, **options)
 
 
-def test_a_start_layer_out_of_range(vit: nn.Module, images: Tensor) -> None:
+def test_a_start_layer_out_of_range(explainer: fastrel.Explainer, images: Tensor) -> None:
     with pytest.raises(fastrel.InputError, match=r"start_layer 3 is out of range: the model has 3 attention blocks"):
-        fastrel.Explainer(vit, start_layer=3)(images)
-    assert torch.equal(
-        fastrel.Explainer(vit, start_layer=-1)(images).relevance, fastrel.Explainer(vit, start_layer=2)(images).relevance
-    )
+        explainer.using(start_layer=3)(images)
+    last, second = (explainer.using(start_layer=i)(images).relevance for i in (-1, 2))
+    assert torch.equal(last, second)
 
 
 def test_only_modules_can_be_explained() -> None:

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastrel
 from tests import golden_files as golden
-from tests.models import golden_bert, golden_vit
+from tests.models import golden_explainer
 
 VITS, BERTS = ["vit_a", "vit_b"], ["bert_a", "bert_b_padded"]
 LIMIT = 1e-6
@@ -24,9 +23,9 @@ def maps(name: str, kind: str) -> list[tuple[int, int, Tensor]]:
 
 @pytest.mark.parametrize("name", VITS)
 def test_vit_maps(name: str) -> None:
-    model, image = golden_vit(name), golden.tensor(golden.load(name)["input"])
+    official, image = golden_explainer(name).using(rules="official"), golden.tensor(golden.load(name)["input"])
     for target, start, expected in maps(name, "transformer_attribution"):
-        explanation = fastrel.Explainer(model, rules="official", start_layer=start)(image, target=target)
+        explanation = official.using(start_layer=start)(image, target=target)
         assert golden.relative_error(explanation.relevance[0, 1:], expected) < LIMIT, (target, start)
         assert torch.equal(explanation.patches.flatten(), explanation.relevance[0, 1:])
         assert golden.relative_error(explanation.logits, golden.tensor(golden.load(name)["logits"])) < 1e-12
@@ -34,16 +33,16 @@ def test_vit_maps(name: str) -> None:
 
 @pytest.mark.parametrize("name", VITS)
 def test_vit_rollout(name: str) -> None:
-    model, image = golden_vit(name), golden.tensor(golden.load(name)["input"])
+    image = golden.tensor(golden.load(name)["input"])
     for start in (0, 1):
-        explanation = fastrel.Explainer(model, "rollout", start_layer=start)(image)
+        explanation = golden_explainer(name).using("rollout", start_layer=start)(image)
         expected = golden.tensor(golden.load(name)[f"attention_rollout/start{start}"])
         assert golden.relative_error(explanation.relevance[0, 1:], expected) < 1e-10
 
 
 @pytest.mark.parametrize("name", VITS)
 def test_vit_raw_attention(name: str) -> None:
-    explanation = fastrel.Explainer(golden_vit(name), "raw_attention")(golden.tensor(golden.load(name)["input"]))
+    explanation = golden_explainer(name).using("raw_attention")(golden.tensor(golden.load(name)["input"]))
     expected = golden.tensor(golden.load(name)[f"t{golden.targets(name)[0]}/last_layer_attn"])
     assert golden.relative_error(explanation.relevance[0, 1:], expected) < 1e-10
 
@@ -51,11 +50,11 @@ def test_vit_raw_attention(name: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", BERTS)
 def test_bert_maps(name: str, attention: str) -> None:
-    model, data = golden_bert(name, attention), golden.load(name)
+    published = golden_explainer(name, attention).using(rules="official", normalize_rollout=True)
+    data = golden.load(name)
     given = {key: golden.tensor(data[key]) for key in ("input_ids", "attention_mask")}
     for target, start, expected in maps(name, "transformer_attribution"):
-        explainer = fastrel.Explainer(model, rules="official", start_layer=start, normalize_rollout=True)
-        row = explainer(**given, target=target).relevance[0]
+        row = published.using(start_layer=start)(**given, target=target).relevance[0]
         row = torch.cat((row.min()[None], row[1:]))  # the published code overwrites the CLS entry
         assert golden.relative_error(row, expected) < LIMIT, (target, start)
 
@@ -65,12 +64,11 @@ def test_official_blocks(name: str) -> None:
     """Attention, its gradient and its relevance, block by block; rows that the head cannot see are left out."""
     data = golden.load(name)
     if name in VITS:
-        model, given = golden_vit(name), {"x": golden.tensor(data["input"])}
+        given = {"x": golden.tensor(data["input"])}
     else:
-        model = golden_bert(name)
         given = {key: golden.tensor(data[key]) for key in ("input_ids", "attention_mask")}
     for target in golden.targets(name):
-        blocks = fastrel.Explainer(model, rules="official").trace(**given, target=target)
+        blocks = golden_explainer(name).using(rules="official").trace(**given, target=target)
         for i, block in enumerate(blocks):
             for key, ours in (("gradient", block.gradient), ("relevance", block.relevance)):
                 assert ours is not None

@@ -28,7 +28,7 @@ import fastrel
 import fastrel.methods
 from fastrel import engine
 from fastrel.graph import fingerprint
-from tests.small import ids, made
+from tests.small import EXAMPLES, ids, made, remembered
 
 EXACT = 1e-12
 
@@ -266,11 +266,21 @@ CHANGES: dict[str, Callable[[Living], None]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def as_made() -> Callable[..., Any]:
+    """`capture` of `Living()` as it is made."""
+    return remembered()
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_model_that_changed_is_explained_as_it_is_now(name: str) -> None:
+def test_a_model_that_changed_is_explained_as_it_is_now(
+    name: str, as_made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x = Living(), tokens()
     explainer = fastrel.Explainer(model)
+    monkeypatch.setattr(engine, "capture", as_made)
     assert off(explainer, model, x) < EXACT
+    monkeypatch.setattr(engine, "capture", remembered())
     with torch.no_grad():
         before = model(x)
         CHANGES[name](model)
@@ -612,8 +622,8 @@ def state() -> tuple[Any, ...]:
     return torch.backends.mha.get_fastpath_enabled(), loggers, tuple(warnings.filters), torch.is_grad_enabled()
 
 
-#: How often 8 models are first explained in 8 threads at once.
-ROUNDS = 20
+#: How often 8 models are first explained in 8 threads at once; before a release 15 times.
+ROUNDS = max(1, EXAMPLES // 20)
 
 
 def in_threads(work: list[Callable[[], None]]) -> list[BaseException]:
@@ -633,6 +643,7 @@ def in_threads(work: list[Callable[[], None]]) -> list[BaseException]:
     return errors
 
 
+@pytest.mark.slow
 def test_many_models_in_many_threads_while_they_predict_elsewhere() -> None:
     """First calls at once, eager predictions of the same models meanwhile: no error, every value right."""
     before, x = state(), tokens(3)

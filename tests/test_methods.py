@@ -14,7 +14,6 @@ from fastrel import methods, reference
 from fastrel.reference.rollout import attention_received, gradient_relevance, per_attention, rollout
 from tests import golden_files as golden
 from tests import models
-from tests.models import golden_bert, golden_vit
 
 VITS, BERTS = ["vit_a", "vit_b"], ["bert_a", "bert_b_padded"]
 VIT_CASES = [(name, target) for name in VITS for target in golden.targets(name)]
@@ -22,7 +21,7 @@ BERT_CASES = [(name, target) for name in BERTS for target in golden.targets(name
 
 
 def vit_map(name: str, target: int, method: str, **options: object) -> fastrel.Explanation:
-    explainer = fastrel.Explainer(golden_vit(name), method, **options)  # type: ignore[arg-type]
+    explainer = models.golden_explainer(name).using(method, **options)
     return explainer(golden.tensor(golden.load(name)["input"]), target=target)
 
 
@@ -62,7 +61,7 @@ def test_baselines_equal_the_official_code_on_bert(name: str, target: int) -> No
     data = golden.load(name)
     given = {key: golden.tensor(data[key]) for key in ("input_ids", "attention_mask")}
     for method, key in (("partial_lrp", "last_layer"), ("lrp", "full")):
-        row = fastrel.Explainer(golden_bert(name), method, rules="official")(**given, target=target).relevance[0]
+        row = models.golden_explainer(name).using(method, rules="official")(**given, target=target).relevance[0]
         row[0] = 0
         assert golden.relative_error(row, golden.tensor(data[f"t{target}/{key}"])) < 1e-6, key
 
@@ -71,8 +70,7 @@ def test_baselines_equal_the_official_code_on_bert(name: str, target: int) -> No
 @pytest.mark.parametrize("name", ["timm_vit", "timm_vit_mean_pooled", "timm_deit_distilled", "hf_vit"])
 def test_every_method_explains_images(name: str, method: str) -> None:
     """Batched, per-sample targets: a batch equals its samples."""
-    model, given = models.build(name), models.inputs(name, batch=2)
-    explainer = fastrel.Explainer(model, method)
+    explainer, given = models.explainer(name).using(method), models.inputs(name, batch=2)
     batch = explainer(**given, target=[[1, 2], [0, 5]])
     for i, sample in enumerate(models.samples(given)):
         single = explainer(**sample, target=[[1, 2], [0, 5]][i][1])
@@ -85,8 +83,7 @@ def test_every_method_explains_images(name: str, method: str) -> None:
 @pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.parametrize("name", ["hf_bert", "hf_bert_eager", "hf_roberta"])
 def test_every_method_explains_text_or_says_why_not(name: str, method: str) -> None:
-    model, given = models.build(name), models.inputs(name, batch=2)
-    explainer = fastrel.Explainer(model, method)
+    explainer, given = models.explainer(name).using(method), models.inputs(name, batch=2)
     if method == "integrated_gradients":
         with pytest.raises(fastrel.InputError, match="models of one image input"):
             explainer(**given)
@@ -104,35 +101,35 @@ def test_every_method_explains_text_or_says_why_not(name: str, method: str) -> N
 def test_gradient_methods_equal_captum() -> None:
     from captum.attr import InputXGradient, IntegratedGradients
 
-    model, x = models.build("timm_vit"), models.inputs("timm_vit", batch=2)["x"]
-    target = torch.tensor([3, 1])
+    explainer, x = models.explainer("timm_vit"), models.inputs("timm_vit", batch=2)["x"]
+    model, target = explainer.model, torch.tensor([3, 1])
     theirs = InputXGradient(model).attribute(x.clone().requires_grad_(), target=target).sum(1)
-    ours = fastrel.Explainer(model, "input_x_gradient_pixels")(x, target=target).patches
+    ours = explainer.using("input_x_gradient_pixels")(x, target=target).patches
     assert golden.relative_error(ours, theirs) < 1e-10
     theirs = IntegratedGradients(model).attribute(x, target=target, n_steps=50).sum(1)
-    ours = fastrel.Explainer(model, "integrated_gradients")(x, target=target).patches
+    ours = explainer.using("integrated_gradients")(x, target=target).patches
     assert golden.relative_error(ours, theirs) < 1e-10
 
 
 def test_embedding_times_gradient_equals_captum() -> None:
     from captum.attr import LayerGradientXActivation
 
-    model, given = models.build("hf_bert"), models.inputs("hf_bert", batch=2)
-    target = torch.tensor([3, 1])
+    explainer, given = models.explainer("hf_bert"), models.inputs("hf_bert", batch=2)
+    model, target = explainer.model, torch.tensor([3, 1])
 
     def logits(input_ids: Tensor) -> Tensor:
         return model(input_ids=input_ids, attention_mask=given["attention_mask"]).logits
 
     layer = LayerGradientXActivation(logits, model.bert.embeddings)  # type: ignore[arg-type]
     theirs = layer.attribute(given["input_ids"], target=target).sum(-1)
-    ours = fastrel.Explainer(model, "input_x_gradient")(**given, target=target).relevance
+    ours = explainer.using("input_x_gradient")(**given, target=target).relevance
     assert golden.relative_error(ours, theirs) < 1e-10
 
 
 def test_attnlrp_equals_its_rules_by_autograd() -> None:
     """The same rules as custom gradients in eager PyTorch: relevance is the token's embedding times that gradient."""
-    model, x, target = models.build("timm_vit"), models.inputs("timm_vit", batch=2)["x"], torch.tensor([2, 4])
-    ours = fastrel.Explainer(model, "attnlrp")(x, target=target).relevance
+    explainer, x, target = models.explainer("timm_vit"), models.inputs("timm_vit", batch=2)["x"], torch.tensor([2, 4])
+    ours, model = explainer.using("attnlrp")(x, target=target).relevance, explainer.model
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "layer_norm", frozen_layer_norm)
         patch.setattr(F, "gelu", identity_gelu)
@@ -172,16 +169,16 @@ def test_relevance_per_attention_equals_its_definition(name: str, target: int) -
         lambda tape: reference.vit(tape, params, image.clone().requires_grad_(), heads=heads), torch.tensor([target])
     )
     maps: list[Tensor] = []
-    model = golden_vit(name)
+    explainer = models.golden_explainer(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "layer_norm", frozen_layer_norm)
         patch.setattr(F, "gelu", identity_gelu)
         patch.setattr(F, "scaled_dot_product_attention", partial(halved_attention, keep=maps))
-        score = model(image)[0, target]
+        score = explainer.model(image)[0, target]
     gradients = torch.autograd.grad(score, maps)
     steps = [gradient_relevance(g, b.relevance) for g, b in zip(gradients, traced.blocks, strict=True)]
     expected = per_attention(rollout(steps)[:, 0], [attention_received(b.attention) for b in traced.blocks])
-    ours = fastrel.Explainer(model, "relevance_per_attention")(image, target=target).relevance
+    ours = explainer.using("relevance_per_attention")(image, target=target).relevance
     assert golden.relative_error(ours, expected.detach()) < 1e-10
 
 
@@ -209,8 +206,8 @@ def test_attnlrp_equals_lxt() -> None:
     """The same model written with the functions of lxt, whose backward passes propagate relevance."""
     lxt = pytest.importorskip("lxt.explicit.functional", reason="lxt is not installed")
     identity = pytest.importorskip("lxt.explicit.rules").identity
-    model, x, target = models.build("timm_vit"), models.inputs("timm_vit", batch=2)["x"], torch.tensor([2, 4])
-    ours = fastrel.Explainer(model, "attnlrp")(x, target=target).relevance
+    explainer, x, target = models.explainer("timm_vit"), models.inputs("timm_vit", batch=2)["x"], torch.tensor([2, 4])
+    ours, model = explainer.using("attnlrp")(x, target=target).relevance, explainer.model
 
     def linear(layer: torch.nn.Module, x: Tensor) -> Tensor:
         return lxt.linear_epsilon(x, layer.weight, layer.bias, 1e-12)
@@ -281,18 +278,18 @@ def test_encoder_decoder_attention_of_detr(method: str) -> None:
 @pytest.mark.parametrize("name", ["timm_vit", "timm_vit_mean_pooled"])
 def test_legrad_is_the_positive_gradient_of_all_maps_by_autograd(name: str) -> None:
     """The authors' sum over blocks of the mean over heads and queries, the score being the model's output in every block."""
-    model, x, target = models.build(name), models.inputs(name, batch=2)["x"], torch.tensor([2, 4])
+    explainer, x, target = models.explainer(name), models.inputs(name, batch=2)["x"], torch.tensor([2, 4])
     maps: list[Tensor] = []
 
     def kept_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
         maps.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
         return maps[-1] @ v
 
-    ours = fastrel.Explainer(model, "legrad")(x, target=target).relevance
-    late = fastrel.Explainer(model, "legrad", start_layer=-1)(x, target=target).relevance
+    ours = explainer.using("legrad")(x, target=target).relevance
+    late = explainer.using("legrad", start_layer=-1)(x, target=target).relevance
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", kept_attention)
-        score = model(x).gather(1, target[:, None]).sum()
+        score = explainer.model(x).gather(1, target[:, None]).sum()
     gradients = torch.autograd.grad(score, maps)
     expected = torch.stack([g.clamp(min=0).mean((1, 2)) for g in gradients])
     assert golden.relative_error(ours, expected.sum(0)) < 1e-10
@@ -349,11 +346,11 @@ def test_attention_guided_cam_needs_the_scores_of_its_maps() -> None:
 @pytest.mark.parametrize("name", ["hf_bert", "hf_bert_eager"])
 def test_attcat_equals_its_definition_and_ignores_padding(name: str) -> None:
     """Gradient times what each block reads, times the attention that the token receives: the authors' code, text by text."""
-    model, given, target = models.build(name), models.inputs(name, batch=2), torch.tensor([3, 1])
+    given, target = models.inputs(name, batch=2), torch.tensor([3, 1])
     eager = models.build("hf_bert_eager")
-    eager.load_state_dict(model.state_dict())
+    explainer = models.explainer(name).using("attcat")
+    eager.load_state_dict(explainer.model.state_dict())
     given["attention_mask"][1, 8:] = 0
-    explainer = fastrel.Explainer(model, "attcat")
     ours = explainer(**given, target=target).relevance
     for i, length in enumerate((12, 8)):
         alone = {key: x[i : i + 1, :length] for key, x in given.items()}
@@ -366,18 +363,18 @@ def test_attcat_equals_its_definition_and_ignores_padding(name: str) -> None:
 
 
 def test_methods_that_read_all_maps_give_padding_nothing() -> None:
-    model, given = models.build("hf_bert"), models.inputs("hf_bert", batch=2)
+    given = models.inputs("hf_bert", batch=2)
     given["attention_mask"][1, 8:] = 0
     for name in ("legrad", "attention_guided_cam", "attcat"):
-        relevance = fastrel.Explainer(model, name)(**given, target=[1, 4]).relevance
+        relevance = models.explainer("hf_bert").using(name)(**given, target=[1, 4]).relevance
         assert relevance[1, :8].any()
         assert not relevance[1, 8:].any()
 
 
 def test_attention_flow_equals_networkx() -> None:
-    model, x = models.build("timm_vit"), models.inputs("timm_vit", batch=1)["x"]
-    blocks = fastrel.Explainer(model, "rollout").trace(x)
-    ours = fastrel.Explainer(model, "attention_flow")(x).relevance[0]
+    explainer, x = models.explainer("timm_vit"), models.inputs("timm_vit", batch=1)["x"]
+    blocks = explainer.using("rollout").trace(x)
+    ours = explainer.using("attention_flow")(x).relevance[0]
     graph = networkx.DiGraph()
     for depth, block in enumerate(blocks):
         step = (block.attention[0].mean(0) + torch.eye(17)) / 2

@@ -4,6 +4,7 @@ from typing import Any
 from unittest import mock
 
 import hypothesis.strategies as st
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -15,10 +16,7 @@ from fastrel.graph import axes as axes_
 from fastrel.transform.context import add_rows
 from fastrel.transform.lanes import Branch, Lane, Part, Row
 from fastrel.transform.rollout import Rollout
-from tests.small import remembered
-
-#: Random transformers in CI.
-EXAMPLES = 300
+from tests.small import EXAMPLES, remembered
 
 slow = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -190,6 +188,7 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a, b, rtol=1e-8, atol=1e-12))
 
 
+@pytest.mark.slow
 @settings(slow, max_examples=EXAMPLES)
 @given(CHOICES)
 def test_every_small_transformer(choice: dict[str, Any]) -> None:

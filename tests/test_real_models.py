@@ -9,6 +9,8 @@ import fastrel
 from tests import golden_files as golden
 from tests import real_models
 
+pytestmark = pytest.mark.slow
+
 IMAGES, TEXTS = range(2), range(4)
 
 

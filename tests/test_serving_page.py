@@ -15,6 +15,8 @@ import fastrel
 from tests import tiny
 from tests.served import Server, picture, served
 
+pytestmark = pytest.mark.slow
+
 webdriver = pytest.importorskip("selenium.webdriver")
 pytestmark = pytest.mark.skipif(not shutil.which("chromium") or not shutil.which("chromedriver"), reason="no Chromium here")
 

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = json.loads(compiled.TABLE.read_text())
 
 
+@pytest.mark.slow
 def test_kernels_under_the_interpreter() -> None:
     """In a process of its own, because Triton decides at import."""
     command = [
@@ -66,6 +67,7 @@ def test_every_launch_fits_its_device(target: str) -> None:
         assert used.tensor_cores > 0 or not case.dots, f"{case.name} on {target} has no tensor-core instruction"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", COMPILED)
 def test_kernels_compile_to_what_was_written_down(resources: Any, target: str) -> None:
     """No more registers or memory than in the table; `python -m benchmarks.compiled --write` writes down what there is now."""
@@ -76,6 +78,7 @@ def test_kernels_compile_to_what_was_written_down(resources: Any, target: str) -
         assert used.shared <= 1.1 * expected["shared"], case.name
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_kernels_and_claims_no_name_of_others(tmp_path: Path) -> None:
     """`triton_kernels` at the top level of site-packages is another project."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]

@@ -95,6 +95,7 @@ def targets_of(name: str) -> list[Any]:
 _tried: set[Any] = set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_rule_that_is_wrong_on_purpose_turns_it_red(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In any of its lanes."""

@@ -22,6 +22,8 @@ from fastrel.backends import triton
 from tests.devices.recorder import GRID_LIMITS, Variant, recorded, to_ttir
 from tests.devices.test_launches import every_operator
 
+pytestmark = pytest.mark.slow
+
 TARGET = GPUTarget("cuda", 90, 32)
 
 
