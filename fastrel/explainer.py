@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -200,7 +201,7 @@ class Explainer:
         """
         places = language.last_places(input_ids, attention_mask)
         masked = {} if attention_mask is None else {"attention_mask": attention_mask}
-        prediction = self.predict(input_ids=input_ids, **masked, **kwargs)
+        prediction = self._of_text(input_ids, **masked, **kwargs)
         logits = language.logits_of(prediction.output)
         batch, vocabulary = len(logits), logits.shape[2]
         if token is None:
@@ -234,12 +235,19 @@ class Explainer:
         """
         ids, after, mask = language.joined(input_ids, continuation, attention_mask)
         masked = {} if mask is None else {"attention_mask": mask}
-        prediction = self.predict(input_ids=ids, **masked, **kwargs)
+        prediction = self._of_text(ids, **masked, **kwargs)
         logits = language.logits_of(prediction.output)
         tokens = language.tokens_of(after, len(logits), logits.shape[2], "continuation", logits)
         count = tokens.shape[1]
         places = torch.arange(ids.shape[1] - 1 - count, ids.shape[1] - 1, device=logits.device).expand_as(tokens)
         return replace(prediction.explain(language.token_scores(places, tokens, None)), target=tokens)
+
+    def _of_text(self, ids: Tensor, **kwargs: Any) -> Prediction:
+        """The prediction of token ids, which are `input_ids` where the model has an input of that name, else its first."""
+        takes = inspect.signature(self._engine.model.forward).parameters.values()
+        if any(one.name == "input_ids" or one.kind is one.VAR_KEYWORD for one in takes):
+            return self.predict(input_ids=ids, **kwargs)
+        return self.predict(ids, **kwargs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Capture for inputs like these ahead of the first call, which then takes no longer than others.

@@ -13,12 +13,15 @@ from fastrel.outputs import logits_in
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits [B, T, V] in what a language model returns.
+    """The logits [B, T, V] in what a language model returns: of a tuple, such as (logits, loss), the one item of that shape.
 
     Raises:
         InputError: there are none.
     """
     found = logits_in(output)
+    if found is None and isinstance(output, (tuple, list)):
+        fitting = [x for x in output if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 3]
+        found = fitting[0] if len(fitting) == 1 else None
     if not isinstance(found, Tensor) or found.dim() != 3:
         shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
         raise InputError(f"a language model returns logits [B, T, V]; this one returned {shape}")

@@ -268,7 +268,7 @@ def _heads_from(theirs: list[Tensor], ours: BlockTrace) -> list[Tensor]:
         return []
     heads = size[-3] if first.dim() == 5 and first.shape[2] == 1 else 1
     same = [x for x in theirs[:heads] if x.shape == first.shape]
-    return same if len(same) == heads else [first]
+    return same if len(same) == heads else []
 
 
 def _maps_apart(ours: BlockTrace, theirs: Tensor) -> float:

@@ -127,6 +127,25 @@ def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(config).double().eval()
 
 
+class HomeMade(nn.Module):
+    """A language model as tutorials write it: its ids are not called input_ids, and it returns (logits, loss)."""
+
+    def __init__(self, gpt2: nn.Module) -> None:
+        super().__init__()
+        self.gpt2 = gpt2
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return self.gpt2(idx, use_cache=False).logits, None
+
+
+def test_home_made_language_models_are_asked_like_others(gpt2: nn.Module) -> None:
+    ids = torch.randint(0, 50, (2, 6))
+    ours, theirs = fastrel.Explainer(HomeMade(gpt2)), fastrel.Explainer(gpt2)
+    torch.testing.assert_close(ours.next_token(ids, token=4).relevance, theirs.next_token(ids, token=4).relevance)
+    found = ours.continuation(ids, torch.tensor([[4, 5], [6, 7]]))
+    torch.testing.assert_close(found.relevance, theirs.continuation(ids, torch.tensor([[4, 5], [6, 7]])).relevance)
+
+
 def test_the_next_token_is_explained(gpt2: nn.Module) -> None:
     explainer, prompt = fastrel.Explainer(gpt2), torch.randint(3, 50, (2, 6))
     likely = gpt2(prompt).logits[:, -1].argmax(1)
