@@ -95,13 +95,13 @@ def fused(n: int, dtype: torch.dtype) -> None:
     lane, wide = on_gpu(1, n, 5, 64), on_gpu(192, 64, dtype=dtype)
     part = wide.narrow(0, 128, 64)
     for z in zplus_sums.zplus_sums(*(value, part, value, None) * 4, reduced=False):
-        linear_(value, part, value, None, lane, lane, "positive", sums=z, slope=value)
+        linear_(value, part, value, None, lane, lane, "positive", sums=z, formed=True, slope=value, divisor=z)
         linear_(value, part, value, None, lane, on_gpu(1, n, 5, 192), "positive", sums=z, w_grad=wide)
     q, row, options = on_gpu(n, 2, 5, 32, dtype=dtype), on_gpu(1, n, 5), (0.125, False, 0, "positive", "gradient_relevance")
     of_heads = on_gpu(1, n, 2, 5, 32)
     through = kernels[ops.attention_relevance](q, q, q, None, of_heads, of_heads, row, *options, False, True, parts=True)[7]
     half_block = layer_norm_backward.half_block
-    half_block(lane, value, None, 1, 1e-5, lane, value, value, lane, lane, through, row)
+    half_block(lane, value, None, 1, 1e-5, lane, value, value, lane, lane, through, row, on_gpu(5 * n, 64))
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 4096])
