@@ -161,7 +161,8 @@ def half_block(
         out_ptr=out, rel_u_ptr=rel_u, rel_v_ptr=rel_v,
         rows=x.numel() // width, width=width, heads=heads, tokens=tokens, eps=eps, WEIGHTED=weight is not None,
         GRAD_ADDED=grad_beside is not None, REL_ADDED=rel_beside is not None,
-        DIVISOR=divisor is not None, THROUGH=through is not None, ROW=row is not None, **_blocking(width), HEADS=triton.next_power_of_2(heads),
+        DIVISOR=divisor is not None, THROUGH=through is not None, ROW=row is not None,
+        HEADS=triton.next_power_of_2(heads), **_blocking(width),
     )  # fmt: skip
     return out, rel_u, rel_v, total
 

@@ -238,7 +238,7 @@ class _Fusion:
         """v + u for u + v."""
         u, v = half.args[6:8]
         half.args = (*half.args[:6], v, u, *half.args[8:])
-        for use in half.users:
+        for use in list(half.users):
             if use.args[1] in (1, 2):
                 use.args = (half, 3 - use.args[1])
 

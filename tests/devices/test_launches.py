@@ -21,6 +21,7 @@ import triton.language as tl
 from fastrel.triton_kernels import configs, layer_norm_backward, zplus_sums
 
 import fastrel
+from benchmarks import roofline
 from fastrel import backends, ops
 from fastrel.backends import triton
 from fastrel.backends.common import Call
@@ -271,6 +272,24 @@ def test_an_explanation_keeps_to_its_launches(precision: str, dtype: torch.dtype
         assert launches.count <= BUDGET
         assert seen.kernels == []
         assert [name for name in seen.operators if "to_copy" in name] == []
+
+
+def test_the_roofline_counts_what_is_launched() -> None:
+    """A block of the reverse pass: its launches at batch 1, and what its passes without products move."""
+    device = roofline.DEVICES[1]
+    model, given = _vit(torch.float32)
+    small = roofline.Model("", 12, 128, 512, 2, 17)
+    with recorded(90) as seen:
+        launches = Launches(seen, *lowered(model, given, DEVICE), DEVICE)
+        launches.explain(1)
+        names = [launch.name for launch in seen.launches]
+        first, second = [i for i, name in enumerate(names) if name == "attention_rows_kernel"][4:6]
+        assert len(list(roofline.reverse(device, small, 1, 4, "float32"))) == second - first
+        launches.explain(64)
+        recorded_ = [launch for launch in seen.launches if launch.name == "half_block_kernel"][-1]
+    moved = {id(x): x.numel() * x.element_size() for x in recorded_.arguments.values() if isinstance(x, Tensor)}
+    counted = [work.bytes for work in roofline.reverse(device, small, 64, 4, "float32") if work.operator == "half block"]
+    assert min(counted) == pytest.approx(sum(moved.values()), rel=0.01)
 
 
 def test_the_last_blocks_lanes_lie_on_the_row_that_is_read() -> None:
