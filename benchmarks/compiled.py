@@ -70,7 +70,7 @@ class Resources:
 
 
 #: What tells variants of a kernel apart, in their names.
-FLAGS = ("REL_IN", "GRAD_IN", "DIVIDE", "APART", "SLOPE", "THROUGH")
+FLAGS = ("REL_IN", "GRAD_IN", "DIVIDE", "APART", "SLOPE", "DIVISOR", "THROUGH")
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -102,7 +102,10 @@ def _block(dtype: torch.dtype, purpose: Any = None, n: int = 197, d: int = 768) 
     parts = [x for (x, y, bias), w in zip(values, prepared, strict=True) for x in (x, w[0], y, bias)]
     sums = zplus_sums.zplus_sums(*parts, reduced=bool(purpose))
     for i, ((x, y, bias), w, z) in enumerate(zip(values, prepared, sums, strict=True)):
-        lane, given = _empty(1, *y.shape), {"sums": z, **({"slope": x} if i == 0 else {})}
+        lane, given = (
+            _empty(1, *y.shape),
+            {"sums": z, "formed": i < 3, **({"slope": x, "divisor": sums[1]} if i == 0 else {})},
+        )
         grad = _empty(1, 1, n, 3 * d) if i == 3 else lane
         if purpose:
             w_grad = kernels[ops.reduced_weight](qkv, "gradient")[0] if i == 3 else w[0]
@@ -114,8 +117,9 @@ def _block(dtype: torch.dtype, purpose: Any = None, n: int = 197, d: int = 768) 
 def _half_block(dtype: torch.dtype) -> None:
     value, lane = _empty(1, 197, 768, dtype=dtype), _empty(1, 1, 197, 768)
     through, row, weight = _empty(1, 1, 12, 197), _empty(1, 1, 197), _empty(768, dtype=dtype)
-    layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, None, None)
-    layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, through, row)
+    z = _empty(197, 768)
+    layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, None, None, z)
+    layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, through, row, z)
 
 
 def _attention(d: int, dtype: torch.dtype, rules: str, masked: bool, batch: int = 2) -> None:

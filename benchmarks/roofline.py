@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastrel.triton_kernels import configs
 
@@ -127,95 +127,169 @@ def tiled(operator: str, tile: configs.Tile, m: int, n: int, k: int, dots: int, 
     return Work(operator, dots * product(m, n, k), bytes, precision, read, steps * loop * tile.warps, programs)
 
 
-def linears(model: Model) -> Iterator[tuple[int, int, int]]:
-    """(inputs, outputs, outputs that carry relevance) of a block's linear layers: of q, k and v only v does."""
-    d = model.features
-    yield from ((d, 3 * d, d), (d, d, d), (d, model.hidden, model.hidden), (model.hidden, d, d))
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer on the way back: inputs, outputs that carry relevance and those that carry a gradient; whether gelu comes before
+    it, and whether another layer does, which takes what this one gives."""
+
+    ins: int
+    outs: int
+    grad_outs: int
+    after_gelu: bool = False
+    next: bool = False
+
+
+def layers(model: Model) -> tuple[Layer, ...]:
+    """Of a block, the last first: of q, k and v only v has relevance."""
+    d, hidden = model.features, model.hidden
+    return Layer(hidden, d, d, True, True), Layer(d, hidden, hidden), Layer(d, d, d), Layer(d, d, 3 * d)
 
 
 def forward(model: Model, batch: int, width: int) -> Iterator[Work]:
     """One block of the model's own forward pass in float32 without TF32, or in bfloat16."""
     n, d = batch * model.tokens, model.features
     precision = "float32" if width == 4 else "bfloat16"
-    for ins, outs, _ in linears(model):
-        yield vendor("linear", n, outs, ins, precision, width)
+    for layer in layers(model):
+        yield vendor("linear", n, layer.grad_outs, layer.ins, precision, width)
     yield Work("attention", 4.0 * batch * model.tokens**2 * d, width * 4 * n * d, precision, triton=False)
     for name, moved in (("norm", 2 * d), ("norm", 2 * d), ("add", 3 * d), ("add", 3 * d), ("gelu", 2 * model.hidden)):
         yield Work(name, 0.0, width * n * moved, triton=False)
 
 
-def _loop(device: Device, kernel: str, label: str) -> int:
-    """Instructions of a kernel's loop over tiles in what tests/golden/triton_resources.json keeps; 0 if it keeps none."""
-    kept = json.loads(compiled.TABLE.read_text()).get(device.target, {})
-    return next((used.get("loop", 0) for name, used in kept.items() if name.startswith(f"{kernel} {label}")), 0)
+def _loop(device: Device, kernel: str, label: str, flags: str = "") -> int:
+    """Instructions of a kernel's loop over tiles in what tests/golden/triton_resources.json keeps.
+
+    Raises:
+        LookupError: it keeps no such kernel.
+    """
+    kept = json.loads(compiled.TABLE.read_text())[device.target]
+    for name, used in kept.items():
+        if name.startswith(f"{kernel} {label}") and name.endswith(flags):
+            return int(used["loop"])
+    raise LookupError(f"no {kernel} {label} … {flags} for {device.target}")
 
 
-def layer(device: Device, n: int, ins: int, outs: int, width: int, precision: str) -> Iterator[Work]:
-    """The reverse pass of a linear layer, both lanes, as `zplus_linear` and `zplus_linear_reduced` choose it."""
-    capability = int(device.target.removeprefix("sm_"))
-    parts = 2 if precision == "float32" else 1
+def kind_of(width: int, precision: str) -> str:
+    """How the fused kernels multiply, by the name that `configs` has for it."""
+    return {"float32": "float32" if width == 4 else "split", "mixed": "bfloat16", "low": "float8"}[precision]
+
+
+PEAKS = {"float32": "tf32x3", "split": "bfloat16", "bfloat16": "bfloat16", "float8": "float8"}
+LABELS = {"float32": "float32", "split": "bfloat16", "bfloat16": "bfloat16 mixed", "float8": "bfloat16 low"}
+
+
+def together(n: int, precision: str) -> bool:
+    """Whether Z of a block's layers is formed in one launch."""
+    return n < configs.MANY_ROWS and precision != "low"
+
+
+def shares(device: Device, layer: Layer, n: int, width: int, precision: str) -> Work:
+    """Z of a layer, and S unless that is formed elsewhere."""
+    kind, capability = kind_of(width, precision), int(device.target.removeprefix("sm_"))
+    tile = configs.product(configs.SHARES, kind, n, capability)
+    stored, weight, value = _widths(kind, width, precision)
+    moved = value * n * layer.ins + weight * layer.outs * layer.ins + n * layer.outs * (width + stored)
+    label, kernel = f"{LABELS[kind]} block", "zplus_sums_kernel"
+    if not together(n, precision):
+        moved += 4 * n * layer.outs
+        label, kernel = (
+            {"float32": "float32 many rows", "split": "bfloat16 ieee"}.get(kind, LABELS[kind]),
+            "zplus_shares_kernel",
+        )
+    loop = _loop(device, kernel, label)
+    dots = 2 if kind == "split" else 1
+    return tiled("zplus_shares", tile, n, layer.outs, layer.ins, dots, (value, weight), PEAKS[kind], moved, loop)
+
+
+def _widths(kind: str, width: int, precision: str) -> tuple[int, int, int]:
+    """Bytes of S, of a weight and of a value as the fused kernels have them."""
+    weight = 1 if kind == "float8" else width if precision == "float32" else 2
+    return 4 if precision == "float32" else 2, weight, 1 if kind == "float8" else width
+
+
+def linear(device: Device, layer: Layer, n: int, width: int, precision: str) -> Iterator[Work]:
+    """The reverse pass of a linear layer, both lanes, as `zplus_linear` and `zplus_linear_reduced` choose it; without Z where that is
+    formed for several layers at once."""
+    ins, outs, more = layer.ins, layer.outs, layer.grad_outs
     if (width == 2 or precision == "mixed") and precision != "low" and configs.products_first(n, (outs, ins)):
         exact = precision == "float32"
+        parts = 2 if exact else 1
         yield Work("passes", 0.0, n * ins * (width + (4 if exact else 2)))
         yield vendor("products", n, outs, 2 * ins if exact else ins, "bfloat16")
-        yield Work("passes", 0.0, n * outs * (12 + 4 * parts + (0 if exact else width)))
+        yield Work(
+            "passes",
+            0.0,
+            n * outs * (8 + 2 * parts + (0 if exact else width)) + (n * outs * (4 + 2 * parts)) * (more == outs),
+        )
         yield vendor("products", n, 2 * ins, parts * outs, "bfloat16")
-        yield vendor("products", n, ins, parts * outs, "bfloat16")
         yield Work("passes", 0.0, n * ins * (width + 12))
+        if more > outs:
+            yield Work("passes", 0.0, n * more * (4 + 2 * parts))
+        yield vendor("products", n, ins, parts * more, "bfloat16")
+        if layer.after_gelu:
+            yield Work("gelu cast", 0.0, n * ins * (width + 4), triton=False)
+            yield Work("gelu backward", 0.0, n * ins * 12, triton=False)
         return
-    kind = {"float32": "float32" if width == 4 else "split", "mixed": "bfloat16", "low": "float8"}[precision]
-    peak = {"float32": "tf32x3", "split": "bfloat16", "bfloat16": "bfloat16", "float8": "float8"}[kind]
-    label = {
-        "float32": "float32 many rows",
-        "split": "bfloat16 ieee",
-        "bfloat16": "float32 mixed",
-        "float8": "float32 low",
-    }[kind]
-    if kind == "float32" and n < configs.MANY_ROWS:
-        label = "float32 tf32x3"
-    stored, weight = (4, width) if precision == "float32" else (2, 1 if kind == "float8" else 2)
-    tile = configs.product(configs.SHARES, kind, n, capability)
-    value = 1 if kind == "float8" else width
-    if kind == "float8":
-        yield Work("passes", 0.0, n * ins * (width + 1))
-    moved = value * n * ins + weight * outs * ins + n * outs * (width + 4 + stored)
-    dots = 2 if kind == "split" else 1
-    loop = _loop(device, "zplus_shares_kernel", label)
-    yield tiled("zplus_shares", tile, n, outs, ins, dots, (value, weight), peak, moved, loop)
-    tile = configs.product(configs.BACK, kind, n, capability)
-    moved = n * outs * (stored + 4) + weight * outs * ins + n * ins * (width + 8)
-    dots = 6 if kind == "split" else 3
-    loop = _loop(device, "zplus_back_kernel", label)
-    yield tiled("zplus_back", tile, n, ins, outs, dots, (stored + 4, weight), peak, moved, loop)
+    kind, capability = kind_of(width, precision), int(device.target.removeprefix("sm_"))
+    few, apart = together(n, precision), more > outs
+    stored, weight, _ = _widths(kind, width, precision)
+    if not few:
+        if kind == "float8":
+            yield Work("passes", 0.0, n * ins * (width + 1))
+        yield shares(device, layer, n, width, precision)
+    divided = f"{kind}, divided"
+    tile = configs.product(configs.BACK, divided if few and divided in configs.BACK else kind, n, capability)
+    read = 8 if few and apart else 4 if few else stored  # R and Z, or S
+    moved = n * (outs * read + more * 4) + weight * (outs + more * apart) * ins + n * ins * (width + 8)
+    moved += n * ins * (width * layer.after_gelu + 4 * (few and layer.next))
+    label = f"{LABELS[kind]} block" + (", many rows" if kind == "float32" and not few else "")
+    flags = "apart" if apart else ""
+    loop = _loop(device, "zplus_back_kernel", label, flags)
+    parts = 2 if kind == "split" else 1
+    together_ = tiled("zplus_back", tile, n, ins, outs, parts * (2 if apart else 3), (read + 4 * (not apart), weight), PEAKS[kind],
+                      moved, loop)  # fmt: skip
+    if not apart:
+        yield together_
+        return
+    # A second loop with one product for two; it is taken to issue half as much.
+    second = tiled("zplus_back", tile, n, ins, more, parts, (4, weight), PEAKS[kind], 0.0, loop // 2)
+    yield replace(
+        together_,
+        flop=together_.flop + second.flop,
+        l2=together_.l2 + second.l2,
+        issued=together_.issued + second.issued,
+    )
 
 
 def reverse(device: Device, model: Model, batch: int, width: int, precision: str) -> Iterator[Work]:
-    """One block of the reverse pass; lanes are float32. Elementwise launches as the graph makes them (tests count them)."""
+    """One block of the reverse pass; lanes are float32. Launches and what they move as recorded (tests/devices/test_launches.py)."""
     n, d = batch * model.tokens, model.features
-    for ins, outs, relevant in linears(model):
-        yield from layer(device, n, ins, relevant, width, precision)
-        if relevant < outs:  # the gradient of q, k and v, as one
-            if width == 2 or precision != "float32":
-                parts = 2 if precision == "float32" else 1
-                yield Work("passes", 0.0, n * outs * (4 + 2 * parts))
-                yield vendor("products", n, ins, parts * outs, "bfloat16")
-            else:
-                yield vendor("products", n, ins, outs, "float32", 4)
+    if together(n, precision):
+        one = [shares(device, layer, n, width, precision) for layer in layers(model)]
+        yield replace(
+            one[0],
+            flop=sum(work.flop for work in one),
+            bytes=sum(work.bytes for work in one),
+            l2=sum(work.l2 for work in one),
+            issued=sum(work.issued for work in one),
+            programs=sum(work.programs for work in one),
+        )
+    for layer in layers(model):
+        yield from linear(device, layer, n, width, precision)
     maps = float(batch) * model.tokens**2 * d
     attention = "tf32" if width == 2 else "tf32x3"
     # Dots of rows, queries and keys; in TF32 A V counts twice, in float32 scores and g V are formed once more for relevance.
-    for name, dots, lanes in (
+    rows, *sweeps = (
         (("rows", 5, 3), ("queries", 4, 4), ("keys", 7, 6)) if width == 2
         else (("rows", 3, 3), ("queries", 4, 4), ("keys", 6, 5), ("keys", 3, 3))
-    ):  # fmt: skip
+    )  # fmt: skip
+    if configs.together("tf32" if width == 2 else "float32", d // model.heads, n, int(device.target.removeprefix("sm_"))):
+        sweeps = [("lanes", sum(dots for _, dots, _ in sweeps), sum(lanes for _, _, lanes in sweeps))]
+    for name, dots, lanes in (rows, *sweeps):
         yield Work(f"attention {name}", 2.0 * maps * dots, (width * 3 + 4 * lanes) * n * d, attention)
-    for _ in range(2):
-        yield Work("residual share", 0.0, n * d * (2 * width + 16))
-        yield Work("norm again", 0.0, n * d * 2 * width, triton=False)
-        yield Work("norm backward", 0.0, n * d * (width + 12))
-    yield Work("gelu again", 0.0, n * model.hidden * 2 * width, triton=False)
-    yield Work("gelu backward", 0.0, n * model.hidden * (width + 8), triton=False)
-    yield Work("row", 0.0, 4 * batch * model.tokens * (model.heads + 3), triton=False)
+    divisor = 4 if together(n, precision) else 0
+    for through in (0, 4 * n * (model.heads + 2)):
+        yield Work("half block", 0.0, n * d * (3 * width + 28 + divisor) + through)
 
 
 KINDS = (("float32", 4, "float32"), ("bfloat16 model", 2, "float32"), ("mixed", 2, "mixed"), ("low", 2, "low"))
@@ -258,10 +332,10 @@ def products(model: Model, batch: int) -> None:
         for name, width, precision in KINDS:
             if precision == "low" and "float8" not in device.tflops:
                 continue
-            for ins, _, relevant in linears(model):
-                for work in layer(device, batch * model.tokens, ins, relevant, width, precision):
+            for layer in layers(model):
+                for work in linear(device, layer, batch * model.tokens, width, precision):
                     times = " | ".join(f"{1e6 * seconds:.0f}" for seconds in work.bounds(device).values())
-                    print(f"| {device.name} | {name} | {work.operator} {ins} → {relevant} | {times} |")
+                    print(f"| {device.name} | {name} | {work.operator} {layer.ins} → {layer.outs} | {times} |")
 
 
 #: The reverse pass of ViT-B at batch 64 on an H100, ms: what was claimed before L2, issue and launches were counted, the code of then

@@ -4,11 +4,12 @@ import torch
 import triton
 import triton.language as tl
 from fastrel.triton_kernels.launch import dense, on_its_device
-from fastrel.triton_kernels.math import share
+from fastrel.triton_kernels.math import safe_divide, share
 from fastrel.triton_kernels.residual_add import residual_add_of_sum
 from torch import Tensor
 
 from fastrel import ops
+from fastrel.reference import rules
 
 #: Numbers that fit into a program: wider rows are left to torch.
 WIDEST = 65536
@@ -55,11 +56,13 @@ def half_block_kernel(
     grad_beside_ptr,  # [lanes, width]
     u_ptr, v_ptr,  # [rows, width]
     rel_ptr, rel_beside_ptr,  # [lanes, width]
+    z_ptr,  # [rows, width]
     through_ptr,  # [samples, heads, tokens], samples · tokens = lanes
     row_ptr, row_out_ptr,  # [lanes]
     out_ptr, rel_u_ptr, rel_v_ptr,  # [lanes, width]
     rows, width, heads, tokens, eps,
     WEIGHTED: tl.constexpr, GRAD_ADDED: tl.constexpr, REL_ADDED: tl.constexpr,
+    DIVISOR: tl.constexpr,  # R_v ⊘ Z instead of R_v
     THROUGH: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     at, c = tl.program_id(0).to(tl.int64) * width, tl.arange(0, BLOCK)
@@ -73,6 +76,8 @@ def half_block_kernel(
     if REL_ADDED:
         b_rel += tl.load(rel_beside_ptr + at + c, mask=inside, other=0.0)
     rel_u, rel_v = share(b_u, b_v, b_rel)
+    if DIVISOR:
+        rel_v = safe_divide(rel_v, tl.load(z_ptr + value + c, mask=inside, other=1.0), False)
     tl.store(rel_u_ptr + at + c, rel_u, mask=inside)
     tl.store(rel_v_ptr + at + c, rel_v, mask=inside)
     if THROUGH:
@@ -123,10 +128,14 @@ def half_block(
     rel_beside: Tensor | None,
     through: Tensor | None = None,
     row: Tensor | None = None,
+    divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`layer_norm_backward_beside` and `residual_add_of_sum` of one value x = u + v in one launch: between a layer and the one before
-    it on the way back there is nothing else. And r + r M [K, B, T] by the heads' own parts of r M, `through` [K, B, h, T], with
-    `row` r [K, B, T]; without it r M."""
+    it on the way back there is nothing else.
+
+    And r + r M [K, B, T] by the heads' own parts of r M, `through` [K, B, h, T], with `row` r [K, B, T]; without it r M. divisor: Z of
+    the layer that v comes from, [rows, width]; R_v is then its S.
+    """
     width = x.shape[-dims:].numel()
     none = rel.new_empty(0)
     alike = grad.shape == rel.shape and u.shape == x.shape == v.shape
@@ -135,7 +144,8 @@ def half_block(
     if width > WIDEST or not alike:
         out = layer_norm_backward_beside(grad, x, weight, dims, eps, grad_beside)
         total = none if through is None else through.sum(2) if row is None else through.sum(2) + row
-        return out, *residual_add_of_sum(u, v, rel, rel_beside), total
+        rel_u, rel_v = residual_add_of_sum(u, v, rel, rel_beside)
+        return out, rel_u, rel_v if divisor is None else rules.safe_divide(rel_v, divisor.view(v.shape)), total
     grad, x, u, v, rel = (dense(one) for one in (grad, x, u, v, rel))
     out, rel_u, rel_v = (torch.empty_like(rel) for _ in range(3))
     heads, tokens, total = 1, 1, none
@@ -146,11 +156,13 @@ def half_block(
         grad_ptr=grad, x_ptr=x, weight_ptr=x if weight is None else dense(weight),
         grad_beside_ptr=grad if grad_beside is None else dense(grad_beside), u_ptr=u, v_ptr=v, rel_ptr=rel,
         rel_beside_ptr=rel if rel_beside is None else dense(rel_beside),
-        through_ptr=rel if through is None else through, row_ptr=rel if row is None else dense(row), row_out_ptr=total,
+        z_ptr=rel if divisor is None else divisor, through_ptr=rel if through is None else through,
+        row_ptr=rel if row is None else dense(row), row_out_ptr=total,
         out_ptr=out, rel_u_ptr=rel_u, rel_v_ptr=rel_v,
         rows=x.numel() // width, width=width, heads=heads, tokens=tokens, eps=eps, WEIGHTED=weight is not None,
         GRAD_ADDED=grad_beside is not None, REL_ADDED=rel_beside is not None,
-        THROUGH=through is not None, ROW=row is not None, **_blocking(width), HEADS=triton.next_power_of_2(heads),
+        DIVISOR=divisor is not None, THROUGH=through is not None, ROW=row is not None,
+        HEADS=triton.next_power_of_2(heads), **_blocking(width),
     )  # fmt: skip
     return out, rel_u, rel_v, total
 

@@ -184,6 +184,7 @@ def zplus_back_kernel(
     w_ptr,  # [outs, ins]
     w_grad_ptr,  # [grad_outs, ins]
     slope_ptr,  # [n, ins], slope_row numbers from row to row: what x is the gelu of
+    divisor_ptr,  # [n, ins]
     rel_in_ptr,  # [lanes, ins]
     grad_in_ptr,  # [lanes, ins]
     top_ptr,  # [lanes, tops]
@@ -194,6 +195,7 @@ def zplus_back_kernel(
     DIVIDE: tl.constexpr,  # S = R ⊘ Z
     OFFICIAL: tl.constexpr,
     SLOPE: tl.constexpr,  # 1: gelu, 2: its approximation
+    DIVISOR: tl.constexpr,  # R' ⊘ this instead of R'
     SCALED: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, DOT_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TOPS: tl.constexpr,
 ):  # fmt: skip
@@ -248,6 +250,9 @@ def zplus_back_kernel(
     rel = positive(b_x) * c_pos + negative(b_x) * c_neg
     if SCALED:
         rel = rel * b_scale[:, None]
+    if DIVISOR:
+        p_z = divisor_ptr + (row % n)[:, None] * ins + i[None, :]
+        rel = safe_divide(rel, tl.load(p_z, mask=inside, other=1.0), OFFICIAL)
     at = row[:, None] * ins + i[None, :]
     tl.store(rel_in_ptr + at, rel, mask=inside)
     if HAS_GRAD:
@@ -272,28 +277,32 @@ def zplus_linear(
     rules: str,
     w_grad: Tensor | None = None,
     sums: Tensor | None = None,
+    formed: bool = False,
     slope: Tensor | None = None,
     approximate: str = "none",
+    divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fastrel::zplus_linear` with operands of float32, bfloat16 or float16 and lanes of float32.
 
     Z is formed from both signed products, except in float32 where the layer's own output is given: one that was rounded to
     16 bits has no digits left for a difference.
 
-    w_grad [grad_outs, ins]: where the gradient is of other outputs than relevance. sums: Z, formed before (`zplus_sums`).
-    slope: what x is the gelu of; the gradient goes through that, too.
+    w_grad [grad_outs, ins]: where the gradient is of other outputs than relevance. sums: Z, formed before (`zplus_sums`); formed: then
+    `rel` is S already. slope: what x is the gelu of; the gradient goes through that, too. divisor: Z of the layer before, [n, ins], of
+    which R' becomes the S.
     """
     by_library = x.dtype == weight.dtype == torch.bfloat16 and configs.products_first(
         x.numel() // x.shape[-1], weight.shape
     )
     if grad is not None and w_grad is not None and (by_library or grad.shape[:-1] != rel.shape[:-1]):
-        rel_in, _ = zplus_linear(x, weight, y, bias, rel, None, rules, sums=sums)
+        rel_in, _ = zplus_linear(x, weight, y, bias, rel, None, rules, sums=sums, formed=formed)
         return rel_in, zplus_products.matmul(grad, w_grad)
     if by_library:
         rel_in, grad_in = zplus_products.linear(x, weight, weight, None, None, rel, grad, rules, parts=2)
         return rel_in, _through_gelu(grad_in, slope, approximate)
+    later = (sums, formed, slope, approximate, divisor)
     y, w_grad = y if has_exact_output(weight, y) else None, weight if w_grad is None else w_grad
-    return _fused(kind_of(weight.dtype), x, weight, None, w_grad, y, bias, rel, grad, rules, sums, slope, approximate)
+    return _fused(kind_of(weight.dtype), x, weight, None, w_grad, y, bias, rel, grad, rules, *later)
 
 
 def has_exact_output(weight: Tensor, y: Tensor | None) -> bool:
@@ -313,23 +322,26 @@ def zplus_linear_reduced(
     rel: Tensor,
     grad: Tensor | None,
     sums: Tensor | None = None,
+    formed: bool = False,
     slope: Tensor | None = None,
     approximate: str = "none",
+    divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fastrel::zplus_linear_reduced` in the prepared weight's dtype, bfloat16 or float8_e4m3fn. |W| is formed in registers.
 
-    w_grad [grad_outs, ins], sums, slope: as `zplus_linear` takes them.
+    w_grad [grad_outs, ins] and what comes after it: as `zplus_linear` takes them.
     """
     kind = REDUCED[w.dtype]
     by_library = kind.name == "bfloat16" and configs.products_first(x.numel() // x.shape[-1], w.shape)
     apart = grad is not None and w_grad is not None and len(w_grad) != len(w)
     if grad is not None and w_grad is not None and apart and (by_library or grad.shape[:-1] != rel.shape[:-1]):
-        rel_in, _ = zplus_linear_reduced(x, w, w_abs, scales, None, y, bias, rel, None, sums=sums)
+        rel_in, _ = zplus_linear_reduced(x, w, w_abs, scales, None, y, bias, rel, None, sums=sums, formed=formed)
         return rel_in, zplus_products.reduced_matmul(grad, w_grad)
     if by_library:
         rel_in, grad_in = zplus_products.linear(x, w, w_grad, y, bias, rel, grad, "positive", parts=1)
         return rel_in, _through_gelu(grad_in, slope, approximate)
-    return _fused(kind, x, w, scales, w_grad, y, bias, rel, grad, "positive", sums, slope, approximate)
+    later = (sums, formed, slope, approximate, divisor)
+    return _fused(kind, x, w, scales, w_grad, y, bias, rel, grad, "positive", *later)
 
 
 def _through_gelu(grad: Tensor, x: Tensor | None, approximate: str) -> Tensor:
@@ -355,8 +367,10 @@ def _fused(
     grad: Tensor | None,
     rules: str,
     sums: Tensor | None,
+    formed: bool,
     slope: Tensor | None,
     approximate: str,
+    divisor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     outs, ins = w.shape
     rel = dense(rel)
@@ -371,21 +385,22 @@ def _fused(
     s, top, tops = (rel, unused, 1) if sums is not None else _shares(kind, given, w, scales, y, bias, rel, rules)
     rel_in = empty(*rel.shape[:-1], ins)
     grad_in = torch.empty_like(rel_in) if grad is not None else rel_in.new_empty(0)
-    divided = f"{kind.name}, divided"
-    how = divided if sums is not None and divided in configs.BACK else kind.name
+    divide = sums is not None and not formed
+    how = f"{kind.name}, divided" if sums is not None and f"{kind.name}, divided" in configs.BACK else kind.name
     tile = configs.product(configs.BACK, how, lanes, where)
     if w_grad is None or (w_grad.data_ptr() == w.data_ptr() and w_grad.dtype == w.dtype and w_grad.shape == w.shape):
         w_grad = w
     behind = None if slope is None else rows_of(slope, ins)
     zplus_back_kernel[(blocks(lanes, tile.m) * blocks(ins, tile.n),)](
-        x_ptr=given, s_ptr=s, z_ptr=unused if sums is None else sums, grad_ptr=unused if grad is None else dense(grad),
+        x_ptr=given, s_ptr=s, z_ptr=sums if sums is not None and divide else unused, grad_ptr=unused if grad is None else dense(grad),
         w_ptr=w, w_grad_ptr=w_grad, slope_ptr=unused if behind is None else behind,
+        divisor_ptr=unused if divisor is None else divisor,
         rel_in_ptr=rel_in, grad_in_ptr=grad_in, top_ptr=top,
         lanes=lanes, n=n, outs=outs, grad_outs=len(w_grad), ins=ins, tops=tops,
         x_row=given.stride(0), slope_row=ins if behind is None else behind.stride(0),
         w_row=w.stride(0), w_col=w.stride(1), w_grad_row=w_grad.stride(0), w_grad_col=w_grad.stride(1),
         HAS_GRAD=grad is not None, OWN_WEIGHT=w_grad is w, APART=grad is not None and len(w_grad) != outs,
-        DIVIDE=sums is not None, OFFICIAL=sums is not None and rules == "official",
+        DIVIDE=divide, OFFICIAL=(divide or divisor is not None) and rules == "official", DIVISOR=divisor is not None,
         SLOPE=SLOPES[approximate] if behind is not None and grad is not None else 0, SCALED=scaled, SPLIT=kind.split,
         DOT=kind.dot, DOT_GRAD=kind.dot_grad, PRECISION=kind.precision, TOPS=triton.next_power_of_2(tops) if scaled else 1,
         **options_of(tile),

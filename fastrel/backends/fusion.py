@@ -205,14 +205,42 @@ class _Fusion:
         if len(group) < 2:
             return
         parts = [x for layer in group for x in self._values(layer)]
+        first = group[0]
+        rel: Any = first.args[4 if first.target is self.linear else 7]
+        if rel.target is operator.getitem and rel.args[0].target is self.half_block:
+            first = rel.args[0]  # which may then divide by them
         for x in parts:
             if isinstance(x, fx.Node):
-                _move_before(x, group[0])
-        with self.graph.inserting_before(group[0]):
+                _move_before(x, first)
+        with self.graph.inserting_before(first):
             sums = self.graph.call_function(self.sums, tuple(parts), {"reduced": group[0].target is self.reduced})
             sums.meta = dict(group[0].meta)
-            for i, layer in enumerate(group):
-                layer.kwargs = {**layer.kwargs, "sums": self.graph.call_function(operator.getitem, (sums, i))}
+            found = [self.graph.call_function(operator.getitem, (sums, i)) for i in range(len(group))]
+        for layer, z in zip(group, found, strict=True):
+            formed = self._divided_where_it_is_made(layer, sums, z)
+            layer.kwargs = {**layer.kwargs, "sums": z, "formed": formed}
+
+    def _divided_where_it_is_made(self, layer: fx.Node, sums: fx.Node, z: fx.Node) -> bool:
+        """S = R ⊘ Z by what makes R for this layer alone, once for each number, and not where every tile of the layer reads it."""
+        rel: Any = layer.args[4 if layer.target is self.linear else 7]
+        if rel.target is not operator.getitem or len(rel.users) > 1:
+            return False
+        made, place = rel.args
+        if made.target is self.half_block and made > sums:
+            if place == 1:
+                self._exchange_operands(made)
+        elif made.target is not layer.target or place != 0 or made < sums:
+            return False
+        made.kwargs = {**made.kwargs, "divisor": z}
+        return True
+
+    def _exchange_operands(self, half: fx.Node) -> None:
+        """v + u for u + v."""
+        u, v = half.args[6:8]
+        half.args = (*half.args[:6], v, u, *half.args[8:])
+        for use in list(half.users):
+            if use.args[1] in (1, 2):
+                use.args = (half, 3 - use.args[1])
 
 
 def _is_sum(node: Any) -> bool:

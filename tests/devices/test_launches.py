@@ -21,6 +21,7 @@ import triton.language as tl
 from fastrel.triton_kernels import configs, layer_norm_backward, zplus_sums
 
 import fastrel
+from benchmarks import roofline
 from fastrel import backends, ops
 from fastrel.backends import triton
 from fastrel.backends.common import Call
@@ -95,13 +96,13 @@ def fused(n: int, dtype: torch.dtype) -> None:
     lane, wide = on_gpu(1, n, 5, 64), on_gpu(192, 64, dtype=dtype)
     part = wide.narrow(0, 128, 64)
     for z in zplus_sums.zplus_sums(*(value, part, value, None) * 4, reduced=False):
-        linear_(value, part, value, None, lane, lane, "positive", sums=z, slope=value)
+        linear_(value, part, value, None, lane, lane, "positive", sums=z, formed=True, slope=value, divisor=z)
         linear_(value, part, value, None, lane, on_gpu(1, n, 5, 192), "positive", sums=z, w_grad=wide)
     q, row, options = on_gpu(n, 2, 5, 32, dtype=dtype), on_gpu(1, n, 5), (0.125, False, 0, "positive", "gradient_relevance")
     of_heads = on_gpu(1, n, 2, 5, 32)
     through = kernels[ops.attention_relevance](q, q, q, None, of_heads, of_heads, row, *options, False, True, parts=True)[7]
     half_block = layer_norm_backward.half_block
-    half_block(lane, value, None, 1, 1e-5, lane, value, value, lane, lane, through, row)
+    half_block(lane, value, None, 1, 1e-5, lane, value, value, lane, lane, through, row, on_gpu(5 * n, 64))
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 4096])
@@ -271,6 +272,24 @@ def test_an_explanation_keeps_to_its_launches(precision: str, dtype: torch.dtype
         assert launches.count <= BUDGET
         assert seen.kernels == []
         assert [name for name in seen.operators if "to_copy" in name] == []
+
+
+def test_the_roofline_counts_what_is_launched() -> None:
+    """A block of the reverse pass: its launches at batch 1, and what its passes without products move."""
+    device = roofline.DEVICES[1]
+    model, given = _vit(torch.float32)
+    small = roofline.Model("", 12, 128, 512, 2, 17)
+    with recorded(90) as seen:
+        launches = Launches(seen, *lowered(model, given, DEVICE), DEVICE)
+        launches.explain(1)
+        names = [launch.name for launch in seen.launches]
+        first, second = [i for i, name in enumerate(names) if name == "attention_rows_kernel"][4:6]
+        assert len(list(roofline.reverse(device, small, 1, 4, "float32"))) == second - first
+        launches.explain(64)
+        recorded_ = [launch for launch in seen.launches if launch.name == "half_block_kernel"][-1]
+    moved = {id(x): x.numel() * x.element_size() for x in recorded_.arguments.values() if isinstance(x, Tensor)}
+    counted = [work.bytes for work in roofline.reverse(device, small, 64, 4, "float32") if work.operator == "half block"]
+    assert min(counted) == pytest.approx(sum(moved.values()), rel=0.01)
 
 
 def test_the_last_blocks_lanes_lie_on_the_row_that_is_read() -> None:

@@ -23,6 +23,7 @@ from fastrel import ops
 from fastrel.backends import fusion, triton
 from fastrel.graphed import run
 from fastrel.ops.library import REFERENCES
+from fastrel.reference.rules import safe_divide
 from tests import golden_files as golden
 from tests import models
 from tests.devices import arithmetic, cases
@@ -265,6 +266,11 @@ def test_sums_of_several_layers_are_those_of_each(dtype: torch.dtype, rules: str
         expected = triton.kernels()[ops.zplus_linear](*call)
         for a, b in zip(triton.kernels()[ops.zplus_linear](*call, sums=z), expected, strict=True):
             assert torch.equal(a, b)
+        formed = (*call[:4], safe_divide(rel, z.view(y.shape), rules), *call[5:])
+        before = torch.rand(len(z), weight.shape[1])
+        ours = triton.kernels()[ops.zplus_linear](*formed, sums=z, formed=True, divisor=before)
+        assert torch.equal(ours[0], safe_divide(expected[0], before.view(x.shape), rules))
+        assert torch.equal(ours[1], expected[1])
 
 
 def test_reduced_sums_of_several_layers_are_those_of_each() -> None:
@@ -296,13 +302,16 @@ def test_a_half_block_is_its_parts(guards: Guards, dtype: torch.dtype, extra: st
     through, row = torch.rand(3, 2, 5, 9), torch.rand(3, 2, 9)
     besides = (None, None) if extra == "nothing" else (grad_beside, rel_beside)
     steps = {} if extra == "nothing" else {"through": through, "row": row if "row" in extra else None}
+    if extra != "nothing":
+        steps["divisor"] = torch.rand(2, 9, 63)
     given = [guards.around(one) for one in (grad, x, weight)]
     ours = layer_norm_backward.half_block(
         *given, 1, 1e-5, besides[0], guards.around(u), guards.around(v), guards.around(rel), besides[1], **steps
     )
     assert torch.equal(ours[0], layer_norm_backward.layer_norm_backward_beside(grad, x, weight, 1, 1e-5, besides[0]))
-    for a, b in zip(ours[1:3], residual_add.residual_add_of_sum(u, v, rel, besides[1]), strict=True):
-        assert torch.equal(a, b)
+    rel_u, rel_v = residual_add.residual_add_of_sum(u, v, rel, besides[1])
+    assert torch.equal(ours[1], rel_u)
+    assert torch.equal(ours[2], rel_v if extra == "nothing" else safe_divide(rel_v, steps["divisor"]))
     if steps:
         torch.testing.assert_close(ours[3], through.sum(2) + (row if "row" in extra else 0))
 

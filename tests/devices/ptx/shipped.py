@@ -20,6 +20,7 @@ from torch import Tensor
 from fastrel import ops
 from fastrel.backends import triton
 from fastrel.ops.library import REFERENCES
+from fastrel.reference.rules import safe_divide
 from tests import golden_files as golden
 from tests.devices import arithmetic, cases
 
@@ -187,17 +188,20 @@ def _block(dtype: torch.dtype, purpose: Any = None) -> None:
         x, bias = torch.randn(1, tokens, w.shape[1]).to(dtype), torch.randn(len(w)).to(dtype)
         layers.append((x, (x.float() @ w.float().mT + bias.float()).to(dtype), bias))
         parts += [x, made[0], *layers[-1][1:]]
-    for i, ((x, y, bias), w, z) in enumerate(
-        zip(layers, prepared, zplus_sums.zplus_sums(*parts, reduced=bool(purpose)), strict=True)
-    ):
+    sums = zplus_sums.zplus_sums(*parts, reduced=bool(purpose))
+    for i, ((x, y, bias), w, z) in enumerate(zip(layers, prepared, sums, strict=True)):
         rel, grad = torch.rand(2, *y.shape), torch.randn(2, *y.shape[:-1], 39 if i == 3 else y.shape[-1])
         own = wide.bfloat16() if purpose and i == 3 else w[0]
         tail = () if purpose else ("positive",)
-        values = (x, *w, *((own,) if purpose else ()), y, bias, rel)
+        formed = i < 3 and z is not None
+        values = (x, *w, *((own,) if purpose else ()), y, bias)
         more = {"w_grad": wide} if i == 3 and not purpose else {}
-        ours = op(*values, grad, *tail, sums=z, **more, **({"slope": x} if i == 0 else {}))
-        alone = op(*values, None if i == 3 else grad, *tail, **({"slope": x} if i == 0 else {}))
-        assert torch.equal(ours[0], alone[0])
+        divided = safe_divide(rel, z.view(y.shape)) if formed else rel
+        slope, divisor = {"slope": x} if i == 0 else {}, sums[1] if i == 0 else None
+        ours = op(*values, divided, grad, *tail, sums=z, formed=formed, divisor=divisor, **more, **slope)
+        alone = op(*values, rel, None if i == 3 else grad, *tail, **slope)
+        wanted = alone[0] if divisor is None else safe_divide(alone[0], divisor.view(1, tokens, -1))
+        assert torch.equal(ours[0], wanted)
         if i == 3:
             exact = grad.double() @ (own if purpose else wide).double()
             assert golden.relative_error(ours[1].double(), exact) < (5e-3 if purpose else 5e-6)
@@ -210,12 +214,14 @@ def _half_block(dtype: torch.dtype, width: int) -> None:
     x, u, v = (torch.randn(2, 5, width).to(dtype) for _ in range(3))
     weight, (grad, rel, grad_beside, rel_beside) = torch.randn(width).to(dtype), torch.randn(4, 3, 2, 5, width)
     through, row = torch.rand(3, 2, 7, 5), torch.rand(3, 2, 5)
-    for steps in ((None, None), (through, row)):
+    z = torch.rand(2, 5, width)
+    for steps in ((None, None, z), (through, row, z)):
         values = (grad, x, weight, 1, 1e-5, grad_beside)
         ours = layer_norm_backward.half_block(*values, u, v, rel, rel_beside, *steps)
         assert torch.equal(ours[0], layer_norm_backward.layer_norm_backward_beside(*values))
-        for a, b in zip(ours[1:3], residual_add_of_sum(u, v, rel, rel_beside), strict=True):
-            assert torch.equal(a, b)
+        rel_u, rel_v = residual_add_of_sum(u, v, rel, rel_beside)
+        assert torch.equal(ours[1], rel_u)
+        assert torch.equal(ours[2], safe_divide(rel_v, z))
         if steps[0] is not None:
             torch.testing.assert_close(ours[3], through.sum(2) + row)
 
