@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastrel.errors import InputError, first_line
+from fastrel.graph.results import with_paths
 
 #: What a device reports, and neither a model nor a rule is to blame for: it is passed on as it is.
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
@@ -124,8 +125,7 @@ def input_names(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     names += [f"input {i}" for i in range(len(names), len(args))]
     found: list[str] = []
     for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-        paths, _ = pytree.tree_flatten_with_path(value)
-        found += [name + pytree.keystr(path) for path, _ in paths]
+        found += [name + pytree.keystr(path) for path, _ in with_paths(value)]
     return found
 
 

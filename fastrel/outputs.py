@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.graph.capture import Captured
+from fastrel.graph.results import with_paths
 
 #: What outputs of features are called, from which nobody picks a class.
 _FEATURES = ("pooler_output", "embeds", "hidden_state", "hidden_states", "features")
@@ -82,7 +83,7 @@ def candidates(captured: Captured, output: str | int | None = None) -> list[_Out
 
 def _floats(captured: Captured) -> list[_Output]:
     numbers = list(range(len(captured.outputs)))
-    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(numbers, captured.out_spec))
+    paths = with_paths(pytree.tree_unflatten(numbers, captured.out_spec))
     values: list[Any] = [getattr(node, "meta", {}).get("val") for node in captured.outputs]
     found = [
         _Output(i, _name(path), tuple(values[i].shape))

@@ -4,7 +4,8 @@
 #   scripts/release.sh              builds into dist/ and checks
 #   scripts/release.sh --upload     the same, then asks, tags and uploads with twine
 #
-# The wheel holds the CPU kernels, compiled (scripts/wheel.sh), and the sources of all. FASTREL_RELEASE_TORCH="2.10.0 2.15.0" tries it with these.
+# The wheel holds the CPU kernels, compiled (scripts/wheel.sh), and the sources of all. It is tried with the oldest and
+# the newest of everything; FASTREL_RELEASE_TORCH="2.12.0" tries it with this torch instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 upload=no
@@ -28,7 +29,7 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 # Builds both, and tries the wheel where there is no compiler.
-scripts/wheel.sh ${FASTREL_RELEASE_TORCH-}
+scripts/wheel.sh ${FASTREL_RELEASE_TORCH-oldest newest}
 python3 -m venv "$work/tools"
 "$work/tools/bin/pip" install --quiet twine
 "$work/tools/bin/twine" check --strict dist/*

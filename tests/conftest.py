@@ -40,16 +40,34 @@ LONG = (
 #: Files with many cases of one kind: of so many tests one is quick, and runs with `-m "not slow"`. Other tests that take seconds
 #: are marked slow where they are.
 ONE_IN = {
-    "test_live_model.py": 8,
-    "test_coverage.py": 9,
-    "test_second_path.py": 8,
-    "test_spellings.py": 8,
-    "test_engine.py": 4,
-    "test_methods.py": 4,
-    "test_dtypes.py": 4,
-    "test_explainer.py": 3,
-    "test_ptx.py": 12,
+    "test_adapters.py": 2,
+    "test_artefact.py": 3,
+    "test_backends.py": 3,
+    "test_batch.py": 3,
+    "test_cache.py": 2,
+    "test_cli.py": 3,
+    "test_coverage.py": 12,
     "test_docs.py": 4,
+    "test_dtypes.py": 4,
+    "test_engine.py": 4,
+    "test_evaluation.py": 2,
+    "test_explainer.py": 3,
+    "test_export.py": 4,
+    "test_golden.py": 2,
+    "test_inputs.py": 4,
+    "test_launches.py": 2,
+    "test_layouts.py": 4,
+    "test_live_model.py": 10,
+    "test_masks.py": 3,
+    "test_methods.py": 6,
+    "test_ptx.py": 12,
+    "test_questions.py": 4,
+    "test_second_path.py": 8,
+    "test_several_inputs.py": 3,
+    "test_spellings.py": 8,
+    "test_triton.py": 2,
+    "test_verification.py": 5,
+    "test_weights.py": 2,
 }
 
 #: Fixtures that take long: tests that use one are slow.
@@ -71,7 +89,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if not item.get_closest_marker("slow"):
             seen[item.path.name] += 1
-            if turn:
+            if turn != ONE_IN.get(item.path.name, 1) - 1:
                 item.add_marker("slow")
 
 

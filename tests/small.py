@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastrel
 from fastrel.graph.capture import Captured, capture
 
-#: How many random transformers are tried; before a release 300.
+#: How many random transformers are tried, and so how thorough some other tests are; before a release 300.
 EXAMPLES = int(os.environ.get("FASTREL_EXAMPLES", "100"))
 
 WIDTH = 16

@@ -159,6 +159,7 @@ def test_it_says_what_it_is(path: Path, vit: nn.Module) -> None:
         metadata.Metadata.from_json(about.to_json().replace('"format": 1', '"format": 2'))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_neither_timm_nor_transformers_nor_the_model(
     path: Path, images: Tensor, vit: nn.Module
 ) -> None:
@@ -320,6 +321,7 @@ def test_how_long_texts_may_be(name: str) -> None:
     assert longest(call) == LENGTHS[name]
 
 
+@pytest.mark.slow
 def test_a_text_model_with_its_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -349,6 +351,7 @@ def test_a_text_model_with_its_tokenizer(tmp_path: Path) -> None:
         artefact(**{name: x.repeat(1, 10) for name, x in batch.items()})
 
 
+@pytest.mark.slow
 def test_two_inputs_and_float64(tmp_path: Path) -> None:
     model = made(lambda m, a, b: m.head(m.encoder.blocks[0](m.encoder.embed(a))[:, 0] + m.numbers(b)))
     explainer = fastrel.Explainer(model, backend="torch")
@@ -358,6 +361,7 @@ def test_two_inputs_and_float64(tmp_path: Path) -> None:
     assert list(artefact(ids(3, 7), numbers).maps) == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo.pt2"
     assert main(["export", "--out", str(out), "--no-compile", "--targets", "2"]) == 0

@@ -13,6 +13,7 @@ from tests import golden_files as golden
 from tests import models
 
 
+@pytest.mark.slow
 def test_a_thousand_explanations_leave_memory_flat() -> None:
     """Nothing is kept alive after an explanation."""
     model, image = demo.load_model(), demo.to_input(demo.held_out()[0][:1])
@@ -48,10 +49,10 @@ def test_low_memory_gives_the_same_map_from_fewer_saved_values(name: str) -> Non
 def test_both_backends_give_the_same_map(name: str, rules: str) -> None:
     if native.load():
         pytest.skip(f"no compiled kernels: {native.load()}")
-    model, given = models.build(name), models.inputs(name)
+    given = models.inputs(name)
     for start in (0, -1):
-        plain = fastrel.Explainer(model, rules=rules, start_layer=start, backend="torch")(**given, target=1)
-        compiled = fastrel.Explainer(model, rules=rules, start_layer=start)(**given, target=1)
+        explainer = models.explainer(name).using(rules=rules, start_layer=start)
+        plain, compiled = (x(**given, target=1) for x in (explainer.using(backend="torch"), explainer))
         assert golden.relative_error(compiled.relevance, plain.relevance) < 1e-8
 
 

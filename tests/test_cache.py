@@ -103,6 +103,7 @@ def test_damaged_kernels_are_compiled_again(
     assert cached.read_bytes() == kernels.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_process_that_meets_damaged_kernels_says_so_and_goes_on(cached: Path, compiler: Path) -> None:
     """Loading a library that was cut short would end the process by SIGBUS."""
     DAMAGES["cut to half"](cached)
@@ -115,6 +116,7 @@ def test_a_process_that_meets_damaged_kernels_says_so_and_goes_on(cached: Path, 
     assert links(compiler) == 1
 
 
+@pytest.mark.slow
 def test_fastrel_build_repairs_the_cache(cached: Path, compiler: Path) -> None:
     DAMAGES["cut to half"](cached)
     code = "from fastrel.cli import main; raise SystemExit(main(['build']))"
@@ -139,6 +141,7 @@ def test_kernels_in_the_cache_need_no_compiler(cached: Path) -> None:
     assert not result.stderr
 
 
+@pytest.mark.slow
 def test_the_first_use_of_several_processes_compiles_once(tmp_path: Path, compiler: Path) -> None:
     environment = {**os.environ, "CXX": str(compiler), build.CACHE_VARIABLE: str(tmp_path / "empty")}
     environment.pop(native.LIBRARY_VARIABLE, None)

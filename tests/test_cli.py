@@ -179,6 +179,7 @@ def test_help_is_there(command: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage: fastrel" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_maps_of_the_shipped_model_find_their_object() -> None:
     """Class-specific maps light up the object of their class; what is blind to the class cannot."""
     model = demo.load_model()
@@ -218,6 +219,7 @@ def test_runs_over_several_folders_share_an_output_folder(tmp_path: Path, capsys
     assert "2 of 2 were explained before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     for i, sample in enumerate(demo.sample_paths()[:3]):

@@ -406,6 +406,7 @@ def _which(score: dict[str, str]) -> list[str]:
     return [value for name, value in score.items() if name != "value"]
 
 
+@pytest.mark.slow
 def test_a_batch_scores_what_its_items_score_one_by_one(tmp_path: Path) -> None:
     command = [*EVALUATE, "--limit", "9", "--metric", "pointing", "perturbation"]
     assert main([*command, "--batch-size", "1", "--workers", "0", "--out", str(tmp_path / "single")]) == 0
@@ -539,6 +540,7 @@ def test_scores_of_other_weights_are_not_gone_on_with(tmp_path: Path, capsys: py
     assert "holds scores made with {'sha256': " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_perturbation_curve_is_that_of_the_metric(tmp_path: Path) -> None:
     import fastrel
     from fastrel import demo, metrics

@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 import transformers
 from torch import Tensor, nn
 
@@ -191,3 +193,25 @@ def test_a_batch_that_the_model_counts_in_python_is_captured_for_its_size() -> N
     for batch in (3, 1, 4):
         found, expected = (one(ids(batch), target=lambda out: out[1][:, 0, 1]).relevance for one in (counting, asking))
         torch.testing.assert_close(found, expected)
+
+
+class Named(OrderedDict[str, Any]):
+    """What models return, as transformers before 5.13 make it known: pytree is told the values and not what they are called."""
+
+
+pytree.register_pytree_node(
+    Named,
+    lambda x: (list(x.values()), list(x)),
+    lambda values, names: Named(zip(names, values, strict=True)),
+    serialized_type_name="tests.test_inputs.Named",
+)
+
+
+def test_outputs_that_do_not_tell_torch_what_they_are_called_have_their_names() -> None:
+    def named(m: Any, x: Tensor, given: Tensor) -> Named:
+        return Named(scores=m.head(x.mean(1)), logits=m.head(x[:, 0]), inside=Named(last=m.head(x[:, -1])))
+
+    explainer, given = fastrel.Explainer(encoded(named)), ids()
+    output = explainer.model(given)
+    torch.testing.assert_close(explainer(given, target=1).logits, output["logits"])
+    torch.testing.assert_close(explainer.using(output="inside.last")(given, target=1).logits, output["inside"]["last"])

@@ -232,6 +232,7 @@ def test_attnlrp_equals_lxt() -> None:
     assert golden.relative_error(ours, theirs.sum(-1)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gradient_attention", "transformer_attribution"])
 def test_encoder_decoder_attention_of_detr(method: str) -> None:
     """A query's map: cross-attention hands the row of a query to the picture's tokens, block by block."""

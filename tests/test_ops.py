@@ -152,6 +152,7 @@ def test_looking_at_an_operator_seeds_no_generator(monkeypatch: pytest.MonkeyPat
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_float32_on_the_shipped_weights() -> None:
     """positive: within 1e-4 of float64; official: typically at most twice the reference's own
     error (a geometric mean over scenes; one scene says little, for these rules amplify rounding)."""

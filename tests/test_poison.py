@@ -164,6 +164,7 @@ def test_layer_norm_backward_of_huge_activations_is_exact_or_not_finite() -> Non
         torch.testing.assert_close(result[finite], exact[finite], rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["avx2", "generic"])
 def test_lesser_instruction_sets_do_so_too(isa: str) -> None:
     ladder = ["generic", "avx2", "avx512"]

@@ -325,6 +325,7 @@ def test_picture_bombs_and_odd_pictures_get_4xx_or_a_right_map(server: Server, a
         same_map(answer, expected(artefact, body))
 
 
+@pytest.mark.slow
 def test_one_batch_holds_requests_for_several_methods(artefact: fastrel.Artefact, tmp_path: Path) -> None:
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     explainer, loaded = fastrel.Explainer(tiny.vit(), "gradient_attention"), fastrel.models.load("tests.tiny:vit")
@@ -346,6 +347,7 @@ def test_one_batch_holds_requests_for_several_methods(artefact: fastrel.Artefact
         Front(Service(str(artefact.path), beside=(str(third),)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_artefacts_of_other_dtypes_are_served(tmp_path: Path, dtype: torch.dtype) -> None:
     images = torch.randn(2, 3, 16, 16, dtype=dtype)
@@ -570,6 +572,7 @@ def test_memory_is_flat(server: Server) -> None:
     assert held[2] - held[1] < 20e6
 
 
+@pytest.mark.slow
 def test_sigterm_answers_what_was_admitted_and_ends_with_0(vit_artefact: Path) -> None:
     # Started before the other one ends, as in a rolling restart: not ready before it is warm.
     server = Server(vit_artefact, *OPTIONS[2:], "--workers", "1", ready=False)
@@ -617,6 +620,7 @@ def test_a_service_that_cannot_serve_says_so(
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_load_the_artefact_end_it_with_the_reason(vit_artefact: Path, tmp_path: Path) -> None:
     content = bytearray(vit_artefact.read_bytes())
     middle = len(content) // 2

@@ -151,6 +151,7 @@ def joined(m: Any, first: Tensor, second: Tensor, token: bool = True) -> dict[st
     return {"first": one, "second": other, "both": m.block(m.block(x))}
 
 
+@pytest.mark.slow
 def test_a_target_may_read_another_output_than_the_one_that_a_class_is_picked_from() -> None:
     report = fastrel.Explainer(made(joined)).verify(ids(), ids(3, 4), target=lambda out: out["both"][:, 0, 3])
     assert report.ok, report

