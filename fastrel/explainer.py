@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrel import language
+from fastrel import language, methods
 from fastrel.engine import Call, Engine
 from fastrel.errors import InputError
 from fastrel.explanation import Explanation
@@ -40,7 +40,8 @@ class Explainer:
 
     Args:
         model: a module that returns class logits [B, C], or anything holding them (a Hugging Face output, a dict, a tuple).
-        method: one of `fastrel.methods.METHODS` by name, or a `fastrel.Method` of your own.
+        method: one of `fastrel.methods.METHODS` by name, or a `fastrel.Method` of your own. Default: "transformer_attribution", and
+            "frozen_attribution" for what `next_token` and `continuation` ask.
         rules: "positive" (default): eq. (5) in every layer. "official": the published code, whose maps depend on rounding.
             "original_lrp": the published code's baseline LRP, which doubles relevance in every linear layer.
         start_layer: first attention block of the chain, counted from the input; negative from the output. Default: the
@@ -70,7 +71,7 @@ class Explainer:
     def __init__(
         self,
         model: nn.Module,
-        method: str | Method = "transformer_attribution",
+        method: str | Method | None = None,
         *,
         rules: Rules = "positive",
         start_layer: int | None = None,
@@ -89,13 +90,22 @@ class Explainer:
             raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self._model = model
         self._options = Options(
-            method_of(method), rules, start_layer, normalize_rollout, precision, backend, memory, output, grid
+            method_of(methods.DEFAULT if method is None else method),
+            rules,
+            start_layer,
+            normalize_rollout,
+            precision,
+            backend,
+            memory,
+            output,
+            grid,
         )
         if not isinstance(live, bool):
             raise InputError(f"live must be True or False, not {live!r}")
         if not isinstance(checks, bool):
             raise InputError(f"checks must be True or False, not {checks!r}")
         self._engine = Engine(model, live, checks)
+        self._chosen = method is not None
 
     @property
     def model(self) -> nn.Module:
@@ -184,7 +194,7 @@ class Explainer:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Explanation:
-        """Why a causal language model continues each text as it does.
+        """Why a causal language model continues each text as it does; by "frozen_attribution", unless a method was chosen.
 
         Args:
             input_ids: token ids [B, T], padded on either side if there is a mask.
@@ -218,7 +228,7 @@ class Explainer:
     def continuation(
         self, input_ids: Tensor, continuation: Any, *, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Explanation:
-        """Why a causal language model gives each token of a continuation, all of them by one forward pass.
+        """Why a causal language model gives each token of a continuation, all of them by one forward pass; as `next_token`.
 
         Args:
             input_ids: the prompts [B, T], padded on the left if there is a mask.
@@ -243,11 +253,13 @@ class Explainer:
         return replace(prediction.explain(language.token_scores(places, tokens, None)), target=tokens)
 
     def _of_text(self, ids: Tensor, **kwargs: Any) -> Prediction:
-        """The prediction of token ids, which are `input_ids` where the model has an input of that name, else its first."""
+        """The prediction of token ids, which are `input_ids` where the model has an input of that name, else its first; to be explained
+        by `methods.NEXT_TOKEN` where no method and no other rules were chosen."""
+        by = self if self._chosen or self.rules != "positive" else self.using(methods.NEXT_TOKEN)
         takes = inspect.signature(self._engine.model.forward).parameters.values()
         if any(one.name == "input_ids" or one.kind is one.VAR_KEYWORD for one in takes):
-            return self.predict(input_ids=ids, **kwargs)
-        return self.predict(ids, **kwargs)
+            return by.predict(input_ids=ids, **kwargs)
+        return by.predict(ids, **kwargs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Capture for inputs like these ahead of the first call, which then takes no longer than others.
@@ -368,7 +380,7 @@ class Explainer:
         if method is not None:
             changes["base"] = method_of(method)
         other = object.__new__(type(self))
-        other._model, other._engine = self._model, self._engine
+        other._model, other._engine, other._chosen = self._model, self._engine, self._chosen or method is not None
         other._options = replace(self._options, **changes)
         return other
 
@@ -379,11 +391,13 @@ class Explainer:
             "options": self._options,
             "live": self._engine.live,
             "checks": self._engine.checks,
+            "chosen": self._chosen,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._model, self._options = state["model"], state["options"]
         self._engine = Engine(self._model, state["live"], state["checks"])
+        self._chosen = state["chosen"]
 
     def _predicted(
         self, call: Call, options: Options, grad: bool = False, kept: bool = False, checks: Checks | None = None

@@ -1,5 +1,6 @@
 """Which output, which token, on which grid: what a user may ask of a model, and what is asked back."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -146,8 +147,23 @@ def test_home_made_language_models_are_asked_like_others(gpt2: nn.Module) -> Non
     torch.testing.assert_close(found.relevance, theirs.continuation(ids, torch.tensor([[4, 5], [6, 7]])).relevance)
 
 
+def test_next_tokens_are_explained_with_norms_frozen_unless_a_method_is_chosen(gpt2: nn.Module) -> None:
+    ids = torch.randint(3, 50, (2, 6))
+    plain, frozen, chosen = (
+        fastrel.Explainer(gpt2, method) for method in (None, "frozen_attribution", "transformer_attribution")
+    )
+    found = {one: one.next_token(ids, token=4).relevance for one in (plain, frozen, chosen)}
+    assert torch.equal(found[plain], found[frozen])
+    assert not torch.allclose(found[plain], found[chosen])
+    again = pickle.loads(pickle.dumps(plain))
+    assert torch.equal(again.next_token(ids, token=4).relevance, found[plain])
+    by_target = chosen(input_ids=ids, target=lambda out: out.logits[:, -1, 4]).relevance
+    torch.testing.assert_close(plain.using("transformer_attribution").next_token(ids, token=4).relevance, by_target)
+    torch.testing.assert_close(plain(input_ids=ids, target=lambda out: out.logits[:, -1, 4]).relevance, by_target)
+
+
 def test_the_next_token_is_explained(gpt2: nn.Module) -> None:
-    explainer, prompt = fastrel.Explainer(gpt2), torch.randint(3, 50, (2, 6))
+    explainer, prompt = fastrel.Explainer(gpt2, "frozen_attribution"), torch.randint(3, 50, (2, 6))
     likely = gpt2(prompt).logits[:, -1].argmax(1)
     found = explainer.next_token(prompt)
     assert found.target is not None

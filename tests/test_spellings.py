@@ -117,6 +117,26 @@ def own_weights(w: Block, x: Tensor) -> Tensor:
     return total + w.o.bias
 
 
+def written(w: Block, x: Tensor) -> Tensor:
+    """Heads written into their places one after the other."""
+    q, k, v = w.q(x), w.k(x), w.v(x)
+    found = torch.zeros_like(q)
+    for at in range(0, D, SIZE):
+        one = slice(at, at + SIZE)
+        found[..., one] = scores(q[..., one], k[..., one]).softmax(-1) @ v[..., one]
+    return w.o(found)
+
+
+def own_layers(w: Block, x: Tensor) -> Tensor:
+    """Heads with output layers of their own, whose weights are no columns of one."""
+    total: Any = 0
+    for i, one in enumerate(slice(at, at + SIZE) for at in range(0, D, SIZE)):
+        q, k, v = (F.linear(x, y.weight[one], y.bias[one]) for y in (w.q, w.k, w.v))
+        weight = w.o.weight[:, one] * 1.0
+        total = total + F.linear(scores(q, k).softmax(-1) @ v, weight, w.o.bias if i == 0 else None)
+    return total
+
+
 def in_pairs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Sums of products, no matrix product."""
     s = (q[:, :, :, None] * k[:, :, None]).sum(-1) / SIZE**0.5
@@ -270,6 +290,8 @@ ATTENTION: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "heads stacked": of_heads(lambda q, k, v: torch.stack([scores(q[:, i], k[:, i]).softmax(-1) @ v[:, i] for i in range(HEADS)], 1)),
     "heads added up by columns": in_columns,
     "heads with weights of their own": own_weights,
+    "heads written in place": written,
+    "heads with output layers of their own": own_layers,
     "pairs": of_heads(in_pairs),
     "pairs, expanded": of_heads(in_pairs_expanded),
     "pairs, heads one by one": pairs_one_by_one,

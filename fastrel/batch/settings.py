@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from fastrel import methods
 from fastrel.errors import InputError
 from fastrel.explainer import Explainer
 from fastrel.graph.facts import Memory
@@ -24,6 +25,7 @@ _PLACE = frozenset({"device", "backend", "batch_size", "memory"})
 class Settings:
     """A model as `fastrel.models.load` takes it, a method as `Explainer` takes it, and the targets.
 
+    method: None is the default of `Explainer`, of language models that for next tokens.
     target: class numbers or names, or one word such as "top3": that many of the highest classes; None: the highest one.
     """
 
@@ -34,7 +36,7 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     long: Literal["refuse", "window"] = "refuse"
-    method: str = "transformer_attribution"
+    method: str | None = None
     rules: Rules = "positive"
     start_layer: int | None = None
     normalize_rollout: bool | None = None
@@ -67,11 +69,16 @@ class Settings:
             )
         return loaded
 
+    def method_for(self, loaded: Loaded) -> str:
+        """The name of the method."""
+        next_token = loaded.kind == "causal" and self.rules == "positive"
+        return self.method or (methods.NEXT_TOKEN if next_token else methods.DEFAULT)
+
     def explainer(self, loaded: Loaded) -> Explainer:
         """Its explainer."""
         return Explainer(
             loaded.model,
-            self.method,
+            self.method_for(loaded),
             rules=self.rules,
             start_layer=self.start_layer,
             normalize_rollout=self.normalize_rollout,
@@ -83,6 +90,7 @@ class Settings:
     def describe(self, loaded: Loaded) -> dict[str, Any]:
         """What the numbers depend on, as JSON: runs that differ in it must not be mixed."""
         own = {name: value for name, value in asdict(self).items() if name not in _PLACE}
+        own["method"] = self.method_for(loaded)
         own["target"] = None if self.target is None else list(self.target)
         return own | {"kind": loaded.kind, "reader": loaded.reader.describe(), "sha256": loaded.fingerprint()}
 

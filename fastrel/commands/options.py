@@ -70,7 +70,9 @@ def method(parser: argparse.ArgumentParser) -> None:
     """Which method, with its options."""
     group = parser.add_argument_group("method")
     group.add_argument(
-        "--method", default="transformer_attribution", choices=list(methods.METHODS), help="default: %(default)s"
+        "--method",
+        choices=list(methods.METHODS),
+        help=f"default: {methods.DEFAULT}, of language models {methods.NEXT_TOKEN}",
     )
     group.add_argument("--rules", default="positive", choices=RULES, help="default: %(default)s")
     group.add_argument(

@@ -49,12 +49,13 @@ def run(options: argparse.Namespace) -> int:
     files.folder(out.parent)
     explanation.save(out, image=seen, tokens=tokens, names=[f"{name} {value:.2f}"], style=options.style)
     if options.npz:
-        maps = {key: one.relevance[0].float().cpu().numpy() for key, one in explanation.maps.items()}
-        grids = {
+        held: dict[str, Any] = {"score": value}
+        held |= {key: one.relevance[0].float().cpu().numpy() for key, one in explanation.maps.items()}
+        held |= {
             f"{key}.patches": x.grid[0].float().cpu().numpy() for key, x in explanation.maps.items() if x.grid is not None
         }
         with files.replaced(out.with_suffix(".npz")) as path, path.open("wb") as file:
-            np.savez(file, score=value, **maps, **grids)
+            np.savez(file, **held)
     sums = {key: float(one.relevance.float().abs().sum()) for key, one in explanation.maps.items()}
     total = sum(sums.values()) or 1.0
     print(f"{name} of {options.inputs[0]} and {options.text!r}: {value:.2f}")

@@ -260,8 +260,8 @@ def _table(path: str, content: Content, column: str | None, pair: str | None) ->
     if path.lower().endswith(".parquet"):
         from fastrel.data import tables
 
-        values = [tables.column(path, name) for name in (column, pair)]
-        yield from _rows(path, path, tables.columns(path), values, content, (column, pair))
+        found = [tables.column(path, name) for name in (column, pair)]
+        yield from _rows(path, path, tables.columns(path), found, content, (column, pair))
         return
     try:
         with files.long_fields(pictures.MAX_BYTES), open(path, newline="", encoding="utf-8-sig") as file:
@@ -272,7 +272,7 @@ def _table(path: str, content: Content, column: str | None, pair: str | None) ->
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"the table {path!r} cannot be read: {error}") from error
     names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row if name is not None))
-    values = [None if name is None else [_entry(row, name) for row in rows] for name in (column, pair)]
+    values: list[Any] = [None if name is None else [_entry(row, name) for row in rows] for name in (column, pair)]
     yield from _rows(path, path, names, values, content, (column, pair))
 
 

@@ -22,7 +22,8 @@ def constant(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
     if activations(result):  # a view of a parameter requires grad all the same
         result = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) and x._is_view() else x, result)
     if name in MOVES and isinstance(args[0], Tensor) and args[0].is_floating_point():
-        whole = args[0] if tape.facts(args[0]).whole is None else tape.facts(args[0]).whole
+        whole = tape.facts(args[0]).whole
+        whole = args[0] if whole is None else whole
         for x in pytree.tree_leaves(result):
             if x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
                 tape.know(x, whole=whole)
@@ -61,6 +62,7 @@ def unchanged(tape: Tape, name: str, func: Callable[..., Tensor], args: Any, kwa
         keys=keys,
         mixed=facts.mixed and name in COPIES,
         scale=facts.scale and pointwise,
+        head=facts.head if name in COPIES else None,
     )
 
 
@@ -90,7 +92,7 @@ def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if y.dim() == 3 and x.dim() == 4 and y.shape == (x.shape[0] * x.shape[1], *x.shape[2:]):
             merged = (x.shape[0], x.shape[1])
         scale = facts.scale and name in BROADCASTS and (name != "getitem" or y.numel() == x.numel())
-        tape.know(y, keys=key, mixed=facts.mixed and key is not None, scale=scale, merged=merged)
+        tape.know(y, keys=key, mixed=facts.mixed and key is not None, scale=scale, merged=merged, origin=facts.origin)
     return result
 
 

@@ -16,9 +16,9 @@ from fastrel.eager.tape import Tape, handles, is_activation
 
 @dataclass(frozen=True)
 class Layer:
-    """A value u + Σ x_i W_iᵀ + b with W_i [out, in_i] columns of one weight, `whole`."""
+    """A value u + Σ x_i W_iᵀ + b with W_i [out, in_i] columns of one weight or x_i heads of one attention, which `whole` tells."""
 
-    whole: Tensor
+    whole: tuple[Any, ...]
     parts: tuple[tuple[Tensor, Tensor], ...]
     bias: Tensor | float = 0.0
     other: Tensor | None = None
@@ -26,18 +26,28 @@ class Layer:
 
 def of_columns(tape: Tape, out: Tensor, x: Tensor, given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`out` = x Wᵀ + b, remembered where W [out, in] holds some columns of a larger weight; `given`: W as the model has it."""
-    whole = tape.facts(given).whole
-    if whole is None or weight.numel() >= whole.numel() or whole.dim() not in (2, 3) or weight.dim() != 2:
-        return out
-    size = len(weight)
-    if whole.dim() == 2:  # not some rows
-        turned = weight.stride() != whole.stride()
-        if size != whole.shape[int(turned)]:
-            return out
-    elif weight.numel() * len(whole) != whole.numel():  # one of several
+    cut = tape.facts(given).whole
+    whole = (id(cut),) if cut is not None and _are_columns(weight, cut) else tape.facts(x).head
+    if whole is None:
         return out
     layer = Layer(whole, ((x, weight.detach()),), 0.0 if bias is None else bias.detach())
-    return tape.know(out, layer=layer, root=tape.facts(out).root)
+    return tape.know(out, layer=layer, root=tape.facts(out).root, origin=tape.facts(out).origin)
+
+
+def _are_columns(weight: Tensor, whole: Tensor) -> bool:
+    """Whether a weight [out, n] is a part of the inputs of a larger one, or one of several."""
+    if weight.numel() >= whole.numel() or whole.dim() not in (2, 3) or weight.dim() != 2:
+        return False
+    if whole.dim() == 3:
+        return weight.numel() * len(whole) == whole.numel()
+    return len(weight) == whole.shape[int(weight.stride() != whole.stride())]
+
+
+def of_one_head(tape: Tape, out: Tensor, values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """`out` = A V of one head, [B, T, d], remembered with what all heads of an attention have in common."""
+    origin = tape.facts(values).origin
+    key = id(values if origin is None else origin)
+    return tape.know(out, head=(key, tuple(sizes), values.shape[-1]))
 
 
 @handles("stack")
@@ -62,15 +72,10 @@ def unstacked(tape: Tape, x: Tensor, dims: Sequence[int]) -> Tensor | None:
 def added(tape: Tape, u: Tensor, v: Tensor) -> Tensor | None:
     """u + v of two activations where both are parts of one layer; None for others."""
     left, right = tape.facts(u).layer, tape.facts(v).layer
-    if (
-        left is None
-        or right is None
-        or left.whole is not right.whole
-        or (left.other is not None and right.other is not None)
-    ):
+    if left is None or right is None or left.whole != right.whole or (left.other is not None and right.other is not None):
         return None
     parts = left.parts + right.parts
-    places = {(w.storage_offset(), w.shape, w.stride()) for _, w in parts}
+    places = {(w.data_ptr(), w.shape, w.stride()) for _, w in parts}
     if len(places) < len(parts) or len({id(x) for x, _ in parts}) < len(parts):
         return None
     joined = move(tape, "cat", torch.cat, ([x for x, _ in parts], -1), {})

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastrel import functional
 from fastrel.eager.arithmetic import add, mul
 from fastrel.eager.kinds import move
-from fastrel.eager.parts import of_columns
+from fastrel.eager.parts import of_columns, of_one_head
 from fastrel.eager.tape import Facts, Tape, handles, is_activation, refuse_activations
 from fastrel.errors import UnsupportedModelError
 
@@ -24,7 +24,7 @@ def linear(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     keys, out = tape.facts(x).keys, functional.linear(x, weight, bias, tape.rules)
     if keys not in (None, -1):
         return tape.know(out, keys=keys, mixed=True)
-    return of_columns(tape, out, x, weight, weight, bias)
+    return of_columns(tape, tape.know(out, origin=x), x, weight, weight, bias)
 
 
 @handles("addmm")
@@ -69,7 +69,7 @@ def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     """A·V, V·Aᵀ, Q·Kᵀ, other products of two activations, and linear layers."""
     if not is_activation(b) and b.dim() < 3:
         weight = b.detach().mT if b.dim() == 2 else b.detach()[None]
-        out = functional.linear(a, weight, None, tape.rules)
+        out = tape.know(functional.linear(a, weight, None, tape.rules), origin=a)
         return of_columns(tape, out, a, b, weight) if b.dim() == 2 else out.squeeze(-1)
     if not is_activation(a) and a.dim() < 3:
         return matmul(tape, b.mT, a.mT).mT.contiguous()
@@ -99,7 +99,8 @@ def _attention_value(tape: Tape, a: Tensor, v: Tensor, facts: Facts) -> Tensor:
     else:
         tape.attention.append(attn.unflatten(0, merged))
         attn = tape.attention[-1].flatten(0, 1)
-    return functional.matmul(attn, v, tape.rules, attention=True, mixed=facts.mixed)
+    out = functional.matmul(attn, v, tape.rules, attention=True, mixed=facts.mixed)
+    return of_one_head(tape, out, v, a.shape) if merged is not None and merged[1] == 1 and not facts.mixed else out
 
 
 def _heads(tape: Tape, x: Tensor, merged: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -171,7 +172,11 @@ def scaled_dot_product_attention(
     out = functional.scaled_dot_product_attention(
         query, key, value, attn_mask, is_causal=is_causal, scale=scale, rules=tape.rules, maps=tape.attention
     )
-    return out if merged is None else out.flatten(0, 1)
+    if merged is None:
+        return out
+    joined = out.flatten(0, 1)
+    sizes = (*query.shape[:-1], key.shape[-2])
+    return of_one_head(tape, joined, value, sizes) if merged[1] == 1 else joined
 
 
 @handles("multi_head_attention_forward")

@@ -63,6 +63,8 @@ class Facts:
     merged: tuple[int, int] | None = None
     whole: Tensor | None = None  # of a part of a weight, that weight
     layer: Any = None  # `fastrel.eager.parts.Layer`
+    origin: Tensor | None = None  # of what a layer made, and of parts of it: what went in
+    head: tuple[Any, ...] | None = None  # of A V of one head: what tells its attention
     stacked: tuple[tuple[Tensor, ...], int] | None = None  # of parts of a layer: these, and along which dimension
     alias: Tensor | None = None  # the same value, of an autograd.Function's forward pass
 
@@ -127,8 +129,9 @@ class Tape:
 
     def batch_dim(self, shape: Sequence[int]) -> int:
         """The dimension of samples in a value of this shape."""
-        first = not self.batch or shape[0] % self.batch == 0 or self.batch not in shape
-        return 0 if first else list(shape).index(self.batch)
+        if not self.batch or shape[0] % self.batch == 0 or self.batch not in shape:
+            return 0
+        return list(shape).index(self.batch)
 
     def overwrite(self, x: Tensor) -> None:
         """x is no longer what the model has: the result of the function that overwrote it took its place."""

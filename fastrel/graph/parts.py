@@ -27,13 +27,13 @@ _ZEROS = {aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default}
 
 @dataclass(frozen=True)
 class _Sum:
-    """u + … + Σ x_i W_iᵀ + b, with all W_i columns of one weight.
+    """u + … + Σ x_i W_iᵀ + b, with all W_i columns of one weight, or all x_i heads of one attention.
 
     `others`: u and what else is added; `inputs`, `weights`: x_i, and W_i as the model has it, and whether that is W_iᵀ [in_i, out];
-    `bias`: the biases; `whole`: the weight.
+    `bias`: the biases; `whole`: the weight, or what tells the attention.
     """
 
-    whole: fx.Node
+    whole: Any
     inputs: tuple[fx.Node, ...]
     weights: tuple[tuple[fx.Node, bool], ...]
     bias: tuple[fx.Node, ...] = ()
@@ -41,13 +41,13 @@ class _Sum:
 
     def fits(self, other: _Sum) -> bool:
         """Whether the other one is of other columns of the same weight, and of other values."""
-        places = {_place(w.meta["val"]) for w, _ in self.weights}
-        apart = places.isdisjoint(_place(w.meta["val"]) for w, _ in other.weights)
-        return self.whole is other.whole and apart and set(self.inputs).isdisjoint(other.inputs)
+        places = {_place(w) for w, _ in self.weights}
+        apart = places.isdisjoint(_place(w) for w, _ in other.weights)
+        return self.whole == other.whole and apart and set(self.inputs).isdisjoint(other.inputs)
 
 
 def layers_in_parts(graph: fx.Graph, axes: Labelled) -> bool:
-    """x W[:, :n]ᵀ + y W[:, n:]ᵀ becomes [x, y] Wᵀ, one layer; whether there was any."""
+    """x W[:, :n]ᵀ + y W[:, n:]ᵀ becomes [x, y] Wᵀ, one layer, and so do the output layers of heads; whether there was any."""
     known: dict[fx.Node, _Sum] = {}
     found = False
     for node in list(graph.nodes):
@@ -91,18 +91,24 @@ def _is_constant(x: Any, axes: Labelled, known: Mapping[fx.Node, _Sum]) -> bool:
 def _layer(node: fx.Node, axes: Labelled) -> _Sum | None:
     """A layer whose weight is some columns of a larger one."""
     turned = node.target is aten.matmul.default
-    if turned and node.args[1] not in axes and node.args[1].meta["val"].dim() == 2:  # type: ignore[union-attr]
-        (x, weight), bias = node.args, None
+    bias: Any = None
+    x: Any
+    weight: Any
+    if turned:
+        x, weight = node.args
+        if weight in axes or weight.meta["val"].dim() != 2:
+            return None
     elif node.target is aten.linear.default:
         x, weight, bias = arguments(node, None, count=3)
     else:
         return None
-    whole: Any = weight
-    while whole.op == "call_function" and (is_view(whole) or whole.target is operator.getitem or whole.target in _CUTS):
-        whole = whole.args[0]
+    whole: Any = _cut_from(weight)
     part = weight.meta["val"]
     if whole.op == "call_function" or not is_columns(part.mT if turned else part, whole.meta["val"]):
-        return None
+        head = _head(x, axes)
+        if head is None or x.meta["val"].dim() != 3:
+            return None
+        whole = head.attention(axes)
     return _Sum(whole, (x,), ((weight, turned),), () if bias is None else (bias,))
 
 
@@ -118,8 +124,17 @@ def is_columns(part: Tensor, whole: Tensor) -> bool:
     )
 
 
-def _place(x: Tensor) -> tuple[Any, ...]:
-    return (x.storage_offset(), tuple(x.shape), x.stride())
+def _cut_from(weight: Any) -> fx.Node:
+    """The weight of which this one is a view."""
+    while weight.op == "call_function" and (is_view(weight) or weight.target is operator.getitem or weight.target in _CUTS):
+        weight = weight.args[0]
+    return weight
+
+
+def _place(weight: fx.Node) -> tuple[Any, ...]:
+    """Which entries of which weight these are."""
+    x = weight.meta["val"]
+    return (_cut_from(weight), x.storage_offset(), tuple(x.shape), x.stride())
 
 
 def _bias(x: Any, node: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -153,42 +168,57 @@ class _Head:
     rest: tuple[Any, ...]
     options: tuple[tuple[str, Any], ...]
 
-    def alike(self, other: _Head, axes: Labelled) -> bool:
-        """Whether both are heads of one attention: of the same kind and sizes, their values made of one activation."""
-        if (self.target, self.rest, self.options) != (other.target, other.rest, other.options):
-            return False
-        shapes = [[str(x.meta["val"].shape) for x in head.operands] for head in (self, other)]
-        return shapes[0] == shapes[1] and _origin(self.operands[-1], axes) is _origin(other.operands[-1], axes)
+    def attention(self, axes: Labelled) -> tuple[Any, ...]:
+        """What heads of one attention have in common: kind and sizes, and the one activation of which their values are made."""
+        shapes = tuple(str(x.meta["val"].shape) for x in self.operands)
+        return (self.target, self.rest, self.options, shapes, _origin(self.operands[-1], axes))
 
 
 def heads_one_by_one(graph: fx.Graph, axes: Labelled) -> bool:
     """cat([A₁ V₁, A₂ V₂, …]) of heads that were computed one by one becomes A V of all heads; whether there was any."""
     found = False
     for node in list(graph.nodes):
-        if node.target not in (aten.cat.default, aten.stack.default) or node not in axes:
+        if node not in axes:
             continue
-        parts, dim = arguments(node, 0, count=2)
+        parts, dim = _joined_parts(node)
         heads = [_head(x, axes) for x in parts]
-        first = heads[0]
-        if len(parts) < 2 or first is None or not all(head and first.alike(head, axes) for head in heads):
+        if len(parts) < 2 or not all(heads) or len({head.attention(axes) for head in heads if head}) > 1:
             continue
         ndim = parts[0].meta["val"].dim()
-        dim %= node.meta["val"].dim()
-        if node.target is aten.cat.default and dim != (ndim - 1 if ndim == 3 else 1):
-            continue
-        if node.target is aten.stack.default and ndim != 3:
+        stacked = node.target is aten.stack.default
+        if dim != (ndim - 1 if ndim == 3 else 1) if not stacked else ndim != 3:
             continue
         with graph.inserting_before(node):
             result = _of_all(node, [head for head in heads if head], ndim)
-            if node.target is aten.cat.default and ndim == 3:
+            if not stacked and ndim == 3:
                 result = insert_like(node, aten.transpose.int, result, 1, 2)
                 result = insert_like(node, aten.flatten.using_ints, result, 2)
-            elif node.target is aten.stack.default and dim != 1:
+            elif stacked and dim != 1:
                 order = [i for i in range(4) if i != 1]
                 result = insert_like(node, aten.permute.default, result, [*order[:dim], 1, *order[dim:]])
         replace_node(node, result)
         found = True
     return found
+
+
+def _joined_parts(node: fx.Node) -> tuple[list[fx.Node], int]:
+    """What a value is joined of, and along which dimension: by cat, stack, or writing slices one after the other."""
+    if node.target in (aten.cat.default, aten.stack.default):
+        given, dim = arguments(node, 0, count=2)
+        return list(given), dim % node.meta["val"].dim()
+    parts: list[fx.Node] = []
+    x: Any = node
+    along, end = None, None
+    while x.target is aten.slice_scatter.default:
+        target, part, dim, start, stop, step = arguments(x, 0, None, None, 1, count=6)
+        dim %= x.meta["val"].dim()
+        size, start = x.meta["val"].shape[dim], start or 0
+        stop = size if stop is None or stop > size else stop
+        next_to = stop == (size if end is None else end) and along in (None, dim)
+        if step != 1 or not all(isinstance(n, int) and n >= 0 for n in (size, start, stop)) or not next_to:
+            return [], 0
+        parts, along, end, x = [part, *parts], dim, start, target
+    return (parts, along) if along is not None and end == 0 else ([], 0)
 
 
 def _head(x: Any, axes: Labelled) -> _Head | None:

@@ -162,8 +162,9 @@ def is_softmax_over_keys(attn: Any) -> bool:
     if attn.target in (aten.mul.Tensor, aten.div.Tensor):
         return any(is_softmax_over_keys(x) and _one_per_row(other) for x, other in (attn.args[:2], attn.args[1::-1]))
     if attn.target is aten.cat.default:  # of several heads
+        parts: Any = attn.args[0]
         dim = attn.args[1] if len(attn.args) > 1 else 0
-        return dim not in (-1, attn.meta["val"].dim() - 1) and all(is_softmax_over_keys(x) for x in attn.args[0])
+        return dim not in (-1, attn.meta["val"].dim() - 1) and all(is_softmax_over_keys(x) for x in parts)
     if attn.target is aten.add.Tensor:
         return all(is_softmax_over_keys(x) for x in attn.args[:2])
     return attn.target in SOFTMAXES and attn.args[1] in (-1, attn.meta["val"].dim() - 1)

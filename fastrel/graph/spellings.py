@@ -278,7 +278,7 @@ def _unexpanded(x: Any, ndim: int) -> fx.Node:
 
 
 def _squeezed(insert: Any, x: fx.Node, dims: list[int]) -> fx.Node:
-    if x.target is aten.unsqueeze.default and dims == [x.args[1] % x.meta["val"].dim()]:  # type: ignore[operator]
+    if x.target is aten.unsqueeze.default and dims == [x.args[1] % x.meta["val"].dim()]:
         return x.args[0]  # type: ignore[return-value]
     return insert(aten.squeeze.dims, x, dims) if dims else x
 

@@ -7,7 +7,7 @@ from fastrel.methods.all_maps import attcat, attention_guided_cam, legrad
 from fastrel.methods.attention_flow import attention_flow
 from fastrel.transform.method import AllMaps, Chain, LaneSum, Method, PathIntegral
 
-__all__ = ["METHODS", "AllMaps", "Chain", "LaneSum", "Method", "PathIntegral", "get"]
+__all__ = ["DEFAULT", "METHODS", "NEXT_TOKEN", "AllMaps", "Chain", "LaneSum", "Method", "PathIntegral", "get"]
 
 _CHEFER = "Chefer, Gur and Wolf, CVPR 2021"
 
@@ -22,8 +22,16 @@ METHODS = {
             reading=Chain("gradient_relevance"),
         ),
         Method(
+            "frozen_attribution",
+            "the same with the gradient by AttnLRP's rules, which take norms as constants; the default for next tokens",
+            "fastrel, docs/numerics.md",
+            cost="5",
+            reading=Chain("gradient_relevance"),
+            attnlrp=True,
+        ),
+        Method(
             "relevance_per_attention",
-            "the same with the gradient by AttnLRP's rules, each token's divided by the attention that it receives",
+            "the same, each token's divided by the attention that it receives",
             "fastrel, docs/evaluation.md",
             cost="5",
             reading=Chain("gradient_relevance"),
@@ -149,6 +157,11 @@ METHODS = {
         ),
     )
 }
+
+
+#: What explains where nobody says how, and what explains the next tokens of language models then: `frozen_attribution` finds the
+#: evidence there where the default, whose gradient passes through their norms, misses it (docs/numerics.md).
+DEFAULT, NEXT_TOKEN = "transformer_attribution", "frozen_attribution"
 
 
 def get(name: str) -> Method:
