@@ -291,9 +291,8 @@ def zplus_linear(
     `rel` is S already. slope: what x is the gelu of; the gradient goes through that, too. divisor: Z of the layer before, [n, ins], of
     which R' becomes the S.
     """
-    by_library = x.dtype == weight.dtype == torch.bfloat16 and configs.products_first(
-        x.numel() // x.shape[-1], weight.shape
-    )
+    in_bfloat16 = x.dtype == weight.dtype == torch.bfloat16
+    by_library = sums is None and in_bfloat16 and configs.products_first(x.numel() // x.shape[-1], weight.shape)
     if grad is not None and w_grad is not None and (by_library or grad.shape[:-1] != rel.shape[:-1]):
         rel_in, _ = zplus_linear(x, weight, y, bias, rel, None, rules, sums=sums, formed=formed)
         return rel_in, zplus_products.matmul(grad, w_grad)
@@ -332,7 +331,7 @@ def zplus_linear_reduced(
     w_grad [grad_outs, ins] and what comes after it: as `zplus_linear` takes them.
     """
     kind = REDUCED[w.dtype]
-    by_library = kind.name == "bfloat16" and configs.products_first(x.numel() // x.shape[-1], w.shape)
+    by_library = sums is None and kind.name == "bfloat16" and configs.products_first(x.numel() // x.shape[-1], w.shape)
     apart = grad is not None and w_grad is not None and len(w_grad) != len(w)
     if grad is not None and w_grad is not None and apart and (by_library or grad.shape[:-1] != rel.shape[:-1]):
         rel_in, _ = zplus_linear_reduced(x, w, w_abs, scales, None, y, bias, rel, None, sums=sums, formed=formed)

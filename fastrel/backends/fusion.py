@@ -165,12 +165,17 @@ class _Fusion:
         """There is the row as it is at the sum R and as the attention has it, r, and `through` on its way back to R: steps that lay
         out anew what is there. Whether they undo each other shows when they run."""
         row: Any = block.args[6]
-        through = next(use for use in block.users if use.args[1] == 7)
+        through = next((use for use in block.users if use.args[1] == 7), None)
+        if through is None:
+            return
         steps, end = _way(through)
         if not _is_sum(end) or any(user <= half for user in end.users):
             return
-        (whole,) = (x for x in end.args if x not in steps)
-        if row is not whole and whole not in _laid_out(row):
+        others: list[Any] = [x for x in end.args if x is not through and x not in steps]
+        if len(others) != 1 or not any(x is others[0] for x in (row, *_laid_out(row))):
+            return
+        (whole,), given = others, {through, *steps}
+        if any(x > half for x in (whole, *(x for step in steps for x in step.all_input_nodes if x not in given))):
             return
         with self.graph.inserting_before(half):
             back = _copied(self.graph, steps, {through: row})
@@ -226,6 +231,8 @@ class _Fusion:
         if rel.target is not operator.getitem or len(rel.users) > 1:
             return False
         made, place = rel.args
+        if "divisor" in made.kwargs:
+            return False
         if made.target is self.half_block and made > sums:
             if place == 1:
                 self._exchange_operands(made)
@@ -239,8 +246,9 @@ class _Fusion:
         u, v = half.args[6:8]
         half.args = (*half.args[:6], v, u, *half.args[8:])
         for use in list(half.users):
-            if use.args[1] in (1, 2):
-                use.args = (half, 3 - use.args[1])
+            place: Any = use.args[1]
+            if place in (1, 2):
+                use.args = (half, 3 - place)
 
 
 def _is_sum(node: Any) -> bool:

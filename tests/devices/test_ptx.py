@@ -193,7 +193,7 @@ CHANGES = {
     "halves of pairs are swapped": (LAYER, "zplus_back_kernel", r"(cvt\.rn\.bf16x2.*), (%r\d+), (%r\d+)", r"\1, \3, \2"),
     "sums are of other lanes": (ATTENTION, "attention_rows_kernel", r"(shfl\.sync\.bfly.*), 2, 31", r"\1, 1, 31"),
     "exponents are not negated": (ATTENTION, "attention_rows_kernel", r"ex2\.approx\.f32", "abs.f32"),
-    "matrices are not all loaded": (ATTENTION, "attention_keys_kernel", r"ld\.global\.b16 \{ (%rs\d+) \}.*", r"mov.b16 \1, 0;"),
+    "matrices are not all loaded": (ATTENTION, "attention_lanes_kernel", r"ld\.global\.b16 \{ (%rs\d+) \}.*", r"mov.b16 \1, 0;"),
 }  # fmt: skip
 
 
