@@ -199,6 +199,10 @@ def page(rows: dict[str, list[tuple[str, ...]]]) -> str:
         "",
     ]
     lines += [f"{missing} models below are not examined yet by today's code and are not counted.\n"] if missing else []
+    unsought = sum(row[1].startswith("ok") and not row[3] for found in built.values() for row in found)
+    lines += (
+        [f"In {unsought} models below evidence was not sought yet; the script goes on with them.\n"] if unsought else []
+    )
     for group, found in built.items():
         lines += [f"## {group}\n", "| model | verdict | evidence found | |", "|---|---|---|---|"]
         lines += [
