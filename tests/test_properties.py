@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 import fastrel
 from fastrel import engine
 from fastrel.graph import axes as axes_
-from fastrel.transform.context import add_rows
+from fastrel.ops.steps import add_rows
 from fastrel.transform.lanes import Branch, Lane, Part, Row
 from fastrel.transform.rollout import Rollout
 from tests.small import EXAMPLES, remembered

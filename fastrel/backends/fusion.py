@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fastrel.backends.common import as_the_model_has_it
-from fastrel.rules.pointwise import gelu_backward
-from fastrel.transform.context import add_rows
+from fastrel.ops.steps import add_rows, gelu_backward
 
 aten = torch.ops.aten
 

@@ -10,6 +10,7 @@ from fastrel import ops
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph.nodes import arguments, describe
 from fastrel.graph.patterns import ACTIVATIONS, IDENTITIES
+from fastrel.ops.steps import gelu_backward
 from fastrel.reference import rules as reference
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
@@ -67,11 +68,6 @@ def activation(t: Context, node: fx.Node, out: Lanes) -> None:
 def identity_slope(lane: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """AttnLRP's rule for activation functions, relevance unchanged: in terms of gradients, lane ⊙ y/x."""
     return lane * torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
-
-
-def gelu_backward(lane: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
-    """lane ⊙ gelu'(x)."""
-    return aten.gelu_backward(lane, x.expand_as(lane), approximate=approximate)
 
 
 @rule(aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)

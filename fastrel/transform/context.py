@@ -15,6 +15,7 @@ from fastrel.errors import UnsupportedModelError
 from fastrel.graph import axes as axes_
 from fastrel.graph.facts import Facts, Stretch
 from fastrel.graph.nodes import describe
+from fastrel.ops.steps import add_rows
 from fastrel.precision import Products
 from fastrel.reference.rules import Rules, safe_divide
 from fastrel.transform.emit import Emitter
@@ -226,10 +227,3 @@ class Context:
             added = self.emit.call(add_rows, total_lane.node, by_rows[rows].node, rows.dim + 1, rows.start)
             total_lane = Lane(added)
         return total_lane
-
-
-def add_rows(dense: torch.Tensor, part: torch.Tensor, dim: int, start: int) -> torch.Tensor:
-    """dense with `part` added to its entries from `start` on along `dim`."""
-    out = dense.clone()
-    out.narrow(dim, start, part.shape[dim]).add_(part)
-    return out
