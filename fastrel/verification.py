@@ -266,7 +266,8 @@ def _heads_from(theirs: list[Tensor], ours: BlockTrace) -> list[Tensor]:
     first, size = theirs[0], ours.attention.shape
     if first.shape[-1] != size[-1]:
         return []
-    heads = size[-3] if first.dim() == 5 and first.shape[2] == 1 else 1
+    alone = first.dim() == 5 and first.shape[2] == 1 and first.numel() < ours.attention.numel()
+    heads = size[-3] if alone else 1
     same = [x for x in theirs[:heads] if x.shape == first.shape]
     return same if len(same) == heads else []
 
