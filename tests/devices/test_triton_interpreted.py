@@ -316,6 +316,7 @@ def test_a_half_block_is_its_parts(guards: Guards, dtype: torch.dtype, extra: st
         torch.testing.assert_close(ours[3], through.sum(2) + (row if "row" in extra else 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm_vit", "hf_bert", "mixed"])
 def test_fused_passes_change_no_map(name: str) -> None:
     """What is launched for a GPU, with values kept as there, against one operator after the other."""
