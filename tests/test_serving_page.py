@@ -53,11 +53,18 @@ def opened(server: Server) -> Iterator[Any]:
     driver.quit()
 
 
-def test_a_person_drops_a_picture_and_clicks_a_class(browser: Any, tmp_path: Path) -> None:
-    from selenium.webdriver.common.by import By
+def patient(browser: Any) -> Any:
+    """Waits for a minute, also while what it looks at is drawn anew."""
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    wait = WebDriverWait(browser, 60)
+    return WebDriverWait(browser, 60, ignored_exceptions=[StaleElementReferenceException])
+
+
+def test_a_person_drops_a_picture_and_clicks_a_class(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    wait = patient(browser)
     file = tmp_path / "noise.png"
     file.write_bytes(picture(0, (60, 60)))
     wait.until(lambda b: b.find_element(By.ID, "drop").is_displayed())
@@ -68,11 +75,11 @@ def test_a_person_drops_a_picture_and_clicks_a_class(browser: Any, tmp_path: Pat
     buttons = browser.find_elements(By.CSS_SELECTOR, "#classes button")
     assert len(buttons) == 5
     assert [one.get_attribute("aria-pressed") for one in buttons] == ["true"] + ["false"] * 4
-    first = browser.find_elements(By.CSS_SELECTOR, "#pictures img")[1]
-    wait.until(lambda b: first.get_property("naturalWidth") == 224)
+    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#pictures img")[1].get_property("naturalWidth") == 224)
+    first = browser.find_elements(By.CSS_SELECTOR, "#pictures img")[1].get_attribute("src")
     buttons[2].click()
-    wait.until(lambda b: buttons[2].get_attribute("aria-pressed") == "true")
-    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#pictures img")[1] != first)
+    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#classes button")[2].get_attribute("aria-pressed") == "true")
+    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#pictures img")[1].get_attribute("src") != first)
     shot = Image.open(io.BytesIO(base64.b64decode(browser.get_screenshot_as_base64())))
     shot.save(tmp_path / "page.png")
     assert shot.width >= 900
@@ -86,7 +93,6 @@ def test_a_person_drops_a_picture_and_clicks_a_class(browser: Any, tmp_path: Pat
 
 def test_a_person_writes_a_text_and_sees_its_words_coloured(tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
 
     loaded = fastrel.models.load(str(tiny.bert_folder(tmp_path)))
     example = loaded.inputs(loaded.reader("a gripping , clever film"))
@@ -94,7 +100,7 @@ def test_a_person_writes_a_text_and_sees_its_words_coloured(tmp_path: Path) -> N
     path = fastrel.export(explainer, **example, path=tmp_path / "bert.pt2", loaded=loaded)
     with served(path, *OPTIONS) as server:
         for browser in opened(server):
-            wait = WebDriverWait(browser, 60)
+            wait = patient(browser)
             wait.until(lambda b: b.find_element(By.ID, "text").is_displayed())
             browser.find_element(By.ID, "text").send_keys("a gripping film")
             browser.find_element(By.CSS_SELECTOR, "#writing button").click()
