@@ -30,7 +30,7 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: as the file system has it, with `path` in it; one that is not the file system's (without `errno`) as it is.
     """
     target = Path(path)
-    temporary = target.with_name(f".tmp-{uuid.uuid4().hex}{target.suffix}")
+    temporary = _temporary(target)
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -54,7 +54,7 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
 def create(path: str | os.PathLike[str], content: str) -> None:
     """Write a whole file unless there is one; of several who try at once the first one's stays."""
     target = Path(path)
-    temporary = target.with_name(f".tmp-{uuid.uuid4().hex}{target.suffix}")
+    temporary = _temporary(target)
     try:
         temporary.write_bytes(content.encode())
         try:
@@ -66,6 +66,11 @@ def create(path: str | os.PathLike[str], content: str) -> None:
                 os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    """A path beside it that no other process has, on whatever machine that shares the folder."""
+    return target.with_name(f".tmp-{uuid.uuid4().hex}{target.suffix}")
 
 
 def folder(path: str | os.PathLike[str]) -> Path:

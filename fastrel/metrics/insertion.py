@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrel.errors import InputError
-from fastrel.metrics.perturbation import exchanged
+from fastrel.metrics.perturbation import exchanged, probability
 
 STEPS = 20
 
@@ -83,8 +83,5 @@ def _area(
         raise InputError(f"steps must be at least 1, got {steps}")
     fractions = np.linspace(0, 1, steps + 1)
     with torch.no_grad():
-        curve = [
-            model(x).softmax(1).gather(1, target[:, None])[:, 0].double().cpu().numpy()
-            for x in exchanged(images, others, maps, target, fractions.tolist())
-        ]
+        curve = [probability(model, x, target) for x in exchanged(images, others, maps, target, fractions.tolist())]
     return np.trapezoid(np.array(curve), fractions, axis=0)

@@ -101,8 +101,7 @@ def removed(
     Raises:
         InputError: shapes that do not fit, or fractions outside 0 … 1.
     """
-    if maps.dim() != 3 or len(maps) != len(images) or target.shape != (len(images),):
-        raise InputError(f"maps {tuple(maps.shape)} and target {tuple(target.shape)} for images {tuple(images.shape)}")
+    check_shapes(images, maps, target)
     if not all(0 <= f <= 1 for f in fractions):
         raise InputError(f"fractions {tuple(fractions)} are not all in 0 … 1")
     height, width = images.shape[2:]
@@ -111,3 +110,14 @@ def removed(
     place = torch.empty_like(ranking).scatter_(1, ranking, torch.arange(height * width, device=heat.device).expand_as(heat))
     for fraction in fractions:
         yield (place < round(fraction * height * width)).reshape(-1, 1, height, width)
+
+
+def check_shapes(images: Tensor, maps: Tensor, target: Tensor) -> None:
+    """Raise InputError unless there is a map [gh, gw] and a class for each image."""
+    if maps.dim() != 3 or len(maps) != len(images) or target.shape != (len(images),):
+        raise InputError(f"maps {tuple(maps.shape)} and target {tuple(target.shape)} for images {tuple(images.shape)}")
+
+
+def probability(model: Callable[[Tensor], Tensor], images: Tensor, target: Tensor) -> np.ndarray:
+    """The probability of each image's class, [B] in float64."""
+    return model(images).softmax(1).gather(1, target[:, None])[:, 0].double().cpu().numpy()

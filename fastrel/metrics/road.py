@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrel.errors import InputError, needed
-from fastrel.metrics.perturbation import removed
+from fastrel.metrics.perturbation import probability, removed
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 NOISE = 0.01
@@ -57,7 +57,7 @@ def road(
     with torch.no_grad():
         for gone in removed(images, maps, target, fractions, descending=order == "positive"):
             filled = torch.stack([imputed(x, own[0], noise, seed) for x, own in zip(images, gone, strict=True)])
-            found.append(model(filled).softmax(1).gather(1, target[:, None])[:, 0].double().cpu().numpy())
+            found.append(probability(model, filled, target))
     return np.array(found)
 
 

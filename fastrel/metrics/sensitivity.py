@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrel.errors import InputError
+from fastrel.metrics.perturbation import check_shapes
 
 SETS = 100
 
@@ -42,8 +43,7 @@ def sensitivity_n(
     Raises:
         InputError: shapes that do not fit, sizes out of range, or fewer than two sets.
     """
-    if maps.dim() != 3 or len(maps) != len(images) or target.shape != (len(images),):
-        raise InputError(f"maps {tuple(maps.shape)} and target {tuple(target.shape)} for images {tuple(images.shape)}")
+    check_shapes(images, maps, target)
     (rows, columns), (height, width) = maps.shape[1:], images.shape[2:]
     if height % rows or width % columns:
         raise InputError(f"a map of {rows}x{columns} patches for images of {height}x{width}: these are no multiples")
