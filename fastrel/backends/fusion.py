@@ -44,7 +44,11 @@ class _Fusion:
         self.share, self.share_of_sum = residual_add.residual_add, residual_add.residual_add_of_sum
         self.attention = attention_relevance.attention_relevance
         self.linear, self.reduced = zplus_linear.zplus_linear, zplus_linear.zplus_linear_reduced
-        self.matmuls = {zplus_products.matmul: self.linear, zplus_products.reduced_matmul: self.reduced}
+        # By target: what fx calls one may be a name, so the keys are not typed.
+        self.matmuls: dict[Any, Any] = {
+            zplus_products.matmul: self.linear,
+            zplus_products.reduced_matmul: self.reduced,
+        }
         self.sums, self.most = zplus_sums.zplus_sums, zplus_sums.LAYERS
 
     def run(self) -> None:
