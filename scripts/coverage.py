@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from planted import planted
+from planted import OTHERS, planted
 from zoo import PLAIN, Case, cases
 
 #: The verdict on models that were not examined.
@@ -128,7 +128,7 @@ def main() -> None:
         for group, name, _ in chosen:
             results.pop(f"{group}/{name}", None)
     else:
-        chosen = [c for c in known if len(results.get(f"{c[0]}/{c[1]}", ())) < 3]
+        chosen = [c for c in known if not _complete(results.get(f"{c[0]}/{c[1]}", []))]
 
     def one(case: tuple[str, str, Any]) -> None:
         group, name, build = case
@@ -136,8 +136,8 @@ def main() -> None:
         key = f"{group}/{name}"
         if key not in results:
             results[key] = run(examine, options.limit, build)
-        explained = results[key][0].startswith(("ok", "failed"))
-        results[key] = [*results[key][:2], "; ".join(run(seek, options.limit, build)) if explained else ""]
+        if not _complete(results[key]):
+            results[key] = [*results[key][:2], "; ".join(run(seek, options.limit, build))]
         print(f"{group:24} {name:36} {' | '.join(results[key])} ({time.perf_counter() - start:.0f} s)", flush=True)
         STORE.parent.mkdir(exist_ok=True)
         STORE.write_text(json.dumps(results))
@@ -149,6 +149,11 @@ def main() -> None:
         found = (*results.get(f"{group}/{name}", (MISSING,)), "", "")
         rows.setdefault(group, []).append((name, *found[:3]))
     Path(options.out).write_text(page(rows))
+
+
+def _complete(found: list[str]) -> bool:
+    """Whether a model was examined and, if it can be explained, evidence sought in it."""
+    return bool(found) and (not found[0].startswith(("ok", "failed")) or any(found[2:]))
 
 
 def page(rows: dict[str, list[tuple[str, ...]]]) -> str:
@@ -164,9 +169,9 @@ def page(rows: dict[str, list[tuple[str, ...]]]) -> str:
         sought = [hits for row in found for hits in _hits(row[3])]
         if not sought:
             return whole
-        finds = sum(mine for mine, _ in sought), sum(of for _, of in sought)
-        every = sum(mine == of for mine, of in sought)
-        return f"{whole}; evidence found in {finds[0]} of {finds[1]} samples, in all of {every} of {len(sought)} inputs"
+        mine, other, of = (sum(numbers) for numbers in zip(*sought, strict=True))
+        every = sum(own == samples for own, _, samples in sought)
+        return f"{whole}; evidence found in {mine} of {of} samples ({OTHERS[0]} {other}), in all of {every} of {len(sought)} inputs"
 
     timm_groups = [group for group in built if group.startswith("timm")]
     plain = [f"timm, {family}" for family in PLAIN]
@@ -181,8 +186,9 @@ def page(rows: dict[str, list[tuple[str, ...]]]) -> str:
         "*evidence found*: `scripts/planted.py` puts one of two things (words, patterns of a cell of 4 × 4, tones) somewhere into",
         "noise. Small models learn to tell which, and one answer against the other is explained; large ones (timm's) stay *untrained*,",
         "and what the thing does to the answer is explained. *7 of 8*: in seven of eight samples the default map is highest at the",
-        "thing's place; in brackets how many `attnlrp` finds. *not learnt*: nothing to be found. Where it is less than all, the method",
-        "does not always find evidence in models of that kind: check it on yours (`fastrel.metrics`).\n",
+        "thing's place; in brackets how many other methods find. *not learnt*: nothing to be found. Where it is less than all, the",
+        "method does not always find evidence in models of that kind: check it on yours (`fastrel.metrics`). `frozen_attribution`,",
+        "which leaves norms out of its gradients, misses far less: a norm takes out of the gradient what evidence has made large.\n",
         "The method chains attention maps over tokens. Models that have none are refused: factorised, additive or channel attention",
         "(CoaT, EdgeNeXt, EfficientViT-B, MobileViTv2, SwiftFormer), pooling or Fourier mixing (PoolFormer, FNet), lambda layers.",
         "Where a model has both kinds (XCiT, DaViT), maps over tokens are chained, relevance passes others by the rule of products.",
@@ -213,9 +219,10 @@ def page(rows: dict[str, list[tuple[str, ...]]]) -> str:
     return "\n".join(lines)
 
 
-def _hits(evidence: str) -> list[tuple[int, int]]:
-    """(found, samples) of every input in which evidence decided."""
-    return [(int(a), int(b)) for a, b in re.findall(r"(?:^|[ ;])(\d+) of (\d+)", evidence)]
+def _hits(evidence: str) -> list[tuple[int, int, int]]:
+    """(found by the default, found by the first other method, samples) of every input in which evidence decided."""
+    found = re.findall(rf"(?:^|[ ;])(\d+) of (\d+)(?: \({OTHERS[0]} (\w+))?", evidence)
+    return [(int(mine), int(mine if not other else other if other.isdigit() else 0), int(of)) for mine, of, other in found]
 
 
 def _spellings() -> int:

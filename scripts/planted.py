@@ -26,6 +26,9 @@ CELLS, PIECES = 4, 8
 #: Training: steps at most, samples of each, samples that are explained.
 STEPS, BATCH, EXPLAINED = 400, 32, 8
 
+#: Methods that are tried where the default does not find all.
+OTHERS = ("frozen_attribution", "attnlrp")
+
 #: Larger pictures take too long to learn from.
 LEARNT = 64
 
@@ -115,14 +118,15 @@ def _hits(explainer: fastrel.Explainer, given: dict[str, Any], name: str, place:
         maps = how(**given, target=target).maps
         return int((place.read(maps[name])[:, place.regions].argmax(1) == where).sum())
 
+    def of(method: str) -> str:
+        try:
+            return f"{method} {hits(explainer.using(method))}"
+        except fastrel.FastrelError:
+            return f"{method} refused"
+
     found = hits(explainer)
     verdict = f"{found} of {len(where)}"
-    if found == len(where):
-        return verdict
-    try:
-        return f"{verdict} (attnlrp {hits(explainer.using('attnlrp'))})"
-    except fastrel.FastrelError:
-        return f"{verdict} (attnlrp refused)"
+    return verdict if found == len(where) else f"{verdict} ({', '.join(map(of, OTHERS))})"
 
 
 def _answer(case: Case, out: Any) -> Tensor:

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from fastrel.batch import Explain
 from fastrel.commands import options as shared
-from fastrel.data import inputs
 from fastrel.errors import InputError
 
 HELP = "explain a whole data set into Parquet files; interrupted, it goes on where it was"
@@ -69,14 +68,10 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"{' '.join(of_ray)}: of a Ray cluster; add --ray")
     if options.ray and options.workers is not None:
         raise InputError(f"--workers {options.workers}: on Ray, actors read what they explain; give --actors")
-    explain = Explain(**vars(shared.settings(options)), pairs=options.pair_column is not None)
-    content = shared.content(explain, options)
-    found = inputs.find(options.inputs, content, options.column, options.pair_column)
+    explain, found = shared.asked(options)
     items = found.items[: options.limit]
     if found.ignored:
         print(f"fastrel: {found.ignored} files of other kinds ignored", file=sys.stderr)
-    if not items:
-        raise InputError(f"nothing to explain in {' '.join(options.inputs)}: no {content}s")
     settings = explain.settings.describe(explain.loaded) | {"column": options.column}
     settings |= {} if options.pair_column is None else {"pair_column": options.pair_column}
     with Store(options.out, settings, options.shard) as store:

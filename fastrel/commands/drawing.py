@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,11 @@ def _scaled(row: Row, picture: Image.Image) -> np.ndarray:
 
 def raw(rows: Sequence[Row]) -> bytes:
     """target, relevance and (pictures) patches [K, …], logits [C]; of a text in windows the target and window of each row."""
-    arrays = {"target": [row.target for row in rows], "window": [row.window for row in rows], "logits": rows[0].logits}
+    arrays: dict[str, Any] = {
+        "target": [row.target for row in rows],
+        "window": [row.window for row in rows],
+        "logits": rows[0].logits,
+    }
     relevance = [row.relevance for row in rows]
     if len({len(x) for x in relevance if x is not None}) == 1:
         arrays["relevance"] = relevance
@@ -102,6 +107,11 @@ def raw(rows: Sequence[Row]) -> bytes:
         arrays |= {f"relevance{i}": x for i, x in enumerate(relevance)}
     if rows[0].map is not None:
         arrays["patches"] = [row.map for row in rows]
+    return npz(arrays)
+
+
+def npz(arrays: Mapping[str, Any]) -> bytes:
+    """An .npz file of these arrays."""
     buffer = io.BytesIO()
     np.savez(buffer, **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
     return buffer.getvalue()

@@ -21,7 +21,6 @@ from fastrel.commands import options as shared
 from fastrel.commands import pairs, text
 from fastrel.commands.drawing import draw, endings, noise_floor
 from fastrel.commands.outputs import Outputs
-from fastrel.data import inputs
 from fastrel.data.inputs import Item
 from fastrel.data.preprocessing import shown
 from fastrel.errors import InputError, reason
@@ -69,11 +68,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--generate and --continuation go with --text, the text that is gone on with")
     if not options.inputs:
         raise InputError("nothing to explain: give picture files, or --text")
-    explain = Explain(**vars(shared.settings(options)), pairs=options.pair_column is not None)
-    content = shared.content(explain, options)
-    found = inputs.find(options.inputs, content, options.column, options.pair_column)
-    if not found.items:
-        raise InputError(f"nothing to explain in {' '.join(options.inputs)}: no {content}s")
+    explain, found = shared.asked(options)
     settings = explain.settings.describe(explain.loaded) | {"style": options.style, "npz": options.npz}
     settings |= {} if options.pair_column is None else {"pair_column": options.pair_column}
     with Outputs(options.out, settings) as outputs:

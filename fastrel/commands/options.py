@@ -8,7 +8,7 @@ from typing import Any, get_args
 from fastrel import methods
 from fastrel.batch import Explain
 from fastrel.batch.settings import Settings
-from fastrel.data.inputs import Content
+from fastrel.data.inputs import Content, Found, find
 from fastrel.errors import InputError
 from fastrel.graph.facts import MEMORIES
 from fastrel.models.request import DTYPES
@@ -113,17 +113,23 @@ def inputs(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
-def content(explain: Explain, options: argparse.Namespace) -> Content:
-    """What the items that a command explains hold.
+def asked(options: argparse.Namespace) -> tuple[Explain, Found]:
+    """What explains the inputs of a command, and those that it holds; none is an error.
 
     Raises:
-        InputError: pairs are asked of a model that reads pictures or a prompt alone.
+        InputError: pairs are asked of a model that reads pictures or a prompt alone, or there is nothing to explain.
     """
+    column, pair_column = options.column, options.pair_column
+    explain = Explain(**vars(settings(options)), pairs=pair_column is not None)
     kind = explain.loaded.kind
-    if getattr(options, "pair_column", None) is not None and kind not in ("text", "multimodal"):
+    if pair_column is not None and kind not in ("text", "multimodal"):
         what = "pictures" if kind == "image" else "one text, the prompt"
-        raise InputError(f"--pair-column {options.pair_column}: {options.model!r} reads {what} alone, no pairs")
-    return "image" if kind in ("image", "multimodal") else "text"
+        raise InputError(f"--pair-column {pair_column}: {options.model!r} reads {what} alone, no pairs")
+    content: Content = "image" if kind in ("image", "multimodal") else "text"
+    found = find(options.inputs, content, column, pair_column)
+    if not found.items:
+        raise InputError(f"nothing to explain in {' '.join(options.inputs)}: no {content}s")
+    return explain, found
 
 
 def settings(options: argparse.Namespace, **changes: Any) -> Settings:

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fastrel.commands import options as shared
+from fastrel.commands.drawing import npz
 from fastrel.data import files, pictures
 from fastrel.data.preprocessing import shown
 from fastrel.errors import InputError
@@ -50,12 +49,9 @@ def run(options: argparse.Namespace) -> int:
     explanation.save(out, image=seen, tokens=tokens, names=[f"{name} {value:.2f}"], style=options.style)
     if options.npz:
         held: dict[str, Any] = {"score": value}
-        held |= {key: one.relevance[0].float().cpu().numpy() for key, one in explanation.maps.items()}
-        held |= {
-            f"{key}.patches": x.grid[0].float().cpu().numpy() for key, x in explanation.maps.items() if x.grid is not None
-        }
-        with files.replaced(out.with_suffix(".npz")) as path, path.open("wb") as file:
-            np.savez(file, **held)
+        held |= {key: one.relevance[0].float().cpu() for key, one in explanation.maps.items()}
+        held |= {f"{key}.patches": x.grid[0].float().cpu() for key, x in explanation.maps.items() if x.grid is not None}
+        files.write(out.with_suffix(".npz"), npz(held))
     sums = {key: float(one.relevance.float().abs().sum()) for key, one in explanation.maps.items()}
     total = sum(sums.values()) or 1.0
     print(f"{name} of {options.inputs[0]} and {options.text!r}: {value:.2f}")

@@ -15,7 +15,7 @@ from fastrel.batch import Explain
 from fastrel.batch.row import Row
 from fastrel.batch.stream import explained
 from fastrel.commands import options as shared
-from fastrel.commands.drawing import noise_floor, raw, text_page
+from fastrel.commands.drawing import noise_floor, npz, raw, text_page
 from fastrel.data import files
 from fastrel.data.inputs import Item, Pair, Value
 from fastrel.errors import InputError
@@ -93,8 +93,8 @@ def _continued(options: argparse.Namespace, explain: Explain, out: Path) -> int:
     files.folder(out.parent)
     files.write(out, page(tokens, explanation.relevance[0], [f"→ {name}" for name in names]))
     if options.npz:
-        with files.replaced(out.with_suffix(".npz")) as path, path.open("wb") as file:
-            np.savez(file, target=after[0].cpu().numpy(), relevance=explanation.relevance[0].float().cpu().numpy())
+        relevance = explanation.relevance[0].float().cpu()
+        files.write(out.with_suffix(".npz"), npz({"target": after[0].cpu(), "relevance": relevance}))
     print(f"{options.text!r} goes on with {reader.tokenizer.decode(after[0])!r}")
     for k, (name, row) in enumerate(zip(names, explanation.relevance[0].float().cpu().numpy(), strict=True)):
         before = ids.shape[1] + k  # what a token was made of
