@@ -23,11 +23,12 @@ METHODS = {
         ),
         Method(
             "frozen_attribution",
-            "the same with the gradient by AttnLRP's rules, which take norms as constants; the default for next tokens",
+            "the same by AttnLRP's gradient, which takes norms as constants, pooled tokens read by it too; the default for next tokens",
             "fastrel, docs/numerics.md",
             cost="5",
             reading=Chain("gradient_relevance"),
             attnlrp=True,
+            evidence=True,
         ),
         Method(
             "relevance_per_attention",
@@ -36,6 +37,7 @@ METHODS = {
             cost="5",
             reading=Chain("gradient_relevance"),
             attnlrp=True,
+            evidence=True,
             per_attention=True,
         ),
         Method(

@@ -1,4 +1,4 @@
-"""Pooling over tokens other than by their mean."""
+"""Pooling over tokens: what each has of the result."""
 
 from collections.abc import Sequence
 
@@ -25,3 +25,20 @@ def token_weights(x: Tensor, weight: Tensor | None, dims: Sequence[int], feature
     total = size.sum(over, keepdim=True) if over else size
     count = size.numel() / total.numel()
     return torch.where(total > 0, size / torch.where(total > 0, total, 1.0), 1.0 / count)
+
+
+def evidence(x: Tensor, grad: Tensor, rel: Tensor, over: Sequence[int], features: Sequence[int]) -> Tensor:
+    """The share of each token in what is pooled over dimensions `over`: E(x ∇ ⊙ R)⁺, summed over `features`, which keep size 1.
+
+    Pooling is an attention map of one query whose values are the tokens x [*]: its gradient at a token is Σ x ∇ over features, its
+    relevance Σ R, and they make its part of eq. (13). `grad` and `rel` are x's, [K, *]; shares [K, *] sum to 1 over `over`, in equal
+    parts where nothing is positive.
+    """
+    features, over = tuple(dim + 1 for dim in features), tuple(dim + 1 for dim in over)
+    slopes = x * grad
+    if features:
+        slopes, rel = slopes.sum(features, keepdim=True), rel.sum(features, keepdim=True)
+    weights = (slopes * rel).clamp(min=0)
+    total = weights.sum(over, keepdim=True)
+    count = weights[0].numel() // total[0].numel()
+    return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), 1.0 / count)

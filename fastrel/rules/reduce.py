@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 @rule(aten.mean.dim)
 def mean(t: Context, node: fx.Node, out: Lanes) -> None:
-    """Mean over tokens: relevance by share, gradient and row in equal parts."""
+    """Mean over tokens: relevance by share, gradient and row in equal parts; where the method says so, a row by evidence."""
     x, dims, keep = arguments(node, False, count=3)
     ndim = x.meta["val"].dim()
     over = sorted(dim % ndim for dim in dims)
@@ -49,7 +49,21 @@ def mean(t: Context, node: fx.Node, out: Lanes) -> None:
                 tokens = t.emit.arith("mul", tokens, shape[dim])
         return Lane(t.emit.call(spread, widen(lane, True), tokens, *sizes))
 
-    t.give(x, grad, rel, out.row and out.row.map(spread_row))
+    shares = _evidence(t, x, grad, rel, over)
+
+    def spread_by_evidence(lane: Lane) -> Lane:
+        return Lane(t.emit.call(torch.mul, widen(lane, True), shares))
+
+    t.give(x, grad, rel, out.row and out.row.map(spread_by_evidence if shares else spread_row))
+
+
+def _evidence(t: Context, x: fx.Node, grad: Lane | None, rel: Lane | None, over: list[int]) -> fx.Node | None:
+    """The shares [K, *] of tokens that are pooled, if the method reads them by evidence; x's own lanes are dense."""
+    features = t.features(x)
+    tokens = [dim for dim in over if dim not in features]
+    if not (t.method.evidence and grad and rel and tokens):
+        return None
+    return t.emit.call(pooling.evidence, t.value(x), grad.node, rel.node, tokens, features)
 
 
 def spread(lane: Tensor, count: int, *shape: int) -> Tensor:
@@ -74,7 +88,8 @@ def total(t: Context, node: fx.Node, out: Lanes) -> None:
         values: Any = fx.map_arg(node.args, t.value)
         lane = t.dense(out.grad, node).node
         grad = Lane(t.emit.call(vjp, node.target, lane, 0, None, tuple(node.kwargs.items()), *values))
-    t.give(x, grad, rel, out.row and _row_by_weight(t, node, x, out.row, over, keep))
+    shares = _evidence(t, x, grad, rel, over)
+    t.give(x, grad, rel, out.row and _row_by_weight(t, node, x, out.row, over, keep, shares))
 
 
 @rule(aten.logsumexp.default)
@@ -105,12 +120,15 @@ def _widened(t: Context, node: fx.Node, lane: Lane | None, over: list[int], keep
     return wide
 
 
-def _row_by_weight(t: Context, node: fx.Node, x: fx.Node, row: Row, over: list[int], keep: bool) -> Row:
+def _row_by_weight(
+    t: Context, node: fx.Node, x: fx.Node, row: Row, over: list[int], keep: bool, shares: fx.Node | None
+) -> Row:
     features, weight = t.features(x), _constant_factor(t, x)
     if all(dim in features for dim in over):
         return row.map(lambda lane: Lane(_widened(t, node, lane, over, keep, is_row=True)))
-    given = None if weight is None else t.value(weight)
-    shares = t.emit.call(pooling.token_weights, t.value(x), given, over, features)
+    if shares is None:
+        given = None if weight is None else t.value(weight)
+        shares = t.emit.call(pooling.token_weights, t.value(x), given, over, features)
     return row.map(lambda lane: Lane(t.emit.call(torch.mul, _widened(t, node, lane, over, keep, is_row=True), shares)))
 
 
@@ -124,8 +142,8 @@ def _constant_factor(t: Context, x: fx.Node) -> fx.Node | None:
 def by_relevance(t: Context, node: fx.Node, x: fx.Node, out: Lanes, back: Callable[[fx.Node], fx.Node]) -> Row:
     """A row that goes back entry by entry, divided among features in proportion to their relevance (or gradient)."""
     assert out.row
-    weights = out.rel or out.grad
-    by = t.dense(weights, node).node if weights else None
+    lanes = [t.dense(lane, node).node for lane in (out.rel, out.grad) if lane]
+    by = t.emit.call(toward, t.value(node), *lanes) if t.method.evidence and len(lanes) == 2 else next(iter(lanes), None)
     features, own = ([dim + 1 for dim in t.features(value)] for value in (node, x))
 
     def moved(lane: Lane) -> Lane:
@@ -134,6 +152,11 @@ def by_relevance(t: Context, node: fx.Node, x: fx.Node, out: Lanes, back: Callab
         return Lane(t.emit.call(aten.sum.dim_IntList, full, own, True) if own else full)
 
     return out.row.map(moved)
+
+
+def toward(x: Tensor, rel: Tensor, grad: Tensor) -> Tensor:
+    """The part of eq. (13) of each feature of x, [K, *]."""
+    return (x * grad * rel).clamp(min=0)
 
 
 def weighted_row(row: Tensor, by: Tensor | None, features: list[int], *shape: int) -> Tensor:

@@ -106,6 +106,7 @@ class Method:
         start_layer: the attention block that it starts with, counted from the input; negative from the output.
         normalize: scale the rows of I + M to sum 1.
         attnlrp: the gradient lane follows AttnLRP's rules.
+        evidence: where tokens are pooled, each is read by its part of eq. (13) instead of in equal parts.
         per_attention: divide by the attention that each token receives, mean over blocks.
     """
 
@@ -117,6 +118,7 @@ class Method:
     start_layer: int = 0
     normalize: bool = False
     attnlrp: bool = False
+    evidence: bool = False
     per_attention: bool = False
 
     @property
