@@ -37,7 +37,7 @@ def clip() -> nn.Module:
 def test_maps_of_clip_on_tensor_cores(clip: nn.Module, name: str) -> None:
     dtype, precision, bound = BOUNDS[name]
     model = copy.deepcopy(clip).to(dtype)
-    for i in range(1):
+    for i in range(2):
         image = photograph(i).to(dtype)
         with torch.no_grad():
             target = int(model(image).argmax())
