@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastrel
+from benchmarks.baselines.libraries import attnlrp
 from fastrel import methods, reference
 from fastrel.reference.rollout import attention_received, gradient_relevance, per_attention, rollout
 from tests import golden_files as golden
@@ -204,32 +205,10 @@ def test_relevance_per_attention_is_for_one_sequence_of_tokens() -> None:
 
 def test_attnlrp_equals_lxt() -> None:
     """The same model written with the functions of lxt, whose backward passes propagate relevance."""
-    lxt = pytest.importorskip("lxt.explicit.functional", reason="lxt is not installed")
-    identity = pytest.importorskip("lxt.explicit.rules").identity
+    pytest.importorskip("lxt.explicit.functional", reason="lxt is not installed")
     explainer, x, target = models.explainer("timm_vit"), models.inputs("timm_vit", batch=2)["x"], torch.tensor([2, 4])
-    ours, model = explainer.using("attnlrp")(x, target=target).relevance, explainer.model
-
-    def linear(layer: torch.nn.Module, x: Tensor) -> Tensor:
-        return lxt.linear_epsilon(x, layer.weight, layer.bias, 1e-12)
-
-    def norm(layer: torch.nn.Module, x: Tensor) -> Tensor:
-        return lxt.layer_norm_grad_fn.apply(x, layer.weight, layer.bias, layer.eps, 1e-12)
-
-    tokens = model._pos_embed(model.patch_embed(x)).detach().requires_grad_()  # type: ignore[operator]
-    h = tokens
-    for block in model.blocks:  # type: ignore[union-attr]
-        heads = block.attn.num_heads
-        q, k, v = linear(block.attn.qkv, norm(block.norm1, h)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        scores = identity(partial(torch.mul, other=q.shape[-1] ** -0.5), lxt.matmul(q, k.mT, False, 1e-12))
-        attn = lxt.softmax(scores, -1)
-        mixed = lxt.matmul(attn, v, False, 1e-12).transpose(1, 2).flatten(2)
-        h = lxt.add2(h, linear(block.attn.proj, mixed), False, 1e-12)
-        hidden = identity(torch.nn.functional.gelu, linear(block.mlp.fc1, norm(block.norm2, h)))
-        h = lxt.add2(h, linear(block.mlp.fc2, hidden), False, 1e-12)
-    logits = linear(model.head, norm(model.norm, h)[:, 0])  # type: ignore[arg-type]
-    picked = logits.gather(1, target[:, None])
-    (theirs,) = torch.autograd.grad(picked, tokens, picked.detach())
-    assert golden.relative_error(ours, theirs.sum(-1)) < 1e-6
+    ours, theirs = explainer.using("attnlrp")(x, target=target).relevance, attnlrp(explainer.model)(x, target)
+    assert golden.relative_error(ours, theirs) < 1e-6
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Layers as the official code of Chefer, Gur and Wolf (CVPR 2021) has them: each keeps what it read and calls autograd for its relevance.
+"""Layers as the official code of Chefer, Gur and Wolf (CVPR 2021) has them: each keeps what it read and asks autograd for relevance.
 
 Written anew by the published structure, so that it costs what that costs: a layer's product is computed again from the inputs
 that a hook kept, and its relevance is the input times autograd's gradient of that product. One sample at a time: sums are over all
