@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fastrel
 from benchmarks import gate
+from benchmarks.baselines import libraries
 
 #: Name: model, size of an image or length of a text, batch.
 CASES: dict[str, tuple[str, int, int]] = {
@@ -44,7 +45,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fastrel, memory low": {"memory": "low"},
 }
 
-PEERS = ["captum, input x gradient", "zennit, LRP of linear layers", "grad-cam, last block"]
+PEERS = {
+    "captum, input x gradient": libraries.captum_input_x_gradient,
+    "zennit, LRP of linear layers": libraries.zennit_lrp,
+    "grad-cam, last block": libraries.grad_cam,
+}
 PROVIDERS = ["forward", "forward + backward", "predict", *OPTIONS, "fastrel, 10 targets", *PEERS]
 
 _models: dict[tuple[str, int], nn.Module] = {}
@@ -79,36 +84,6 @@ def logits(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def peer(provider: str, model: Any, images: Tensor) -> Callable[[], Any]:
-    """Libraries that do related work, as their documentation has one call them."""
-    if provider.startswith("captum"):
-        from captum.attr import InputXGradient
-
-        attribute = InputXGradient(model)
-        return lambda: attribute.attribute(images, target=0)
-    if provider.startswith("zennit"):
-        composites = pytest.importorskip("zennit.composites")
-        from zennit.attribution import Gradient
-
-        one_hot = torch.eye(1000)[[0] * len(images)]
-
-        def relevance() -> Tensor:
-            with Gradient(model=model, composite=composites.EpsilonPlus()) as attributor:
-                return attributor(images.clone().requires_grad_(), one_hot)[1]
-
-        return relevance
-    grad_cam = pytest.importorskip("pytorch_grad_cam")
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    height, width = model.patch_embed.grid_size
-
-    def grid(tokens: Tensor) -> Tensor:
-        return tokens[:, 1:].unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-    cam = grad_cam.GradCAM(model=model, target_layers=[model.blocks[-1].norm1], reshape_transform=grid)
-    return lambda: cam(input_tensor=images, targets=[ClassifierOutputTarget(0)] * len(images))
-
-
 def runner(provider: str, model: nn.Module, given: dict[str, Tensor]) -> Callable[[], Any]:
     """What to time; whatever of fastrel's it is, checked first."""
     if provider == "forward":
@@ -134,7 +109,11 @@ def runner(provider: str, model: nn.Module, given: dict[str, Tensor]) -> Callabl
     if provider in PEERS:
         if embedded:
             pytest.skip("the peers need a wrapper for token ids")
-        return peer(provider, model, given["x"])
+        try:
+            call = PEERS[provider](model)
+        except ImportError as error:
+            pytest.skip(f"not installed: {error.name}")
+        return lambda: call(given["x"])
     batch = len(next(iter(given.values())))
     target: Any = [list(range(10))] * batch if "10 targets" in provider else 0
     options = OPTIONS.get(provider, {})
@@ -159,7 +138,7 @@ def test_explanation(benchmark: Any, name: str, provider: str) -> None:
     """Each round is preceded by a forward pass of the model alone, so that a machine that drifts slows both."""
     benchmark.group = name
     model, given = case(name)
-    model.requires_grad_(provider.startswith("grad-cam"))  # it reads gradients off a layer
+    model.requires_grad_(False)
     run, forward = runner(provider, model, given), runner("forward", model, given)
     forward_times: list[float] = []
 

@@ -49,7 +49,7 @@ def artefact(path: Path) -> fastrel.Artefact:
 
 
 #: Methods that are no graphs of operators.
-NO_GRAPHS = ("attention_flow", "legrad", "attention_guided_cam", "attcat", "integrated_gradients")
+NO_GRAPHS = ("attention_flow", "legrad", "attention_guided_cam", "attcat", "alti", "integrated_gradients")
 
 
 def smallest() -> nn.Module:

@@ -11,7 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastrel
+from benchmarks.baselines.libraries import attnlrp
 from fastrel import methods, reference
+from fastrel.reference import contributions
 from fastrel.reference import rules as rules_
 from fastrel.reference.pooling import evidence
 from fastrel.reference.rollout import attention_received, gradient_relevance, per_attention, rollout
@@ -276,32 +278,10 @@ def test_relevance_per_attention_is_for_one_sequence_of_tokens() -> None:
 
 def test_attnlrp_equals_lxt() -> None:
     """The same model written with the functions of lxt, whose backward passes propagate relevance."""
-    lxt = pytest.importorskip("lxt.explicit.functional", reason="lxt is not installed")
-    identity = pytest.importorskip("lxt.explicit.rules").identity
+    pytest.importorskip("lxt.explicit.functional", reason="lxt is not installed")
     explainer, x, target = models.explainer("timm_vit"), models.inputs("timm_vit", batch=2)["x"], torch.tensor([2, 4])
-    ours, model = explainer.using("attnlrp")(x, target=target).relevance, explainer.model
-
-    def linear(layer: torch.nn.Module, x: Tensor) -> Tensor:
-        return lxt.linear_epsilon(x, layer.weight, layer.bias, 1e-12)
-
-    def norm(layer: torch.nn.Module, x: Tensor) -> Tensor:
-        return lxt.layer_norm_grad_fn.apply(x, layer.weight, layer.bias, layer.eps, 1e-12)
-
-    tokens = model._pos_embed(model.patch_embed(x)).detach().requires_grad_()  # type: ignore[operator]
-    h = tokens
-    for block in model.blocks:  # type: ignore[union-attr]
-        heads = block.attn.num_heads
-        q, k, v = linear(block.attn.qkv, norm(block.norm1, h)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        scores = identity(partial(torch.mul, other=q.shape[-1] ** -0.5), lxt.matmul(q, k.mT, False, 1e-12))
-        attn = lxt.softmax(scores, -1)
-        mixed = lxt.matmul(attn, v, False, 1e-12).transpose(1, 2).flatten(2)
-        h = lxt.add2(h, linear(block.attn.proj, mixed), False, 1e-12)
-        hidden = identity(torch.nn.functional.gelu, linear(block.mlp.fc1, norm(block.norm2, h)))
-        h = lxt.add2(h, linear(block.mlp.fc2, hidden), False, 1e-12)
-    logits = linear(model.head, norm(model.norm, h)[:, 0])  # type: ignore[arg-type]
-    picked = logits.gather(1, target[:, None])
-    (theirs,) = torch.autograd.grad(picked, tokens, picked.detach())
-    assert golden.relative_error(ours, theirs.sum(-1)) < 1e-6
+    ours, theirs = explainer.using("attnlrp")(x, target=target).relevance, attnlrp(explainer.model)(x, target)
+    assert golden.relative_error(ours, theirs) < 1e-6
 
 
 @pytest.mark.slow
@@ -433,6 +413,97 @@ def test_attcat_equals_its_definition_and_ignores_padding(name: str) -> None:
         expected = sum((g * h).sum(-1) * a.mean((1, 2)) for g, h, a in zip(gradients, hidden, out.attentions, strict=True))
         assert golden.relative_error(ours[i, :length], expected[0].detach()) < 1e-10
     assert not ours[1, 8:].any()
+
+
+def alti_of_block(
+    a: Tensor, v: Tensor, dense: Any, x: Tensor, total: Tensor, y: Tensor, norm: nn.LayerNorm | None
+) -> Tensor:
+    """c_ij of the paper, vector by vector: A [h, T, T], v [h, T, d], x, total, y [T, D] -> [T, T]."""
+    heads, tokens, _ = a.shape
+    weights = dense.weight.unflatten(1, (heads, -1))  # W_O^h
+    result = torch.zeros(tokens, tokens, dtype=x.dtype)
+    for i in range(tokens):
+        whole = y[i].norm(p=1)
+        for j in range(tokens):
+            part = sum(a[h, i, j] * weights[:, h] @ v[h, j] for h in range(heads)) + (x[i] if i == j else 0)
+            if norm is not None:
+                deviation = ((total[i] - total[i].mean()).square().mean() + norm.eps).sqrt()
+                part = (part - part.mean()) * norm.weight / deviation
+            result[i, j] = (whole - (y[i] - part).norm(p=1)).clamp(min=0)
+    return result / result.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "hf_bert_eager"])
+def test_alti_equals_its_definition_and_ignores_padding(name: str) -> None:
+    """Post-norm blocks: the authors' T_i(x_j), the layer norm's deviation being that of the model; text by text."""
+    given, kept = models.inputs(name, batch=2), dict[str, Any]()
+    given["attention_mask"][1, 8:] = 0
+    explainer = models.explainer(name).using("alti")
+    ours = explainer(**given, target=[1, 4]).relevance
+    last = explainer.using(start_layer=-1)(**given).relevance
+    eager = models.build("hf_bert_eager")
+    eager.load_state_dict(explainer.model.state_dict())
+    layers = eager.bert.encoder.layer  # type: ignore[union-attr]
+    for i, layer in enumerate(layers):  # type: ignore[arg-type]
+        layer.attention.self.value.register_forward_hook(lambda m, x, y, i=i: kept.update({f"v{i}": y}))
+        layer.attention.output.LayerNorm.register_forward_hook(lambda m, x, y, i=i: kept.update({f"y{i}": (x[0], y)}))
+    for sample, length in enumerate((12, 8)):
+        out = eager(
+            **{key: x[sample : sample + 1, :length] for key, x in given.items()},
+            output_attentions=True,
+            output_hidden_states=True,
+        )
+        row = torch.eye(length, dtype=torch.float64)[:1]
+        for i in reversed(range(len(layers))):  # type: ignore[arg-type]
+            dense, norm = layers[i].attention.output.dense, layers[i].attention.output.LayerNorm  # type: ignore
+            value = kept[f"v{i}"][0].unflatten(-1, (4, -1)).transpose(0, 1)
+            total, y = (x[0] for x in kept[f"y{i}"])
+            row = row @ alti_of_block(out.attentions[i][0], value, dense, out.hidden_states[i][0], total, y, norm)
+            if i == len(layers) - 1:  # type: ignore[arg-type]
+                assert golden.relative_error(last[sample, :length], row[0].detach()) < 1e-10
+        assert golden.relative_error(ours[sample, :length], row[0].detach()) < 1e-10
+        assert float(row.detach().sum()) == pytest.approx(1)
+    assert not ours[1, 8:].any()
+
+
+def test_alti_of_blocks_that_end_in_their_sum() -> None:
+    """Pre-norm blocks with layer scale: T_i(x_j) is the part itself; the class token and registers are tokens like others."""
+    explainer, x = models.explainer("timm_vit_registers"), models.inputs("timm_vit_registers", batch=1)["x"]
+    model, maps, row = explainer.model, list[tuple[Tensor, Tensor]](), torch.eye(20, dtype=torch.float64)[:1]
+
+    def kept_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+        maps.append(((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1), v))
+        return maps[-1][0] @ v
+
+    ours, inputs = explainer.using("alti")(x).relevance, list[Tensor]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", kept_attention)
+        h = model.norm_pre(model._pos_embed(model.patch_embed(x)))  # type: ignore[operator]
+        for block in model.blocks:  # type: ignore[union-attr]
+            inputs.append(h)
+            h = block(h)
+    for block, h, (a, v) in reversed(list(zip(model.blocks, inputs, maps, strict=True))):  # type: ignore[arg-type]
+        y = h + block.ls1(block.attn.proj((a @ v).transpose(1, 2).flatten(2)))
+        dense = nn.Linear(48, 48).double()
+        dense.weight.data = block.ls1.gamma[:, None] * block.attn.proj.weight
+        row = row @ alti_of_block(a[0], v[0], dense, h[0], y[0], y[0], None)
+    assert golden.relative_error(ours, row.detach()) < 1e-10
+
+
+def test_contributions_are_the_same_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few queries at a time, as long sequences have them."""
+    torch.manual_seed(0)
+    a, v = torch.rand(2, 3, 7, 7).softmax(-1), torch.randn(2, 3, 7, 4)
+    given = (a, v, torch.randn(12, 12), *(torch.randn(2, 7, 12) for _ in range(3)), (None, 1e-5))
+    whole = contributions.contributions(*given)
+    monkeypatch.setattr(contributions, "_ENTRIES", 2 * 7 * 12 * 3)
+    assert torch.allclose(contributions.contributions(*given), whole)
+
+
+def test_alti_says_which_blocks_it_cannot_take_apart() -> None:
+    explainer = fastrel.Explainer(Halved().eval(), "alti")
+    with pytest.raises(fastrel.UnsupportedModelError, match="no output layer reads the heads' values side by side"):
+        explainer(torch.randn(1, 5, 8), target=1)
 
 
 def test_methods_that_read_all_maps_give_padding_nothing() -> None:

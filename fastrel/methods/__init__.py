@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastrel.errors import InputError
-from fastrel.methods.all_maps import attcat, attention_guided_cam, legrad
+from fastrel.methods.all_maps import alti, attcat, attention_guided_cam, legrad
 from fastrel.methods.attention_flow import attention_flow
 from fastrel.transform.method import AllMaps, Chain, LaneSum, Method, PathIntegral
 
@@ -105,6 +105,13 @@ METHODS = {
             "Qiang et al., NeurIPS 2022",
             cost="2",
             reading=AllMaps(attcat, of=("tokens", "received")),
+        ),
+        Method(
+            "alti",
+            "how near what a token gives comes to what each block makes of another, rows scaled to sum 1, chained; blind to the class",
+            "Ferrando et al., EMNLP 2022",
+            cost="2",
+            reading=AllMaps(alti, of=("contributions",)),
         ),
         Method(
             "partial_lrp",

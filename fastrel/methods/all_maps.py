@@ -63,3 +63,18 @@ def attcat(row: Tensor, tokens: Sequence[Tensor], received: Sequence[Tensor]) ->
     if any(one.shape[-2:] != row.shape[1:] for one in (*tokens, *received)):
         raise InputError(f"attcat {NEEDS_SAME_TOKENS}")
     return torch.stack([cat * own for cat, own in zip(tokens, received, strict=True)]).sum(0)
+
+
+def alti(row: Tensor, contributions: Sequence[Tensor]) -> Tensor:
+    """r C_last ⋯ C_first, r the tokens that the head reads, [K, B, T] (Ferrando et al., EMNLP 2022).
+
+    contributions C [B, T, T] as `fastrel.reference.contributions` defines them, the first block's first.
+
+    Raises:
+        InputError: the maps change the number of tokens.
+    """
+    if any(c.shape[:2] != row.shape[1:] for c in contributions):
+        raise InputError(f"alti {NEEDS_SAME_TOKENS}")
+    for c in reversed(contributions):
+        row = torch.einsum("kbi,bij->kbj", row.to(c.dtype), c)
+    return row

@@ -15,6 +15,7 @@ from fastrel.ops.attention import attention_probabilities, attention_scores, car
 from fastrel.ops.library import REFERENCES
 from fastrel.reference import rules as reference
 from fastrel.reference.rollout import attention_received
+from fastrel.rules.contributions import contributions
 from fastrel.rules.linear import times_parameter
 from fastrel.rules.pointwise import sum_to
 from fastrel.rules.registry import rule
@@ -110,7 +111,10 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
         dense = (lane and t.dense(lane, node).node for lane in (out.rel, out.grad))
         every = (t.value(q), keys, values, t.value(mask) if isinstance(mask, fx.Node) else None)
         maps = t.emit.call(attention_maps, *every, *dense, float(scale), bool(is_causal), 0, t.rules)
-        _keep(t, block, t.emit.parts(maps, 3))
+        maps = t.emit.parts(maps, 3)
+        _keep(t, block, maps)
+        if t.asks("contributions"):
+            t.maps["contributions"][block] = contributions(t, node, v, maps[0], values, t.value(node))
         if t.asks("scores"):
             t.maps["scores"][block] = t.emit.call(
                 attention_scores, every[0], every[1], every[3], float(scale), bool(is_causal), 0
@@ -280,6 +284,10 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
         if t.method.kinds:
             every = (t.value(left), *(part and t.dense(Lane(part, rows), left).node for part in (grad_a, rel_a)))
             _keep(t, block, [part and (part if heads is None else t.emit.call(split_heads, part, heads)) for part in every])
+            if t.asks("contributions"):
+                whole = [t.value(x) for x in (left, right, node)]
+                whole = whole if heads is None else [t.emit.call(split_heads, x, heads) for x in whole]
+                t.maps["contributions"][block] = contributions(t, node, right, *whole)
         if t.asks("scores"):
             scores = _scores(t, left)
             t.maps["scores"][block] = scores if heads is None else t.emit.call(split_heads, scores, heads)

@@ -13,7 +13,7 @@ Update = Literal["gradient_relevance", "gradient_attention", "gradcam", "relevan
 UPDATES: tuple[Update, ...] = get_args(Update)
 
 #: What a block hands to a function of all maps.
-Kind = Literal["attention", "gradient", "relevance", "scores", "tokens", "received"]
+Kind = Literal["attention", "gradient", "relevance", "scores", "tokens", "received", "contributions"]
 
 #: What is said where maps of several blocks cannot be read together.
 NEEDS_SAME_TOKENS = "needs attention maps over one and the same sequence of tokens in every block"
@@ -65,7 +65,8 @@ class AllMaps:
 
     "attention": A [B, h, Tq, Tk]; "gradient": ∇A, "relevance": R_A, both [K, B, h, Tq, Tk]; "scores": S [B, h, Tq, Tk] with
     A = softmax(S); "tokens": what a block reads times its gradient, summed over features, [K, B, T]; "received": the attention that
-    each token receives, [B, T]. The function returns the map [K, B, T].
+    each token receives, [B, T]; "contributions": the share of each token in what the block makes of every token, by its output layer,
+    residual add and norm, [B, T, T]. The function returns the map [K, B, T].
     """
 
     combine: Callable[..., Tensor]
