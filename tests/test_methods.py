@@ -221,7 +221,8 @@ def test_frozen_attribution_reads_pooled_tokens_by_their_part_of_eq_13(spelling:
         rel = rules_.mean(x, pooled[:, None], [1], rules)[None]
         shares = (((x * grad).sum(-1) * rel.sum(-1)).clamp(min=0))[0]
         row = shares / shares.sum(1, keepdim=True)
-        assert (shares > 0).any(1).all() and (shares == 0).any()
+        assert (shares > 0).any(1).all()
+        assert (shares == 0).any()
         for block in reversed(explainer.trace(images, target=target)):
             row = row + (row[:, None] @ gradient_relevance(block.gradient[0], block.relevance[0]))[:, 0]
     assert golden.map_error(explanation.relevance, row) < 1e-10
