@@ -9,10 +9,10 @@ mkdir -p "$out"
 shared=$(cd ../shared && pwd)
 export PYTHONPATH="$shared/models${PYTHONPATH:+:$PYTHONPATH}"
 
-both=(transformer_attribution relevance_per_attention gradient_attention relevance_rollout rollout raw_attention attention_gradcam
-  legrad attention_guided_cam attcat partial_lrp lrp attnlrp input_x_gradient)
+both=(transformer_attribution frozen_attribution relevance_per_attention gradient_attention relevance_rollout rollout raw_attention attention_gradcam
+  alti legrad attention_guided_cam attcat partial_lrp lrp attnlrp input_x_gradient)
 images=("${both[@]}" lrp_pixels input_x_gradient_pixels)
-fast=(transformer_attribution relevance_per_attention gradient_attention raw_attention rollout attention_gradcam legrad attention_guided_cam
+fast=(transformer_attribution frozen_attribution relevance_per_attention gradient_attention raw_attention rollout attention_gradcam legrad attention_guided_cam
   attcat partial_lrp attnlrp input_x_gradient)
 rules=(--rules positive official)
 coco=(--data "coco:$shared/data/coco_masks" --model real_models:clip_imagenet --metric pointing segmentation)
