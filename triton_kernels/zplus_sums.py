@@ -9,7 +9,8 @@ import triton.language as tl
 from fastrel.triton_kernels import configs
 from fastrel.triton_kernels.launch import blocks, capability, dense, on_its_device
 from fastrel.triton_kernels.math import tile_of
-from fastrel.triton_kernels.zplus_linear import REDUCED, has_exact_output, kind_of, options_of, rows_of, signed_sums
+from fastrel.triton_kernels.zplus_kinds import REDUCED, has_exact_output, kind_of, options_of, rows_of
+from fastrel.triton_kernels.zplus_shares import signed_sums
 from torch import Tensor
 
 #: How many layers one launch takes at most: those of a block.
