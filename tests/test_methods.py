@@ -501,6 +501,16 @@ def test_contributions_are_the_same_by_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.allclose(contributions.contributions(*given), whole)
 
 
+def test_contributions_keep_nan_and_give_tokens_that_are_not_seen_nothing() -> None:
+    torch.manual_seed(0)
+    causal = torch.rand(1, 3, 7, 7).tril()
+    rest = torch.randn(1, 3, 7, 4), torch.randn(12, 12), *(torch.randn(1, 7, 12) for _ in range(3))
+    found = contributions.contributions(causal, *rest)
+    assert not found.triu(1).any()
+    rest[-1][0, 2, 5] = torch.nan
+    assert contributions.contributions(causal, *rest)[0, 2, :3].isnan().all()
+
+
 def test_alti_says_which_blocks_it_cannot_take_apart() -> None:
     explainer = fastrel.Explainer(Halved().eval(), "alti")
     with pytest.raises(fastrel.UnsupportedModelError, match="no output layer reads the heads' values side by side"):
@@ -510,7 +520,7 @@ def test_alti_says_which_blocks_it_cannot_take_apart() -> None:
 def test_methods_that_read_all_maps_give_padding_nothing() -> None:
     given = models.inputs("hf_bert", batch=2)
     given["attention_mask"][1, 8:] = 0
-    for name in ("legrad", "attention_guided_cam", "attcat"):
+    for name in ("legrad", "attention_guided_cam", "attcat", "alti"):
         relevance = models.explainer("hf_bert").using(name)(**given, target=[1, 4]).relevance
         assert relevance[1, :8].any()
         assert not relevance[1, 8:].any()

@@ -110,7 +110,7 @@ METHODS = {
             "alti",
             "how near what a token gives comes to what each block makes of another, rows scaled to sum 1, chained; blind to the class",
             "Ferrando et al., EMNLP 2022",
-            cost="2",
+            cost="1.3, and a vector per pair of tokens",
             reading=AllMaps(alti, of=("contributions",)),
         ),
         Method(

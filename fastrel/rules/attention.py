@@ -111,10 +111,10 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
         dense = (lane and t.dense(lane, node).node for lane in (out.rel, out.grad))
         every = (t.value(q), keys, values, t.value(mask) if isinstance(mask, fx.Node) else None)
         maps = t.emit.call(attention_maps, *every, *dense, float(scale), bool(is_causal), 0, t.rules)
-        maps = t.emit.parts(maps, 3)
-        _keep(t, block, maps)
+        kept_maps = t.emit.parts(maps, 3)
+        _keep(t, block, kept_maps)
         if t.asks("contributions"):
-            t.maps["contributions"][block] = contributions(t, node, v, maps[0], values, t.value(node))
+            t.maps["contributions"][block] = contributions(t, node, v, kept_maps[0], values, t.value(node))
         if t.asks("scores"):
             t.maps["scores"][block] = t.emit.call(
                 attention_scores, every[0], every[1], every[3], float(scale), bool(is_causal), 0
