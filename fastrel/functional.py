@@ -94,6 +94,28 @@ def pixel_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, str
     )
 
 
+def layers(x: Tensor, weight: Tensor, rules: Rules = "positive") -> Tensor:
+    """x W, one layer for each head or group; backward eq. (5). x [B, *, T, in], weight [*, in, out] -> [B, *, T, out]."""
+    return _propagate(torch.matmul, lambda rel, x, w: R.linear(x, w.mT, rel, rules), x, weight.detach())
+
+
+def experts(x: Tensor, weight: Tensor, offsets: Tensor, rules: Rules = "positive") -> Tensor:
+    """x [S, in] -> [S, out]: rows up to `offsets[0]` times weight[0], from there up to `offsets[1]` times weight[1] and so on, of
+    weight [E, in, out]; rows that none takes are 0. Backward eq. (5)."""
+    ends = offsets.tolist()
+    rest = len(x) - (ends[-1] if ends else 0)
+    taken = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return torch.cat([*(x[rows] @ one for rows, one in zip(taken, w, strict=True)), x.new_zeros(rest, w.shape[2])])
+
+    def rule(rel: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        parts = [R.linear(x[rows], one.mT, rel[rows], rules) for rows, one in zip(taken, w, strict=True)]
+        return torch.cat([*parts, x.new_zeros(rest, x.shape[1])])
+
+    return _propagate(forward, rule, x, weight.detach())
+
+
 def add(u: Tensor, v: Tensor, rules: Rules = "positive", *, batch_dim: int = 0) -> Tensor:
     """u + v of two activations, a residual add; backward eq. (5) (positive) or eq. (9) (official), over all but `batch_dim`."""
 

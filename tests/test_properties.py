@@ -15,7 +15,7 @@ from fastrel import engine
 from fastrel.graph import axes as axes_
 from fastrel.ops.steps import add_rows
 from fastrel.transform.lanes import Branch, Lane, Part, Row
-from fastrel.transform.rollout import Rollout
+from fastrel.transform.rollout import Rollout, Sum
 from tests.small import EXAMPLES, remembered
 
 slow = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -282,6 +282,7 @@ class Numbers:
 
     def __init__(self) -> None:
         self.graph, self.values = fx.Graph(), {}
+        self.add = Sum(self._added)
 
     def lane(self, value: Tensor) -> Lane:
         node = self.graph.placeholder(f"x{len(self.values)}")
@@ -291,7 +292,7 @@ class Numbers:
     def emit(self, fn: Any, *args: Any) -> fx.Node:
         return self.lane(fn(*(self.values[a] if isinstance(a, fx.Node) else a for a in args))).node
 
-    def add(self, lanes: Any) -> Lane:
+    def _added(self, lanes: Any) -> Lane:
         return self.lane(sum(self.values[lane.node] for lane in lanes)) if len(lanes) > 1 else lanes[0]
 
 

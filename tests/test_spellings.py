@@ -309,6 +309,51 @@ ATTENTION: dict[str, Callable[[Block, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
+SINK = 0.7
+
+
+def sink_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A constant key of that score, whose value is 0."""
+    k, v = (F.pad(y, (0, 0, 0, 1)) for y in (k, v))
+    bias = F.pad(q.new_zeros(1, 1, q.shape[2], q.shape[2]), (0, 1), value=SINK)
+    return F.scaled_dot_product_attention(q, k, v, bias)
+
+
+def sinks(q: Tensor) -> Tensor:
+    return q.new_full((HEADS, 1, 1), SINK).expand(len(q), -1, q.shape[2], -1)
+
+
+def sink_in_gpt_oss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.cat([scores(q, k), sinks(q)], dim=-1)
+    s = s - s.max(dim=-1, keepdim=True).values
+    return torch.matmul(F.softmax(s, dim=-1, dtype=s.dtype)[..., :-1], v)
+
+
+def sink_below(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    top = s.amax(-1, keepdim=True)
+    e = (s - top).exp()
+    return e / (e.sum(-1, keepdim=True) + (SINK - top).exp()) @ v
+
+
+#: Attention of which a part goes to a sink, and so nowhere.
+SINKS: dict[str, Callable[[Block, Tensor], Tensor]] = {
+    "a sink among the keys": of_heads(sink_key),
+    "a sink, dropped": of_heads(sink_in_gpt_oss),
+    "a sink in front": of_heads(lambda q, k, v: torch.cat([sinks(q), scores(q, k)], -1).softmax(-1)[:, :, :, 1:] @ v),
+    "a sink, narrow": of_heads(
+        lambda q, k, v: torch.cat([scores(q, k), sinks(q)], -1).softmax(-1).narrow(-1, 0, k.shape[2]).clone() @ v
+    ),
+    "a sink, split": of_heads(
+        lambda q, k, v: torch.cat([sinks(q), scores(q, k)], -1).softmax(-1).split([1, LENGTH], -1)[1] @ v
+    ),
+    "a sink in the divisor": of_heads(sink_below),
+    "a number in the divisor": of_heads(
+        lambda q, k, v: scores(q, k).exp() @ v / (math.exp(SINK) + scores(q, k).exp().sum(-1, keepdim=True))
+    ),
+}
+
+
 def gelu_by_erf(x: Tensor) -> Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
@@ -438,6 +483,8 @@ MEAN: dict[str, Callable[[Planted, Tensor], Tensor]] = {
     "mean, einsum": lambda m, x: torch.einsum("btd->bd", x) / x.size(1),
     "mean, pooling": lambda m, x: F.adaptive_avg_pool1d(x.mT, 1).squeeze(-1),
     "mean, masked": masked_mean,
+    "mean, masked, einsum": lambda m, x: torch.einsum("btd,bt->bd", x, torch.ones(x.shape[:2], dtype=x.dtype)) / x.shape[1],
+    "mean, masked, bmm": lambda m, x: torch.bmm(torch.ones(len(x), 1, x.shape[1], dtype=x.dtype), x).squeeze(1) / x.shape[1],
     "mean, product": lambda m, x: (torch.full((1, x.shape[1]), 1 / x.shape[1], dtype=x.dtype) @ x)[:, 0],
     "mean, sequence first": lambda m, x: x.permute(1, 0, 2).mean(dim=0),
 }  # fmt: skip
@@ -470,7 +517,7 @@ PLAIN: dict[str, Any] = {
 
 #: The part of the model, and spellings of one function; the first is what the others must agree with.
 TABLE: list[tuple[str, dict[str, Any]]] = [
-    ("attention", {"fused": PLAIN["attention"], **ATTENTION}),
+    ("attention", {"fused": PLAIN["attention"], **ATTENTION}), ("attention", SINKS),
     ("MLP", MLP), ("MLP", GATED), ("norm", NORM), ("norm", WRITTEN), ("norm", RMS), ("residual", RESIDUAL), ("embedding", EMBEDDING),
     ("readout", FIRST), ("readout", MEAN), ("readout", MAX), ("readout", POOLED), ("head", HEAD),
 ]  # fmt: skip
@@ -519,6 +566,14 @@ def test_heads_of_one_attention_are_one_block(name: str) -> None:
     torch.testing.assert_close(*last, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", [name for name in SINKS if "divisor" not in name])
+def test_attention_with_sinks_is_verified(name: str) -> None:
+    report = fastrel.Explainer(Planted(attention=SINKS[name]).double().eval(), backend="torch").verify(ids(), target=1)
+    assert report.ok, report
+    assert report.blocks == 2
+    assert not any("not checked" in check.meaning for check in report.checks), report
+
+
 @pytest.mark.parametrize("name", ["slices of one weight", "chunks of one weight"])
 def test_layers_in_parts_are_verified(name: str) -> None:
     report = fastrel.Explainer(Planted(MLP=MLP[name]).double().eval(), backend="torch").verify(ids(), target=1)
@@ -534,6 +589,13 @@ def test_attnlrp_freezes_norms_however_they_are_spelled(name: str, group: dict[s
         for norm in (plain, group[name])
     ]
     torch.testing.assert_close(*maps, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in MEAN if "masked" in name])
+def test_sums_by_constant_weights_are_verified(name: str) -> None:
+    report = fastrel.Explainer(Planted(readout=MEAN[name]).double().eval(), backend="torch").verify(ids(), target=1)
+    assert report.ok, report
+    assert not any("not checked" in check.meaning for check in report.checks), report
 
 
 def test_layers_that_share_a_whole_weight_stay_two() -> None:

@@ -10,6 +10,7 @@ activation is a tensor that requires grad and is no parameter: images must requi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ _OPERANDS = ("input", "other", "mat1", "mat2", "batch1", "batch2", "tensor1", "t
 class propagation(TorchFunctionMode):
     """The context in which an eager model propagates relevance backwards.
 
+    Args:
+        rules: the rule set.
+        inputs: the model's inputs, if it is to be told from constants which token ids are made of them; default all are.
+
     Attributes:
         attention: the attention maps that the forward pass made, as tensors of its graph, [B, h, Tq, Tk] (windows as the model has
             them; maps that a product takes as [B·h, Tq, Tk] are split as their values were merged); maps over channels too.
@@ -39,9 +44,9 @@ class propagation(TorchFunctionMode):
             in place, and at one made by what torch's function modes do not see (scripted code, an autograd.Function).
     """
 
-    def __init__(self, rules: Rules = "positive") -> None:
+    def __init__(self, rules: Rules = "positive", inputs: Sequence[Tensor] | None = None) -> None:
         super().__init__()
-        self._tape = Tape(rules)
+        self._tape = Tape(rules, inputs)
 
     @property
     def attention(self) -> list[Tensor]:
@@ -54,7 +59,7 @@ class propagation(TorchFunctionMode):
         return self._tape.generic
 
     def __enter__(self) -> propagation:
-        self._tape = Tape(self._tape.rules)
+        self._tape = Tape(self._tape.rules, self._tape.inputs)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._tape.save, Saved.get)
         self._hooks.__enter__()
         super().__enter__()
@@ -73,10 +78,11 @@ class propagation(TorchFunctionMode):
             args = (args[0], args[1].detach(), *args[2:])
         if name in names.AUTOGRAD or (_is_attribute(func) and name not in names.UNCHANGED | names.MOVES):
             return func(*args, **kwargs)
-        if name == "embedding":
+        if name == "embedding" and any(tape.varies(x) for x in (*args, *kwargs.values())):
             return kinds.embedding(tape, func, args, kwargs)
         if not activations((args, kwargs)) or name in names.CONSTANTS:
-            return kinds.constant(tape, name, func, args, kwargs)
+            result = kinds.constant(tape, name, func, args, kwargs)
+            return tape.vary(result, args, kwargs, in_place or name == "setitem")
         left = not torch.is_grad_enabled()
         with torch.enable_grad():
             result = self._followed(name, in_place, func, args, kwargs)
@@ -95,7 +101,7 @@ class propagation(TorchFunctionMode):
             return kinds.write(tape, name, func, args, kwargs)
         result = _call(tape, name, func, found, args, kwargs)
         if in_place:
-            tape.overwrite(args[0])
+            tape.overwrite(args[0], result if isinstance(result, Tensor) else None)
         for x in activations(result):
             if not tape.knows(x):
                 tape.know(x)

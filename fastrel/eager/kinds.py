@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastrel import functional
-from fastrel.eager.names import BROADCASTS, COPIES, MOVES, OVER_FEATURES
+from fastrel.eager.names import BROADCASTS, COPIES, MOVES, OVER_FEATURES, PICKS
 from fastrel.eager.tape import Tape, activations
 from fastrel.errors import UnsupportedModelError
 
@@ -49,11 +49,11 @@ def unchanged(tape: Tape, name: str, func: Callable[..., Tensor], args: Any, kwa
     given = x.detach().clone()
     with torch.no_grad():
         value = func(given, *args[1:], **kwargs)
-    if given._version:  # inplace=True
-        tape.overwrite(x)
-    elif value is given:
+    if value is given and not given._version:
         return x
     facts, out = tape.facts(x), functional.identity(value, x)
+    if given._version:  # inplace=True
+        tape.overwrite(x, out)
     pointwise = name not in OVER_FEATURES and value.shape == x.shape
     keys = facts.keys if name in COPIES else _softmax_keys(x, args, kwargs) if name == "softmax" else None
     return tape.know(
@@ -84,7 +84,8 @@ def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         return result
     x, facts = args[0], tape.facts(args[0])
     results = [result] if isinstance(result, Tensor) else list(result)
-    keys = _moved_keys(func, x, facts.keys, args[1:], kwargs) if facts.keys else [None] * len(results)
+    follows = facts.keys and name not in PICKS
+    keys = _moved_keys(func, x, facts.keys, args[1:], kwargs) if follows else [None] * len(results)
     for y, key in zip(results, keys, strict=True):
         if not activations(y):
             continue
@@ -97,18 +98,24 @@ def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _moved_keys(func: Any, x: Tensor, keys: int, args: Any, kwargs: Any) -> list[int | None]:
-    """Where the dimension of keys is in each result of a move: tried on a map that holds the number of each key."""
-    count = x.shape[keys]
-    numbers = torch.arange(count, device=x.device)
+    """Where the dimension of keys, or a run of them, is in each result of a move: tried on a map that holds the number of each key."""
+    numbers = torch.arange(1, 1 + x.shape[keys], device=x.device)
     moved = func(numbers.reshape(-1, *(1,) * (-keys - 1)).expand(x.shape), *args, **kwargs)
 
     def dimension(y: Tensor) -> int | None:
-        for dim in range(-1, -y.dim() - 1, -1):
-            if y.shape[dim] == count and bool((y == numbers.reshape(-1, *(1,) * (-dim - 1))).all()):
-                return dim
-        return None
+        if y.dim() == x.dim() and y.shape[keys] <= len(numbers) and _runs_along(y, keys):
+            return keys
+        whole = (dim for dim in range(-1, -y.dim() - 1, -1) if y.shape[dim] == len(numbers))
+        return next((dim for dim in whole if _runs_along(y, dim)), None)
 
     return [dimension(y) for y in ([moved] if isinstance(moved, Tensor) else moved)]
+
+
+def _runs_along(y: Tensor, dim: int) -> bool:
+    """Whether a value holds consecutive numbers along a dimension, the same everywhere."""
+    start = y.flatten()[:1]
+    numbers = start + torch.arange(y.shape[dim], device=y.device)
+    return bool(start.numel() and start > 0 and (y == numbers.reshape(-1, *(1,) * (-dim - 1))).all())
 
 
 def write(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:

@@ -27,8 +27,11 @@ MOVES = {
     "index_select", "take_along_dim", "masked_select", "masked_fill", "where", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
     "unfold", "tril", "triu", "diagonal", "diag_embed", "index_put", "index_copy", "scatter", "masked_scatter", "slice_scatter",
     "select_scatter", "view_as_complex", "view_as_real", "max_pool1d", "max_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-    "max", "min", "maximum", "minimum",
+    "max", "min", "maximum", "minimum", "topk", "sort", "kthvalue", "median",
 }  # fmt: skip
+
+#: Those among them that choose by size: an attention map does not stay one.
+PICKS = {"max", "min", "topk", "sort", "kthvalue", "median"}
 
 #: Those among them that write into their first argument where their name ends in an underscore.
 WRITES = {"setitem", "copy", "masked_fill", "index_put", "index_copy", "scatter", "masked_scatter"}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrel import functional
-from fastrel.eager.arithmetic import add, mul
+from fastrel.eager.arithmetic import add, mul, sum_
 from fastrel.eager.kinds import move
 from fastrel.eager.parts import of_columns, of_one_head
 from fastrel.eager.tape import Facts, Tape, handles, is_activation, refuse_activations
@@ -66,19 +66,35 @@ def _flat(option: Any) -> list[Any]:
 
 @handles("matmul", "bmm", "mm")
 def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
-    """A·V, V·Aᵀ, Q·Kᵀ, other products of two activations, and linear layers."""
+    """A·V, V·Aᵀ, Q·Kᵀ, other products of two activations, linear layers, and sums by constant weights."""
+    a, b = (x.detach() if isinstance(x, nn.Parameter) else x for x in (a, b))  # a view of one would be an activation
     if not is_activation(b) and b.dim() < 3:
         weight = b.detach().mT if b.dim() == 2 else b.detach()[None]
         out = tape.know(functional.linear(a, weight, None, tape.rules), origin=a)
         return of_columns(tape, out, a, b, weight) if b.dim() == 2 else out.squeeze(-1)
     if not is_activation(a) and a.dim() < 3:
         return matmul(tape, b.mT, a.mT).mT.contiguous()
+    if not is_activation(a) and a.shape[-2] == 1 and tape.facts(a).keys is None:
+        return sum_(tape, mul(tape, b, a.mT), -2, True)
     of_a, of_b = tape.facts(a), tape.facts(b)
     if of_a.keys == -1:
         return _attention_value(tape, a, b, of_a)
     if of_b.keys == -2 and of_a.keys is None:
         return _attention_value(tape, b.mT, a.mT, of_b).mT.contiguous()
+    if not is_activation(b):
+        return functional.layers(a, b, tape.rules)
     return functional.matmul(a, b, tape.rules)
+
+
+@handles("grouped_mm", "grouped_mm_fallback")
+def grouped_mm(tape: Tape, x: Tensor, weight: Tensor, offs: Tensor, **options: Any) -> Tensor:
+    """Experts of a mixture, which are linear layers of the rows that chose them."""
+    refuse_activations("grouped_mm", weight)
+    if x.dim() != 2 or weight.dim() != 3 or any(option is not None for option in options.values()):
+        raise UnsupportedModelError(
+            "no relevance function for a grouped_mm that is not x [S, in] times weights [E, in, out]"
+        )
+    return functional.experts(x, weight, offs, tape.rules)
 
 
 @handles("rmatmul")
@@ -123,12 +139,19 @@ def einsum(tape: Tape, equation: str, *operands: Any) -> Tensor:
     """One that is a product of matrices, as that."""
     a, b = operands[0] if isinstance(operands[0], (list, tuple)) else operands if len(operands) == 2 else (None, None)
     left, right, result = _indices(equation, (a, b))
+    a, b = (x.detach() if isinstance(x, nn.Parameter) else x for x in (a, b))
     if tape.facts(b).keys is not None and tape.facts(a).keys is None:  # the map on the left
         a, b, left, right = b, a, right, left
     sizes = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
     batch = [i for i in result if i in left and i in right]
     summed = [i for i in left if i in right and i not in result]
     rows, columns = ([i for i in side if i not in batch and i not in summed] for side in (left, right))
+    if not is_activation(b) and not columns and (left[0] in right or left[-1] not in summed):  # tokens by constant weights
+        spread = torch.einsum(f"{right}->{''.join(i for i in left if i in right)}", b)
+        weights = spread[tuple(slice(None) if i in right else None for i in left)]
+        added = sum_(tape, mul(tape, a, weights), [left.index(i) for i in summed])
+        kept = [i for i in left if i not in summed]
+        return move(tape, "permute", torch.permute, (added, [kept.index(i) for i in result]), {})
 
     def rearranged(name: str, x: Tensor, to: list[int]) -> Tensor:
         return move(tape, name, getattr(torch, name), (x, to), {})
@@ -142,7 +165,10 @@ def einsum(tape: Tape, equation: str, *operands: Any) -> Tensor:
     product = matmul(tape, matrices(a, left, rows, summed), matrices(b, right, summed, columns))
     order = [*batch, *rows, *columns]
     product = rearranged("reshape", product, [sizes[i] for i in order])
-    return rearranged("permute", product, [order.index(i) for i in result]).contiguous()
+    out = rearranged("permute", product, [order.index(i) for i in result]).contiguous()
+    facts = tape.facts(a)
+    mixes = facts.keys is not None and not is_activation(b) and left[facts.keys] in rows
+    return tape.know(out, keys=result.index(left[facts.keys]) - len(result), mixed=True) if mixes else out  # type: ignore[index]
 
 
 def _indices(equation: str, operands: Sequence[Any]) -> tuple[str, str, str]:

@@ -89,13 +89,16 @@ class Saved:
 class Tape:
     """The facts of every value, the attention maps in order, and the functions that took the generic rule."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, inputs: Sequence[Tensor] | None = None) -> None:
         self.rules: Rules = rules
+        self.inputs = inputs
+        self._varying = {id(x): x for x in inputs or ()}
         self.attention: list[Tensor] = []
         self.generic: list[str] = []
         self.batch: int | None = None
         self._facts: dict[int, Facts] = {}
         self._overwritten: list[Tensor] = []
+        self._became: dict[int, Tensor] = {}
         self._saved: weakref.WeakSet[Saved] = weakref.WeakSet()
         with torch.enable_grad():
             self._began = torch.zeros(1, requires_grad=True).view(1).grad_fn._sequence_nr()  # type: ignore[union-attr]
@@ -112,6 +115,18 @@ class Tape:
         """Keep facts of x, which is returned."""
         self._facts[id(x)] = Facts(x, x.requires_grad, **{"root": x, **facts})
         return x
+
+    def varies(self, x: Any) -> bool:
+        """Whether a tensor of integers is made of the model's inputs, or may be."""
+        whole = isinstance(x, Tensor) and not x.is_floating_point()
+        return whole and (self.inputs is None or id(x) in self._varying)
+
+    def vary(self, result: Any, args: Any, kwargs: Any, writes: bool) -> Any:
+        """What a function makes of values that vary does, too, and so does what it writes into; the result is returned."""
+        if self.inputs is not None and any(id(x) in self._varying for x in pytree.tree_leaves((args, kwargs))):
+            changed = [x for x in pytree.tree_leaves((result, args[:1] if writes else ())) if isinstance(x, Tensor)]
+            self._varying.update({id(x): x for x in changed if not isinstance(x, nn.Parameter)})
+        return result
 
     def accept(self, name: str, found: list[Tensor], writes: Sequence[Tensor]) -> None:
         """Refuse values that are not what the model would have here; `writes` are only written into."""
@@ -133,9 +148,11 @@ class Tape:
             return 0
         return list(shape).index(self.batch)
 
-    def overwrite(self, x: Tensor) -> None:
+    def overwrite(self, x: Tensor, by: Tensor | None = None) -> None:
         """x is no longer what the model has: the result of the function that overwrote it took its place."""
         self._overwritten.append(x)
+        if by is not None and by is not x:
+            self._became[id(x)] = by
 
     def write(self, target: Tensor, part: Tensor | None) -> None:
         """The model writes into the target, where `part` of it then holds again what it should."""
@@ -157,7 +174,9 @@ class Tape:
         self._facts[id(x)] = dataclasses.replace(self.facts(x), alias=x.view_as(x))
 
     def as_made(self, x: Tensor) -> Tensor:
-        """x as it was before an autograd.Function returned it."""
+        """x as it was before an autograd.Function returned it, and after functions that overwrote it."""
+        while id(x) in self._became:
+            x = self._became[id(x)]
         alias = self.facts(x).alias
         if alias is None or alias.grad_fn.next_functions[0][0] is x.grad_fn:  # type: ignore[union-attr]
             return x

@@ -283,7 +283,13 @@ def _embedding(node: fx.Node, labels: Labels) -> Axes:
 def _convolution(node: fx.Node, labels: Labels) -> Axes:
     x, shape = labels.of(node.args[0]), labels.shape(node)
     first = x[0] if x is not None and len(x) == len(shape) else ((shape[0], "batch"),)
-    return (first, ((shape[1], "feature"),), *(((size, "token"),) for size in shape[2:]))
+    window = labels.shape(node.args[1])[2:]  # type: ignore[arg-type]
+    kept = [
+        x is not None and len(x) == len(shape) and size == 1 and _has_features(x[dim]) and size_of(x[dim]) == shape[dim]
+        for dim, size in enumerate(window, 2)
+    ]  # over heads and tokens of [B, h, T, d], each feature by itself
+    places = [x[dim] if kept[dim - 2] else ((shape[dim], "token"),) for dim in range(2, len(shape))]  # type: ignore[index]
+    return (first, ((shape[1], "feature"),), *places)
 
 
 @axes_of(aten.stack.default)
@@ -381,6 +387,9 @@ def _product(node: fx.Node, labels: Labels) -> Axes | None:
         return _widest(node, labels)
     if len(shape) == len(x) - 1 and node.args[1].meta["val"].dim() == 1:  # type: ignore[union-attr]
         return x[:-1]  # times a vector
+    if len(x) == len(shape):  # what several heads or experts read has their dimension afterwards
+        wider = other if other and len(other) == len(x) else [((size, "feature"),) for size in shape]
+        x = (*(a if size_of(a) == n else b for a, b, n in zip(x[:-2], wider, shape, strict=False)), *x[-2:])
     if other and len(other) == len(x) and is_feature(x[-1]) and is_feature(x[-2]) and not is_feature(other[-2]):
         # A map over tokens that a linear layer made (outlook attention): its rows are tokens where its columns are.
         x = (*x[:-2], other[-2] if size_of(other[-2]) == shape[-2] else x[-2], x[-1])

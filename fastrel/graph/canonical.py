@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fastrel.graph import axes as axes_
 from fastrel.graph import parts
@@ -74,7 +74,7 @@ def looked_up(graph: fx.Graph, axes: Labelled) -> bool:
         table, ids = _look_up(node)
         if ids is None or table in axes or table.meta["val"].dim() != 2 or not table.meta["val"].is_floating_point():
             continue
-        if not ids.meta["val"].dim():
+        if not ids.meta["val"].dim() or _is_of_experts(node, ids, axes):
             continue
         with graph.inserting_before(node):
             if node.target is aten.index.Tensor:  # −1 is the last row; an embedding has none
@@ -86,6 +86,22 @@ def looked_up(graph: fx.Graph, axes: Labelled) -> bool:
         replace(node, result)
         found = True
     return found
+
+
+def _is_of_experts(looked_up: fx.Node, ids: fx.Node, axes: Labelled) -> bool:
+    """Whether a look-up is what a chosen expert adds to its tokens: its indices are chosen by values, and others it is added to."""
+    if not all(user.target in (aten.add.Tensor, aten.mul.Tensor) for user in looked_up.users):
+        return False
+    if any(x not in axes for user in looked_up.users for x in user.args if x is not looked_up):
+        return False
+    seen, todo = {ids}, [ids]
+    while todo:
+        new = {x for x in todo.pop().all_input_nodes if isinstance(x.meta.get("val"), (Tensor, tuple, list))} - seen
+        if any(x in axes for x in new):
+            return True
+        seen |= new
+        todo += new
+    return False
 
 
 def _look_up(node: fx.Node) -> tuple[Any, Any]:

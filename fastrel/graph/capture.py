@@ -106,6 +106,23 @@ def _autocast_inside(model: nn.Module, ambient: dict[str, torch.dtype]) -> None:
         model.forward = cast
 
 
+def _stays_as_it_is(model: nn.Module) -> None:
+    """Let `self.router = self.router.to(torch.float32)` in a forward pass, which cannot be traced, be nothing where it is."""
+    for module in model.modules():
+        module.__dict__["_apply"] = functools.partial(_applied, module)
+
+
+def _applied(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
+    for name, x in itertools.chain(module.named_parameters(), module.named_buffers()):
+        found = convert(x)
+        if (found.dtype, found.device) != (x.dtype, x.device):
+            raise CaptureError(
+                f"the forward pass turns {name} of its {type(module).__name__} into {found.dtype} on {found.device}; do that before, "
+                "for a graph takes the weights as they are"
+            )
+    return module
+
+
 @dataclass(frozen=True)
 class Captured:
     """A model's forward pass as a graph.
@@ -276,6 +293,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ba
         try:
             clone = structural_clone(model)
             returns_plainly(clone)
+            _stays_as_it_is(clone)
             ambient = casts()
             _autocast_inside(clone, ambient)
             dynamic = pytree.tree_map(

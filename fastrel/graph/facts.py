@@ -13,9 +13,11 @@ from torch import Tensor, fx
 
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.graph import axes as axes_
+from fastrel.graph.nodes import describe
 from fastrel.graph.patterns import (
     ACTIVATIONS,
     ALIASES,
+    ARITHMETIC,
     CONSTANTS,
     IDENTITIES,
     enters,
@@ -23,6 +25,7 @@ from fastrel.graph.patterns import (
     is_pointwise,
     is_talking_heads_value,
     reads,
+    whole_of_keys,
 )
 
 aten = torch.ops.aten
@@ -156,15 +159,22 @@ class Facts:
     def queries(self, attn: fx.Node) -> fx.Node | None:
         """The queries Q [*, Tq, d] of an attention map [*, Tq, Tk] made of scores QKᵀ; None where none are found: these were turned
         or have other dimensions."""
-        rows, seen, todo = self.sizes.shape(attn)[-2:], {attn}, [attn]
+        shape, seen, todo = self.sizes.shape(attn), {attn}, [attn]
+        keys = {shape[-1]}  # more where some of the columns are sinks
         while todo:
             node = todo.pop(0)
-            if node not in self.active or self.sizes.shape(node)[-2:] != rows or _turns(node):
+            if node not in self.active or len(own := self.sizes.shape(node)) < 2 or _turns(node):
+                continue
+            if own[-2] != shape[-2] or own[-1] not in keys:
                 continue
             if node.target in (aten.matmul.default, aten.bmm.default):
                 q: Any = node.args[0]
-                return q if self.sizes.shape(q)[:-1] == self.sizes.shape(attn)[:-1] else None
-            todo += [x for x in reads(node) if x not in seen]
+                return q if self.sizes.shape(q)[:-1] == shape[:-1] else None
+            whole = whole_of_keys(node)
+            sources = reads(node) if whole is None else [whole]
+            if whole is not None or node.target is aten.cat.default:
+                keys.update(self.sizes.shape(x)[-1] for x in sources if x in self.active)
+            todo += [x for x in sources if x not in seen]
             seen.update(todo)
         return None
 
@@ -188,12 +198,31 @@ class Facts:
 
     def _mixes_tokens(self, node: fx.Node) -> bool:
         """Whether a product is A·V with A a map over tokens: maps over channels are no attention blocks of the method."""
-        if not is_attention_value(node) and not is_talking_heads_value(node):
+        if (not is_attention_value(node) and not is_talking_heads_value(node)) or self._is_factorised(node):
             return False
         maps, values = (self.axes.get(x) for x in node.args[:2])  # type: ignore[arg-type]
         over_tokens = values is not None and len(values) > 1 and not axes_.is_feature(values[-2])
         # The axis of a single token looks like one of features.
         return maps is None or not axes_.is_feature(maps[-1]) or axes_.size_of(maps[-1]) == 1 or over_tokens
+
+    def _is_factorised(self, node: fx.Node) -> bool:
+        """Whether a value is softmax(Kᵀ) V of [*, d, d], which queries are multiplied with afterwards."""
+        if not is_attention_value(node) or node not in self.active or (axes := self.axes.get(node)) is None:
+            return False
+        if not axes_.is_feature(axes[-2]) or axes_.size_of(axes[-2]) == 1:
+            return False
+        todo, seen = [node], {node}
+        while todo:
+            for user in todo.pop().users:
+                if user.target in (aten.matmul.default, aten.bmm.default):
+                    if user.args[1] not in seen:
+                        return False
+                elif user.target in IDENTITIES or user.target in ARITHMETIC or user.target in axes_.RESHAPES:
+                    todo.append(user)
+                    seen.add(user)
+                else:
+                    return False
+        return True
 
     def attention_blocks(self, leaves: Sequence[fx.Node]) -> list[fx.Node]:
         """Nodes that mix values by an attention map on the way to `leaves`: fused attention, or a product with a softmax
@@ -208,6 +237,12 @@ class Facts:
         relevant = _upstream(leaves)
         found = [node for node in self.nodes if node in relevant and node in self.active and self._attends(node)]
         if not found:
+            for node in self.nodes:
+                if node in relevant and self._is_factorised(node):
+                    raise UnsupportedModelError(
+                        f"{describe(node)} is factorised attention, keys times values before queries: no map over tokens is made, "
+                        "and the method chains such maps"
+                    )
             raise UnsupportedModelError(
                 "no attention was found between the input and the prediction; fastrel explains transformers"
             )
@@ -263,6 +298,7 @@ def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]
     without dimensions is a number that all samples share, a constant."""
     varying = {x for x in inputs if not isinstance(x.meta.get("val"), Tensor) or x.meta["val"].dim()}
     active: set[fx.Node] = set()
+    chosen: set[fx.Node] = set()  # by activations, as experts are
     for node in nodes:
         if node.op == "placeholder":
             if node in varying and _is_float(node):
@@ -270,11 +306,15 @@ def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]
             continue
         if isinstance(node.meta.get("val"), (Tensor, list, tuple)) and any(n in varying for n in node.all_input_nodes):
             varying.add(node)  # sizes do not count
+            chosen.update([node] if any(n in active or n in chosen for n in node.all_input_nodes) else ())
         if node.op != "call_function" or not (_is_float(node) or isinstance(node.meta.get("val"), (list, tuple))):
             continue
         if node.target in CONSTANTS:
             continue
-        if (enters(node) and _indices(node) in varying) or any(n in active for n in reads(node)):
+        entry = enters(node) and _indices(node) in varying
+        if entry and node.target is not aten.embedding.default:
+            entry = _indices(node) not in chosen
+        if entry or any(n in active for n in reads(node)):
             active.add(node)
     return active
 

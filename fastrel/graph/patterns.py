@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -120,6 +121,10 @@ def reads(node: fx.Node) -> list[fx.Node]:
 SOFTMAXES = {aten.softmax.int, aten._softmax.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
 
+#: Operators that return several runs of entries along a dimension, and those that return one.
+_CUTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
+_RUNS = {aten.slice.Tensor, aten.narrow.default}
+
 _ALONG_HEADS = {
     *IDENTITIES,
     aten.permute.default,
@@ -154,9 +159,15 @@ def is_attention_value(node: fx.Node) -> bool:
 
 
 def is_softmax_over_keys(attn: Any) -> bool:
-    """Whether a value is a softmax over its last dimension, possibly copied, reshaped or scaled by rows, or a sum of such."""
-    while isinstance(attn, fx.Node) and (attn.target in IDENTITIES or attn.target in axes_.RESHAPES or _keeps_keys(attn)):
-        attn = attn.args[0]
+    """Whether a value is a softmax over its last dimension, possibly copied, reshaped or scaled by rows, some keys of one (where
+    others are sinks), or a sum of such."""
+    while isinstance(attn, fx.Node):
+        if attn.target in IDENTITIES or attn.target in axes_.RESHAPES or _keeps_keys(attn):
+            attn = attn.args[0]
+        elif (whole := whole_of_keys(attn)) is not None:
+            attn = whole
+        else:
+            break
     if not isinstance(attn, fx.Node):
         return False
     if attn.target in (aten.mul.Tensor, aten.div.Tensor):
@@ -178,6 +189,18 @@ def _one_per_row(x: Any) -> bool:
 def _keeps_keys(node: fx.Node) -> bool:
     """Whether a value is a permutation of another one's dimensions that leaves the last where it is."""
     return node.target is aten.permute.default and node.args[1][-1] in (-1, len(node.args[1]) - 1)  # type: ignore
+
+
+def whole_of_keys(node: fx.Node) -> fx.Node | None:
+    """The value of which a value is a run of entries along the last dimension, or is all (`x[:]`); None for others."""
+    cut: Any = node.args[0] if node.target is operator.getitem else node
+    if cut.target not in (_CUTS if cut is not node else _RUNS):
+        return None
+    place = 2 if cut.target in _CUTS else 1
+    dim = cut.args[place] if len(cut.args) > place else 0
+    whole: Any = cut.args[0]
+    shapes = [str(x.meta["val"].shape) for x in (node, whole)]
+    return whole if dim in (-1, node.meta["val"].dim() - 1) or shapes[0] == shapes[1] else None
 
 
 def is_talking_heads_value(node: fx.Node) -> bool:

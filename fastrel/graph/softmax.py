@@ -1,7 +1,9 @@
-"""A softmax that is written out: exp(x − m) / Σ exp(x − m), whatever m, exp of a log-softmax, a product divided by the sums."""
+"""A softmax that is written out: exp(x − m) / Σ exp(x − m), whatever m, with c beside the sum, exp of a log-softmax, a product
+divided by the sums."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +28,7 @@ def softmax_of(node: fx.Node, insert: Callable[..., fx.Node]) -> fx.Node | None:
     if node.target is not aten.div.Tensor or not all(isinstance(x, fx.Node) for x in node.args) or node.kwargs:
         return None
     top, below = (_plain(x) for x in node.args)
-    total = _without_moves(below)
+    total, sink = _parted(below)
     if total.target is not aten.sum.dim_IntList:
         return None
     dims: Any = total.args[1]
@@ -41,13 +43,46 @@ def softmax_of(node: fx.Node, insert: Callable[..., fx.Node]) -> fx.Node | None:
     ):
         return None
     dim = dims[0] % ndim
+    scores: Any = summed.args[0]
+    if sink is not None and dim < ndim - 1:
+        return None
     if _is_same(top, summed) and _is_one_along(below, top, dim):
-        return insert(aten.softmax.int, _unshifted(summed.args[0], dim), dim)
+        return _softmax(insert, scores, dim) if sink is None else _with_sink(insert, scores, sink)
     if top.target in (aten.matmul.default, aten.bmm.default) and dim == ndim - 1:
         weights, values = top.args
         if _is_same(_plain(weights), summed) and _is_one_along(below, weights, dim):
-            return insert(top.target, insert(aten.softmax.int, _unshifted(summed.args[0], dim), -1), values)
+            attn = _softmax(insert, scores, -1) if sink is None else _with_sink(insert, scores, sink)
+            return insert(top.target, attn, values)
     return None
+
+
+def _parted(below: fx.Node) -> tuple[fx.Node, Any]:
+    """A divisor Σ exp(x) + c as the sum and log c, which is the score of a sink; (the sum, None) without c."""
+    if below.target is not aten.add.Tensor or below.kwargs:
+        return _without_moves(below), None
+    for total, other in (below.args[:2], below.args[1::-1]):
+        plain = _plain(total) if isinstance(total, fx.Node) else None
+        if plain is None or plain.target is not aten.sum.dim_IntList:
+            continue
+        if isinstance(other, fx.Node) and _plain(other).target is aten.exp.default:
+            return plain, _plain(other).args[0]
+        if isinstance(other, (int, float)) and other > 0:
+            return plain, math.log(other)
+    return below, None
+
+
+def _softmax(insert: Callable[..., fx.Node], scores: fx.Node, dim: int) -> fx.Node:
+    return insert(aten.softmax.int, _unshifted(scores, dim % scores.meta["val"].dim()), dim)
+
+
+def _with_sink(insert: Callable[..., fx.Node], scores: fx.Node, sink: Any) -> fx.Node:
+    """exp(x) / (Σ exp(x) + exp(sink)): a softmax of one more key, without it."""
+    one = insert(aten.slice.Tensor, scores, -1, 0, 1)
+    column = insert(
+        *((aten.expand_as.default, sink, one) if isinstance(sink, fx.Node) else (aten.full_like.default, one, sink))
+    )
+    every = insert(aten.softmax.int, insert(aten.cat.default, [scores, column], -1), -1)
+    return insert(aten.slice.Tensor, every, -1, 0, -1)
 
 
 def _is_of_one_dtype(*nodes: fx.Node) -> bool:

@@ -84,6 +84,16 @@ def _moved(insert: Any, x: fx.Node, source: Any, destination: Any, **_: Any) -> 
     return insert(aten.permute.default, x, [goes[i] if i in goes else next(rest) for i in range(count)])
 
 
+@_spelling(aten.max.other)
+def _larger(insert: Any, u: fx.Node, v: fx.Node, **_: Any) -> fx.Node:
+    return insert(aten.maximum.default, u, v)
+
+
+@_spelling(aten.min.other)
+def _smaller(insert: Any, u: fx.Node, v: fx.Node, **_: Any) -> fx.Node:
+    return insert(aten.minimum.default, u, v)
+
+
 @_spelling(aten.hstack.default)
 def _hstack(insert: Any, parts: Sequence[fx.Node], **_: Any) -> fx.Node:
     return insert(aten.cat.default, parts, min(1, parts[0].meta["val"].dim() - 1))
@@ -208,6 +218,10 @@ def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: 
         x = _merged(insert, _ordered(insert, a, left, [*rows, *summed]), len(rows), len(summed))
         product = _parted(insert, insert(aten.linear.default, x, turned), len(rows), [sizes[c] for c in columns])
         return None if product is None else _ordered(insert, product, [*rows, *columns], list(result))
+    if not active(b) and not columns and not all(isinstance(sizes[c], int) for c in (*batch, *summed)):
+        return _weighted_sum(insert, (a, left), (b, right), result)
+    if not active(b) and batch:
+        return _of_each(insert, (a, left), (b, right), (batch, rows, summed, columns), sizes, result)
     first = len(batch)
     a = _ordered(insert, a, left, [*batch, *rows, *summed])
     b = _ordered(insert, b, right, [*batch, *summed, *columns])
@@ -224,6 +238,34 @@ def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: 
         place = first + (len(rows) > 0 if names_ is columns else 0)
         whole = whole and _parted(insert, whole, place, [sizes[c] for c in names_])
     return whole and _ordered(insert, whole, [*batch, *rows, *columns], list(result))
+
+
+def _weighted_sum(insert: Any, x: tuple[fx.Node, str], weights: tuple[fx.Node, str], result: str) -> fx.Node:
+    """Entries of x, samples and tokens among its dimensions, times constant weights, added up."""
+    (a, left), (b, right) = x, weights
+    b = _ordered(insert, b, right, [c for c in left if c in right])
+    for i, c in enumerate(left):
+        if c not in right:
+            b = insert(aten.unsqueeze.default, b, i)
+    return _summed(insert, insert(aten.mul.Tensor, a, b), left, result, result)
+
+
+def _of_each(
+    insert: Any, x: tuple[fx.Node, str], weights: tuple[fx.Node, str], names: Sequence[list[str]], sizes: Any, result: str
+) -> fx.Node | None:
+    """x W with a constant matrix for each head or expert: [*rows, heads, row, in] times [heads, in, out]."""
+    (a, left), (b, right), (batch, rows, summed, columns) = x, weights, names
+    before = [*rows[:-1], *batch, *rows[-1:]]
+    a = _merged(insert, _ordered(insert, a, left, [*before, *summed]), len(before), len(summed))
+    b = _merged(insert, _ordered(insert, b, right, [*batch, *summed, *columns]), len(batch) + len(summed), len(columns))
+    b = _merged(insert, b, len(batch), len(summed))
+    a = a if rows else insert(aten.unsqueeze.default, a, -2)
+    b = b if columns else insert(aten.unsqueeze.default, b, -1)
+    product = insert(aten.matmul.default, a, b)
+    product = product if rows else insert(aten.squeeze.dim, product, -2)
+    whole = _parted(insert, product, len(before), [sizes[c] for c in columns])
+    whole = whole if columns else insert(aten.squeeze.dim, product, -1)
+    return whole and _ordered(insert, whole, [*before, *columns], list(result))
 
 
 @_spelling(aten.sum.dim_IntList)
@@ -354,8 +396,14 @@ def _part(insert: Any, whole: fx.Node, index: int, **_: Any) -> fx.Node | None:
 
 
 @_spelling(aten.matmul.default, aten.bmm.default)
-def _weighted(insert: Any, weights: fx.Node, x: fx.Node, *, active: Any, **_: Any) -> fx.Node | None:
-    """A constant row [.., 1, T] times values [.., T, D] is their weighted sum: pooling by a mask."""
+def _with_a_constant(insert: Any, weights: fx.Node, x: fx.Node, *, active: Any, **_: Any) -> fx.Node | None:
+    """A constant row [.., 1, T] times values [.., T, D] is their weighted sum: pooling by a mask. Values [T, D] times weights
+    [h, D, d] are values [1, T, D]."""
+    missing = x.meta["val"].dim() - weights.meta["val"].dim()
+    if active(weights) and not active(x) and missing > 0 and weights.meta["val"].dim() > 1:
+        for _i in range(missing):
+            weights = insert(aten.unsqueeze.default, weights, 0)
+        return insert(aten.matmul.default, weights, x)
     if active(weights) or not active(x) or x.meta["val"].dim() < 3 or weights.meta["val"].dim() < 2:
         return None
     rows = weights.meta["val"].shape[-2]

@@ -1,14 +1,13 @@
 """Relevance rules of convolutions: linear layers over windows."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrel.reference.operators import vjp
-from fastrel.reference.rules import OFFICIAL_EPSILON, Rules, safe_divide
+from fastrel.reference.operators import layer
+from fastrel.reference.rules import OFFICIAL_EPSILON, Rules
 
 #: The convolution for a weight [out, in / groups, *window], and the transposed one for [in, out / groups, *window], by dimensions.
 CONVOLUTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -22,19 +21,13 @@ def convolution(x: Tensor, weight: Tensor, rel: Tensor, rules: Rules = "positive
     rel [..., B, D, *windows], options: stride, padding, dilation, groups.
     """
 
-    return _eq5(lambda a, w: CONVOLUTIONS[weight.dim()](a, w, None, *options), x, weight, rel, rules)
+    return layer(lambda a, w: CONVOLUTIONS[weight.dim()](a, w, None, *options), x, weight, rel, rules)
 
 
 def transposed_convolution(x: Tensor, weight: Tensor, rel: Tensor, rules: Rules = "positive", *options: Any) -> Tensor:
     """The same for a transposed convolution, weight [C, D / groups, *window]; options: stride, padding, output padding, groups,
     dilation."""
-    return _eq5(lambda a, w: TRANSPOSED[weight.dim()](a, w, None, *options), x, weight, rel, rules)
-
-
-def _eq5(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, rel: Tensor, rules: Rules) -> Tensor:
-    parts = [(x.clamp(min=0), weight.clamp(min=0)), (x.clamp(max=0), weight.clamp(max=0))]
-    s = safe_divide(rel, sum(f(a, w) for a, w in parts), rules)  # type: ignore[arg-type]
-    return sum(a * vjp(f, s, a, w) for a, w in parts)  # type: ignore[return-value]
+    return layer(lambda a, w: TRANSPOSED[weight.dim()](a, w, None, *options), x, weight, rel, rules)
 
 
 def pixel_convolution(x: Tensor, weight: Tensor, rel: Tensor, stride: tuple[int, int]) -> Tensor:

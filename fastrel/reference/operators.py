@@ -33,6 +33,18 @@ def vjp(f: Callable[..., Any], rel: Tensor, x: Tensor, *others: Any) -> Tensor:
     return stacked if keep else stacked.detach()
 
 
+def layer(
+    f: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, rel: Tensor, rules: Rules = "positive"
+) -> Tensor:
+    """Eq. (5) of a layer f(x, weight) that is linear in both: convolutions, products with a weight of each head or expert.
+
+    Z = f(x⁺, W⁺) + f(x⁻, W⁻),  S = R ⊘ Z,  R' = x⁺ ⊙ (S J_{W⁺}) + x⁻ ⊙ (S J_{W⁻}).
+    """
+    parts = [(x.clamp(min=0), weight.clamp(min=0)), (x.clamp(max=0), weight.clamp(max=0))]
+    s = safe_divide(rel, sum(f(a, w) for a, w in parts), rules)  # type: ignore[arg-type]
+    return sum(a * vjp(f, s, a, w) for a, w in parts)  # type: ignore[return-value]
+
+
 def index_map(f: Callable[[Tensor], Tensor], x: Tensor, rel: Tensor, rules: Rules = "positive") -> Tensor:
     """Entries of x in other places, any number of times, or the largest of several: R' = R J, where they came from.
 

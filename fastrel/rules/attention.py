@@ -16,7 +16,7 @@ from fastrel.ops.library import REFERENCES
 from fastrel.reference import rules as reference
 from fastrel.reference.rollout import attention_received
 from fastrel.rules.contributions import contributions
-from fastrel.rules.linear import times_parameter
+from fastrel.rules.linear import sum_lead, times_parameter, times_parameters
 from fastrel.rules.pointwise import sum_to
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
@@ -251,13 +251,15 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
         return times_parameter(t, node, left, right, None, out)
     if not t.is_active(right) and right.meta["val"].dim() == 1:
         return _times_vector(t, node, left, right, out)
+    talking = is_talking_heads_value(node)
+    is_attention = is_attention_value(node) or talking
+    if not t.is_active(right) and not is_attention and left.meta["val"].dim() == ndim:
+        return times_parameters(t, node, left, right, out)
     if not left.meta["val"].dim() == right.meta["val"].dim() == ndim:
         raise UnsupportedModelError(f"{describe(node)} is not a product of two values of the same rank")
     rows = _common_rows(out, ndim - 2)
     grad, rel = (_restrict(t, lane, rows, node) for lane in (out.grad, out.rel))
     a, b = t.value(left, rows), t.value(right)
-    talking = is_talking_heads_value(node)
-    is_attention = is_attention_value(node) or talking
     rel_a = rel_b = grad_a = grad_b = None
     if rel:
         share = (
@@ -313,11 +315,6 @@ def _narrowed(t: Context, x: fx.Node, node: fx.Node, lane: fx.Node | None, rows:
         return Lane(lane, rows)
     lead = [t.emit.size(x, dim) for dim in range(x.meta["val"].dim() - 2)]
     return Lane(t.emit.call(sum_lead, lane, *lead), rows)
-
-
-def sum_lead(lane: Tensor, *lead: int) -> Tensor:
-    """A lane [K, *, m, n] summed to the leading sizes that an operand has."""
-    return lane.sum_to_size(lane.shape[0], *lead, *lane.shape[-2:])
 
 
 def _times_vector(t: Context, node: fx.Node, x: fx.Node, vector: fx.Node, out: Lanes) -> None:

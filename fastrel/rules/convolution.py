@@ -48,7 +48,9 @@ def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
             formula = transposed_convolution if turned else conv_relevance
             rel = Lane(t.emit.call(formula, value, kernel, dense, t.rules, *options))
     if out.row:
-        sizes, window = t.shape(x), list(weight.meta["val"].shape[2:])
+        sizes, window = list(t.shape(x)), list(weight.meta["val"].shape[2:])
+        for dim, size in enumerate(window, 2):  # features that stay what they are are one number of a row
+            sizes[dim] = t.row_shape(x)[dim] if size == 1 else sizes[dim]
         row = out.row.map(lambda lane: _row_back(t, node, lane, sizes, window, options))
     t.give(x, grad, rel, row)
 

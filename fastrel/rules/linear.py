@@ -3,11 +3,14 @@
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fastrel import ops
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph.nodes import arguments, describe
+from fastrel.reference import rules as reference
+from fastrel.reference.operators import layer
+from fastrel.rules.generic import vjp
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes
@@ -52,6 +55,50 @@ def times_parameter(t: Context, node: fx.Node, x: fx.Node, weight: fx.Node, bias
         turned = t.emit.call(aten.t.default, t.value(weight))
         grad, rel = _back(t, node, x, turned, t.value(bias) if bias is not None else None, out)
     t.give(x, grad, rel, out.row)
+
+
+def times_parameters(t: Context, node: fx.Node, x: fx.Node, weight: fx.Node, out: Lanes) -> None:
+    """x W with W [*, in, out], a weight for each head or group: eq. (5) for each; what several of them read adds up."""
+    if t.row_shape(x) != t.row_shape(node):
+        raise UnsupportedModelError(f"{describe(node)}: weights [.., in, out] that are not one for each head")
+    grad = rel = None
+    if t.wants(x):
+        turned = t.emit.call(aten.transpose.int, t.value(weight), -2, -1)
+        lead = [t.emit.size(x, dim) for dim in range(x.meta["val"].dim() - 2)]
+        if out.grad:
+            lane = t.emit.call(torch.matmul, t.dense(out.grad, node).node, turned)
+            grad = Lane(t.emit.call(sum_lead, lane, *lead))
+        if out.rel:
+            lane = t.emit.call(reference.linear, t.value(x), turned, t.dense(out.rel, node).node, t.rules)
+            rel = Lane(t.emit.call(sum_lead, lane, *lead))
+    t.give(x, grad, rel, out.row)
+
+
+def sum_lead(lane: Tensor, *lead: int) -> Tensor:
+    """A lane [K, *, m, n] summed to the leading sizes that an operand has."""
+    return lane.sum_to_size(lane.shape[0], *lead, *lane.shape[-2:])
+
+
+@rule("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+def grouped(t: Context, node: fx.Node, out: Lanes) -> None:
+    """Experts: x [S, in] times W [E, in, out], of which offsets say from which row on each is taken."""
+    x, weight, offsets = arguments(node, None, count=3)
+    offsets = node.kwargs.get("offs", offsets)
+    if offsets is None or x.meta["val"].dim() != 2 or t.is_active(weight):
+        raise UnsupportedModelError(f"{describe(node)} that is not x W of constant weights, with offsets")
+    grad = rel = None
+    if t.wants(x):
+        values = t.value(x), t.value(weight), t.value(offsets)
+        if out.grad:
+            grad = Lane(t.emit.call(vjp, node.target, t.dense(out.grad, node).node, 0, None, (), *values))
+        if out.rel:
+            rel = Lane(t.emit.call(of_groups, node.target, t.dense(out.rel, node).node, *values, t.rules))
+    t.give(x, grad, rel, out.row)
+
+
+def of_groups(op: Any, rel: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, rules: reference.Rules) -> Tensor:
+    """Relevance [K, S, in] by `reference.operators.layer`, of rel [K, S, out]."""
+    return layer(lambda a, w: op(a, w, offsets), x, weight, rel, rules)
 
 
 def _back(t: Context, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, out: Lanes) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ RULES: dict[Any, Rule] = {}
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register a rule for one or more operators."""
+    """Register a rule for one or more operators; those that may not be there, of libraries and of later versions of torch, by name."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(targets, function))
@@ -25,4 +25,4 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 def rule_for(node: fx.Node) -> Rule | None:
     """The rule for a node, or None."""
-    return RULES.get(node.target)
+    return RULES.get(node.target) or RULES.get(str(node.target))

@@ -21,7 +21,7 @@ from fastrel.reference.rules import Rules, safe_divide
 from fastrel.transform.emit import Emitter
 from fastrel.transform.lanes import Lane, Lanes, Row, Rows
 from fastrel.transform.method import Kind, Method
-from fastrel.transform.rollout import Rollout
+from fastrel.transform.rollout import Rollout, Sum
 
 aten = torch.ops.aten
 
@@ -115,7 +115,7 @@ class Context:
             rel = [self._published_clone(node, lane) for lane in rel]
         row, met = None, False
         if pending.rows:
-            row, met = self.rollout.merge(pending.rows, lambda lanes: self.added(node, lanes, is_row=True))
+            row, met = self.rollout.merge(pending.rows, self.sum_of_rows(node))
         lanes = Lanes(
             self.added(node, pending.grad) if pending.grad else None,
             self.added(node, rel) if rel else None,
@@ -126,6 +126,13 @@ class Context:
         if lanes.grad and met and self.asks("tokens"):
             self.maps["tokens"][self.block] = self.times_gradient(node, lanes.grad)
         return lanes
+
+    def sum_of_rows(self, x: fx.Node) -> Sum:
+        """What adds up the rows that meet at x."""
+        axes = self.facts.axes.get(x, ())
+        batch = next((i for i, axis in enumerate(axes) if any(role == "batch" for _, role in axis)), 0)
+        inner = bool(axes) and len(axes[batch]) > 1 and axes[batch][-1][1] == "batch"
+        return Sum(lambda lanes: self.added(x, lanes, is_row=True), batch, inner)
 
     def _published_clone(self, node: fx.Node, lane: Lane) -> Lane:
         """The published code's fan-out: x ⊙ Σ (R_i ⊘ x)."""
@@ -202,7 +209,7 @@ class Context:
 
     def whole_row(self, row: Row, x: fx.Node) -> Lane:
         """All of a row at x in one dense lane."""
-        return self.dense(self.rollout.whole(row, lambda lanes: self.added(x, lanes, is_row=True)), x, is_row=True)
+        return self.dense(self.rollout.whole(row, self.sum_of_rows(x)), x, is_row=True)
 
     def added(self, x: fx.Node, lanes: Sequence[Lane], is_row: bool = False) -> Lane:
         """Lanes of one value added up, as sparse as they allow."""

@@ -105,7 +105,7 @@ def on_grid(t: Context, node: fx.Node, row: Lane) -> fx.Node | None:
             if x.target in _CONVOLUTIONS and not _in_place(t.facts, x.args[0]):
                 return None
             if x.target in _CONVOLUTIONS or places is not None:
-                row = back.rollout.share(lanes.row, lambda several, x=x: back.added(x, several, is_row=True))  # type: ignore[misc]
+                row = back.rollout.share(lanes.row, back.sum_of_rows(x))
                 dense = samples_first(back, x, back.dense(row, x, is_row=True))
                 return dense if places is None else _arranged(back, dense, *places)
             rule = rule_for(x)

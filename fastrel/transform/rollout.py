@@ -23,8 +23,19 @@ aten = torch.ops.aten
 #: Emits a call in the reverse graph.
 Emit = Callable[..., fx.Node]
 
-#: Adds up lanes of one value.
-Sum = Callable[[Sequence[Lane]], Lane]
+
+@dataclass(frozen=True)
+class Sum:
+    """Adds up lanes of one value [K, …], whose samples lie along dimension `batch`; `inner`: there, after all tokens of a dimension
+    that they share."""
+
+    added: Callable[[Sequence[Lane]], Lane]
+    batch: int = 0
+    inner: bool = False
+
+    def __call__(self, lanes: Sequence[Lane]) -> Lane:
+        """Their sum."""
+        return self.added(lanes)
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,7 @@ class Rollout:
         if shares is None:
             return Lane(self.emit(aten.div.Tensor, _dense(add(values)), len(among)))
         given = [*(shares[i] for i in lanes), *(shares[i] for i in among)]
-        return Lane(self.emit(weighted, len(values), *map(_dense, values), *given))
+        return Lane(self.emit(weighted, len(values), add.batch, add.inner, *map(_dense, values), *given))
 
     def _gathered(self, parts: dict[Path, Part], at: Path, add: Sum, shared: bool, stream: Path = ()) -> Lane | None:
         """The parts below a path as one lane; `shared`: less what came by operands that are not here, which streams always are
@@ -201,15 +212,18 @@ def _dense(lane: Lane) -> fx.Node:
     return lane.node
 
 
-def weighted(count: int, *given: Tensor) -> Tensor:
-    """`count` lanes [K, B, …], a share [K, B] of each, and the shares of all operands that count: their sum by these."""
+def weighted(count: int, batch: int, inner: bool, *given: Tensor) -> Tensor:
+    """`count` lanes [K, …, B, …], a share [K, B] of each, and the shares of all operands that count: their sum by these."""
     lanes, shares, among = given[:count], torch.stack(given[count : 2 * count]), torch.stack(given[2 * count :])
     total = among.sum(0)
     shares = torch.where(total > 0, shares / torch.where(total > 0, total, 1.0), 1.0 / len(among))
     result = torch.zeros_like(lanes[0])
     for lane, share in zip(lanes, shares, strict=True):
-        share = share.repeat_interleave(lane.shape[1] // share.shape[1], 1)  # windows of one sample are neighbours
-        result = result + lane * share.reshape(*share.shape, *([1] * (lane.dim() - 2)))
+        times = lane.shape[batch + 1] // share.shape[1]
+        share = (
+            share.repeat(1, times) if inner else share.repeat_interleave(times, 1)
+        )  # windows of one sample are neighbours
+        result = result + lane * share.reshape(len(share), *([1] * batch), -1, *([1] * (lane.dim() - batch - 2)))
     return result
 
 

@@ -187,7 +187,7 @@ class _Walk:
         t, reading = self.t, self.t.method.reading
         if not isinstance(reading, LaneSum):
             assert lanes.row
-            row = t.rollout.share(lanes.row, lambda several: t.added(node, several, is_row=True))
+            row = t.rollout.share(lanes.row, t.sum_of_rows(node))
             row = t.dense(row, node, is_row=True)
             if isinstance(reading, AllMaps):
                 assert t.read_row

@@ -1,0 +1,144 @@
+"""What single published architectures do that others do not, each in a model of a few lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastrel
+from fastrel.errors import CaptureError, UnsupportedModelError
+from tests.small import Attention, Made, ids, made
+
+
+def verified(model: nn.Module, *inputs: Tensor, target: Any = 0) -> fastrel.Verification:
+    """The report of a model in which every check could be made and holds."""
+    report = fastrel.Explainer(model, backend="torch").verify(*inputs, target=target)
+    assert report.ok, report
+    assert not any("not checked" in check.meaning for check in report.checks), report
+    assert not report.generic
+    return report
+
+
+def heads(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attention: Attention = m.cross
+    return tuple(attention.heads(layer(x)) for layer in (attention.q, attention.k, attention.v))  # type: ignore[return-value]
+
+
+class OverValues(nn.Module):
+    """Nyströmformer's: what attention makes, and a convolution of values [B, h, T, d] over tokens, each head by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = made(lambda m, x: None)
+        self.over = nn.Conv2d(2, 2, (3, 1), padding=(1, 0), groups=2, bias=False).double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        m = self.made
+        x = m.encoder(tokens)
+        q, k, v = heads(m, x)
+        x = x + m.cross.o((F.scaled_dot_product_attention(q, k, v) + self.over(v)).transpose(1, 2).flatten(2))
+        return m.head(x[:, 0])
+
+
+def test_a_convolution_of_values_over_tokens() -> None:
+    assert verified(OverValues().eval(), ids()).blocks == 3
+
+
+def test_scores_that_are_kept_above_the_least_number() -> None:
+    """XGLM's."""
+
+    def f(m: Made, tokens: Tensor) -> Tensor:
+        x = m.encoder(tokens)
+        q, k, v = heads(m, x)
+        scores = torch.max(q @ k.mT, torch.tensor(torch.finfo(x.dtype).min, dtype=x.dtype))
+        return m.head((x + m.cross.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))[:, 0])
+
+    assert verified(made(f), ids()).blocks == 3
+
+
+def test_factorised_attention_is_refused_by_its_name() -> None:
+    """CoaT's: keys times values first."""
+
+    def f(m: Made, tokens: Tensor) -> Tensor:
+        x = m.encoder.embed(tokens)
+        q, k, v = heads(m, x)
+        return m.head((q @ (k.softmax(2).mT @ v)).transpose(1, 2).flatten(2).mean(1))
+
+    with pytest.raises(UnsupportedModelError, match="factorised attention, keys times values before queries"):
+        fastrel.Explainer(made(f))(ids())
+
+
+def test_a_router_that_converts_itself_where_it_is_so_already() -> None:
+    """Switch Transformers'."""
+
+    def f(m: Made, tokens: Tensor) -> Tensor:
+        x = m.encoder(tokens)
+        m.layer = m.layer.to(torch.float64)
+        return m.head((x * m.layer(x).sigmoid())[:, 0])
+
+    verified(made(f), ids())
+
+
+def test_a_forward_pass_that_converts_weights_is_refused_and_says_what_to_do() -> None:
+    def f(m: Made, tokens: Tensor) -> Tensor:
+        x = m.encoder(tokens)
+        m.layer = m.layer.to(torch.float32)
+        return m.head(m.layer(x.float()).double()[:, 0])
+
+    with pytest.raises(CaptureError, match=r"turns weight of its Linear into torch\.float32 on cpu; do that before"):
+        fastrel.Explainer(made(f))(ids())
+
+
+def sequence_first(m: Made, x: Tensor) -> Tensor:
+    """A block of [T, B, D]."""
+    y = m.block.norm1(x)
+    x = x + m.block.attention(y.transpose(0, 1)).transpose(0, 1)
+    return x + m.block.mlp(m.block.norm2(x))
+
+
+def bridged(m: Made, first: Tensor, second: Tensor, turned: bool) -> Tensor:
+    """BridgeTower's: a tower of [T, B, D], of which layers [B, T, D] across read every block."""
+    text, seen = m.encoder(first), m.second(second)
+    beside = sequence_first(m, seen.transpose(0, 1)).transpose(0, 1) if turned else m.block(seen)
+    text = text + m.cross(text, seen)
+    seen = seen + m.cross(seen, text)
+    text, seen = m.layer(text) + m.layer(m.encoder.blocks(text)), beside + seen
+    kind = F.embedding(torch.ones(1, dtype=torch.long), m.encoder.embed.weight)  # a constant
+    text, seen = text + kind + m.cross(text, seen), seen + m.cross(seen, text)
+    return m.wide(torch.cat([text[:, 0], seen[:, 0]], -1))
+
+
+def test_towers_with_tokens_before_samples() -> None:
+    """Six tokens of three samples: shares of samples are not those of tokens."""
+    inputs = ids(3, 5), ids(3, 6, seed=2)
+    models = [made(lambda m, *x, turned=turned: bridged(m, *x, turned)) for turned in (False, True)]
+    maps = [fastrel.Explainer(model, backend="torch")(*inputs, target=0).maps for model in models]
+    for name in maps[0]:
+        torch.testing.assert_close(maps[1][name].relevance, maps[0][name].relevance, rtol=1e-8, atol=1e-10)
+    verified(models[1], *inputs)
+
+
+def test_a_value_that_is_overwritten_and_read_again() -> None:
+    """transformers' experts: `out.add_(bias)`, and then `out`."""
+
+    def f(m: Made, tokens: Tensor) -> Tensor:
+        x = m.layer(m.encoder(tokens))
+        x.add_(m.layer.bias)
+        x.mul_(2)
+        return m.head(m.block(x)[:, 0])
+
+    verified(made(f), ids())
+
+
+def test_heads_that_are_mixed_need_not_add_up_to_one() -> None:
+    def f(m: Made, tokens: Tensor) -> Tensor:
+        x = m.encoder(tokens)
+        q, k, v = heads(m, x)
+        attn = torch.einsum("bhqk,hg->bgqk", (q @ k.mT).softmax(-1), 2 * m.layer.weight[:2, :2])
+        return m.head((x + m.cross.o((attn @ v).transpose(1, 2).flatten(2)))[:, 0])
+
+    verified(made(f), ids())
