@@ -150,7 +150,8 @@ class _Subject:
 
     def limit(self, wide: float, single: float, low: float) -> float:
         """What may be off in float64, in float32, and in 16-bit models."""
-        dtypes = {x.dtype for x in self.call.values if isinstance(x, Tensor) and x.is_floating_point()}
+        made = (node.meta.get("val") for node in self.call.captured.facts.active)
+        dtypes = {x.dtype for x in (*self.call.values, *made) if isinstance(x, Tensor) and x.is_floating_point()}
         if dtypes & {torch.float16, torch.bfloat16}:
             return low
         return wide if dtypes == {torch.float64} else single

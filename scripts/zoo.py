@@ -122,7 +122,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "biogpt": {}, "bloom": {"n_layer": 2, "n_head": 4}, "cohere": {}, "gemma": {}, "gemma2": {}, "gemma3_text": {}, "gpt2": _GPT2, "gpt_neo": _LOCAL,
     "gpt_neox": {}, "gptj": {**_GPT2, "rotary_dim": 4}, "granite": {}, "llama": {}, "mistral": {}, "mixtral": {"num_local_experts": 2}, "olmo2": {},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "phi": {}, "phi3": {}, "qwen2": {}, "qwen3": {}, "smollm3": {}, "stablelm": {}, "starcoder2": {},
-    "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2}, "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64},
 }  # fmt: skip
 
 #: Encoder–decoders, asked for one token after the last of the decoder.

@@ -72,6 +72,20 @@ def test_factorised_attention_is_refused_by_its_name() -> None:
         fastrel.Explainer(made(f))(ids())
 
 
+def test_attention_by_landmarks_is_refused_by_what_it_does() -> None:
+    """Nyströmformer's, where a text is longer than its landmarks: a product of maps."""
+
+    def f(m: Made, tokens: Tensor) -> Tensor:
+        x = m.encoder(tokens)
+        q, k, v = heads(m, x)
+        some = k.unflatten(2, (3, 2)).mean(3)
+        attn = (q @ some.mT).softmax(-1) @ (some @ some.mT).softmax(-1).inverse()
+        return m.head((x + m.cross.o((attn @ ((some @ k.mT).softmax(-1) @ v)).transpose(1, 2).flatten(2)))[:, 0])
+
+    with pytest.raises(UnsupportedModelError, match="by a matrix that is no softmax"):
+        fastrel.Explainer(made(f))(ids(3, 6))
+
+
 def test_a_router_that_converts_itself_where_it_is_so_already() -> None:
     """Switch Transformers'."""
 
@@ -93,22 +107,22 @@ def test_a_forward_pass_that_converts_weights_is_refused_and_says_what_to_do() -
         fastrel.Explainer(made(f))(ids())
 
 
-def sequence_first(m: Made, x: Tensor) -> Tensor:
-    """A block of [T, B, D]."""
-    y = m.block.norm1(x)
-    x = x + m.block.attention(y.transpose(0, 1)).transpose(0, 1)
-    return x + m.block.mlp(m.block.norm2(x))
-
-
 def bridged(m: Made, first: Tensor, second: Tensor, turned: bool) -> Tensor:
     """BridgeTower's: a tower of [T, B, D], of which layers [B, T, D] across read every block."""
-    text, seen = m.encoder(first), m.second(second)
-    beside = sequence_first(m, seen.transpose(0, 1)).transpose(0, 1) if turned else m.block(seen)
-    text = text + m.cross(text, seen)
-    seen = seen + m.cross(seen, text)
-    text, seen = m.layer(text) + m.layer(m.encoder.blocks(text)), beside + seen
+
+    def turn(x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if turned else x
+
+    def block(x: Tensor) -> Tensor:
+        x = x + turn(m.block.attention(turn(m.block.norm1(x))))
+        return x + m.block.mlp(m.block.norm2(x))
+
+    text, tower = m.encoder(first), block(turn(m.second.embed(second)))
+    seen = m.layer(turn(tower))
+    text, seen = text + m.cross(text, seen), seen + m.cross(seen, text)
     kind = F.embedding(torch.ones(1, dtype=torch.long), m.encoder.embed.weight)  # a constant
-    text, seen = text + kind + m.cross(text, seen), seen + m.cross(seen, text)
+    text, seen = m.encoder.blocks(text) + kind, seen + m.layer(turn(block(tower)))
+    text, seen = text + m.cross(text, seen), seen + m.cross(seen, text)
     return m.wide(torch.cat([text[:, 0], seen[:, 0]], -1))
 
 
@@ -142,3 +156,55 @@ def test_heads_that_are_mixed_need_not_add_up_to_one() -> None:
         return m.head((x + m.cross.o((attn @ v).transpose(1, 2).flatten(2)))[:, 0])
 
     verified(made(f), ids())
+
+
+def test_parameters_are_no_activations_in_the_second_path() -> None:
+    """Distances to prototypes, written out: −p of a parameter p requires grad."""
+
+    def f(m: Made, tokens: Tensor) -> Tensor:
+        x = m.encoder(tokens).mean(1)
+        return -((x[:, None] - m.head.weight) ** 2).sum(-1)
+
+    verified(made(f), ids())
+
+
+def test_a_batch_norm_has_its_own_epsilon() -> None:
+    """Another argument was taken for it, whether cuDNN may be used, which is 1 where torch was built for GPUs."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made, self.norm = made(lambda m, x: None), nn.BatchNorm1d(16, eps=0.5).double()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            m = self.made
+            return m.head(m.block(self.norm(m.encoder(tokens).mT).mT)[:, 0])
+
+    verified(Normed().eval(), ids())
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda m, x: m.head(torch.lerp(x, x.tanh(), 0.3)[:, 0]),
+        lambda m, x: m.head(torch.lerp(x, x.flip(1), m.layer.bias.sigmoid()).mean(1)),
+        lambda m, x: m.head(torch.addcdiv(x, x.tanh(), m.layer.bias.abs() + 1, value=2)[:, 0]),
+        lambda m, x: torch.stack([x[:, 0].mv(w) for w in m.head.weight], 1),
+        lambda m, x: torch.inner(x[:, 0], m.head.weight),
+        lambda m, x: m.head(x.mean(1).ravel().view(-1, 16)),
+        lambda m, x: m.head(x[:, 0]).log_softmax(-1),
+        lambda m, x: m.head(torch.expm1(x[:, 0].clamp(max=1)).atan()),
+        lambda m, x: m.head(F.interpolate(x.mT, scale_factor=2).mean(-1)),
+    ],
+)
+def test_operators_that_are_others_in_one_word(f: Any) -> None:
+    verified(made(lambda m, tokens: f(m, m.encoder(tokens))), ids())
+
+
+def test_tensordot_is_a_layer() -> None:
+    forms = [lambda m, x: x @ m.head.weight.T, lambda m, x: torch.tensordot(x, m.head.weight, dims=([1], [1]))]
+    maps = [
+        fastrel.Explainer(made(lambda m, tokens, f=f: f(m, m.encoder(tokens)[:, 0])), backend="torch")(ids(), target=0)
+        for f in forms
+    ]
+    torch.testing.assert_close(maps[1].relevance, maps[0].relevance, rtol=1e-8, atol=1e-10)

@@ -91,6 +91,10 @@ def shifted_by_einsum(s: Tensor) -> Tensor:
     return e / torch.einsum("bhqk->bhq", e)[..., None]
 
 
+def by_its_sum(a: Tensor) -> Tensor:
+    return a / a.sum(-1, keepdim=True)
+
+
 def one_by_one(w: Block, x: Tensor) -> Tensor:
     q, k, v, found = w.q(x), w.k(x), w.v(x), []
     for at in range(0, D, SIZE):
@@ -279,6 +283,7 @@ ATTENTION: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "exp and einsum": of_heads(lambda q, k, v: shifted_by_einsum(scores(q, k)) @ v),
     "divided after the product": of_heads(lambda q, k, v: scores(q, k).exp() @ v / scores(q, k).exp().sum(-1, keepdim=True)),
     "log-softmax": of_heads(lambda q, k, v: scores(q, k).log_softmax(-1).exp() @ v),
+    "logsumexp": of_heads(lambda q, k, v: (scores(q, k) - scores(q, k).logsumexp(-1, keepdim=True)).exp() @ v),
     "einsum": of_heads(by_einsum),
     "einsum with dots": of_heads(by_dots),
     "softmax of columns": of_heads(lambda q, k, v: torch.einsum("bhkq,bhkd->bhqd", scores(k, q).softmax(2), v)),
@@ -306,6 +311,14 @@ ATTENTION: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "convolutions": convolved,
     "keys taken apart": repeated_keys,
     "a mask of nothing": masked,
+    "masked afterwards": of_heads(
+        lambda q, k, v: scores(q, k).softmax(-1).masked_fill(torch.zeros(k.shape[2], dtype=torch.bool), 0.0) @ v
+    ),
+    "where": of_heads(lambda q, k, v: torch.where(torch.ones(k.shape[2], dtype=torch.bool), scores(q, k).softmax(-1), 0.0) @ v),
+    "times a mask, by its sum": of_heads(
+        lambda q, k, v: by_its_sum(scores(q, k).softmax(-1) * torch.ones(k.shape[2], dtype=torch.bool).to(q.dtype)) @ v
+    ),
+    "without NaN": of_heads(lambda q, k, v: scores(q, k).softmax(-1).nan_to_num() @ v),
 }  # fmt: skip
 
 
@@ -404,6 +417,7 @@ MLP: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "convolutions of pictures": by_conv2d,
     "slices of one weight": in_slices,
     "chunks of one weight": in_chunks,
+    "weights on the left": lambda w, x: (w.down.weight @ F.gelu(w.up.weight @ x.mT + w.up.bias[:, None]) + w.down.bias[:, None]).mT,
     "token by token": lambda w, x: torch.stack([w.down(F.gelu(w.up(one))) for one in x.unbind(1)], 1),
 }  # fmt: skip
 GATED: dict[str, Callable[[Block, Tensor], Tensor]] = {
@@ -468,6 +482,7 @@ FIRST: dict[str, Callable[[Planted, Tensor], Tensor]] = {
     "first, split": lambda m, x: x.split([1, LENGTH - 1], 1)[0].flatten(1),
     "first, index_select": lambda m, x: x.index_select(1, torch.tensor([0])).squeeze(1),
     "first, gather": lambda m, x: x.gather(1, torch.zeros(len(x), 1, D, dtype=torch.long))[:, 0],
+    "first, take_along_dim": lambda m, x: torch.take_along_dim(x, torch.zeros(1, 1, 1, dtype=torch.long), 1)[:, 0],
     "first, sequence first": lambda m, x: x.transpose(0, 1)[0],
 }
 
@@ -492,6 +507,9 @@ MAX: dict[str, Callable[[Planted, Tensor], Tensor]] = {
     "max": lambda m, x: x.amax(1),
     "max, with indices": lambda m, x: x.max(1).values,
     "max, pooling": lambda m, x: F.adaptive_max_pool1d(x.mT, 1).squeeze(-1),
+    "max, a window of all": lambda m, x: F.max_pool1d(x.mT, LENGTH).squeeze(-1),
+    "max, kth value": lambda m, x: x.kthvalue(LENGTH, dim=1).values,
+    "max, kth value of the last": lambda m, x: x.mT.kthvalue(LENGTH)[0],
     "max, top of one": lambda m, x: x.topk(1, dim=1).values[:, 0],
     "max, sorted": lambda m, x: x.sort(1, descending=True).values[:, 0],
 }
@@ -507,6 +525,8 @@ HEAD: dict[str, Callable[[Planted, Tensor], Tensor]] = {
     "product": lambda m, x: x @ m.head.weight.T + m.head.bias,
     "einsum": lambda m, x: torch.einsum("bd,cd->bc", x, m.head.weight) + m.head.bias,
     "one class at a time": lambda m, x: torch.stack([x @ w + b for w, b in zip(m.head.weight, m.head.bias, strict=True)], 1),
+    "columns": lambda m, x: torch.column_stack([x @ w + b for w, b in zip(m.head.weight, m.head.bias, strict=True)]),
+    "in depth": lambda m, x: torch.dstack([(x @ w + b)[:, None] for w, b in zip(m.head.weight, m.head.bias, strict=True)])[:, 0],
     "addmm": lambda m, x: torch.addmm(m.head.bias, x, m.head.weight.t()),
 }  # fmt: skip
 
@@ -553,7 +573,9 @@ def test_one_function_has_one_map_that_finds_the_evidence(part: str, name: str, 
     torch.testing.assert_close(found.relevance, plain.relevance, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name in ATTENTION if "head" in name or "pairs" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in ATTENTION if any(word in name for word in ("head", "pairs", "mask", "where", "NaN"))]
+)
 def test_heads_of_one_attention_are_one_block(name: str) -> None:
     model = Planted(attention=ATTENTION[name]).double().eval()
     report = fastrel.Explainer(model, backend="torch").verify(ids(), target=1)

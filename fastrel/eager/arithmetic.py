@@ -196,6 +196,21 @@ def glu(tape: Tape, x: Tensor, dim: int = -1) -> Tensor:
     return mul(tape, a, unchanged(tape, "sigmoid", torch.sigmoid, (b,), {}))
 
 
+@handles("lerp")
+def lerp(tape: Tape, u: Any, v: Any, weight: Any) -> Tensor:
+    """(1 − weight) u + weight v."""
+    rest = sub(tape, 1, weight) if is_activation(weight) else 1 - weight
+    parts = [mul(tape, x, by) if is_activation(x) or is_activation(by) else x * by for x, by in ((u, rest), (v, weight))]
+    return add(tape, *parts)
+
+
+@handles("addcdiv")
+def addcdiv(tape: Tape, x: Any, a: Any, b: Any, *, value: float = 1) -> Tensor:
+    """x + value a / b."""
+    ratio = div(tape, a, b) if is_activation(a) or is_activation(b) else a / b
+    return add(tape, x, mul(tape, ratio, value) if is_activation(ratio) else ratio * value)
+
+
 @handles("addcmul")
 def addcmul(tape: Tape, x: Any, a: Any, b: Any, *, value: float = 1) -> Tensor:
     """x + value a b."""

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastrel import functional
-from fastrel.eager.names import BROADCASTS, COPIES, MOVES, OVER_FEATURES, PICKS
+from fastrel.eager.names import BROADCASTS, COPIES, FILLS, MOVES, OVER_FEATURES, PICKS
 from fastrel.eager.tape import Tape, activations
 from fastrel.errors import UnsupportedModelError
 
@@ -40,7 +40,7 @@ def embedding(tape: Tape, func: Any, args: Any, kwargs: Any) -> Tensor:
     with torch.no_grad():
         out = func(*args, **kwargs)
     tape.batch = out.shape[0] if tape.batch is None else tape.batch
-    return tape.know(out.requires_grad_())
+    return tape.know(out.requires_grad_().clone())  # no leaf, so that models may write into it
 
 
 def unchanged(tape: Tape, name: str, func: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
@@ -80,6 +80,9 @@ def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if name != "view":
             raise
         result = args[0].reshape(*args[1:])
+    if name in FILLS and len(found := activations(args)) == 1 and found[0].shape == result.shape:
+        facts = tape.facts(found[0])
+        return tape.know(result, keys=facts.keys, mixed=facts.mixed, scale=facts.scale)
     if not isinstance(args[0], Tensor) or not activations(args[0]):
         return result
     x, facts = args[0], tape.facts(args[0])

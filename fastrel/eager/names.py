@@ -7,11 +7,25 @@ UNCHANGED = {
     "layer_norm", "group_norm", "rms_norm", "batch_norm", "instance_norm", "normalize", "exp", "sqrt", "rsqrt", "square", "pow",
     "neg", "abs", "log", "log1p", "sin", "cos", "erf", "clamp", "clamp_min", "clamp_max", "clip", "reciprocal", "rdiv", "rtruediv",
     "dropout", "dropout1d", "dropout2d", "alpha_dropout", "feature_dropout", "to", "type", "float", "double", "half", "bfloat16",
-    "type_as", "detach", "data", "contiguous",
+    "type_as", "detach", "data", "contiguous", "nan_to_num", "expm1", "exp2", "log2", "log10", "atan",
+    "arctan", "sinh", "asinh", "erfc",
 }  # fmt: skip
 
 #: Those among them that change no number: an attention map stays one.
-COPIES = {"dropout", "to", "type", "float", "double", "half", "bfloat16", "type_as", "detach", "data", "contiguous"}
+COPIES = {
+    "dropout",
+    "to",
+    "type",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "type_as",
+    "detach",
+    "data",
+    "contiguous",
+    "nan_to_num",
+}
 
 #: Those among them that make an entry of more than one.
 OVER_FEATURES = {
@@ -38,6 +52,9 @@ WRITES = {"setitem", "copy", "masked_fill", "index_put", "index_copy", "scatter"
 
 #: Moves after which one number per token still is that.
 BROADCASTS = {"expand", "expand_as", "unsqueeze", "getitem"}
+
+#: Moves that put numbers in the place of some entries.
+FILLS = {"masked_fill", "where"}
 
 #: Averages over windows, windows added up, interpolation.
 POOLING = {

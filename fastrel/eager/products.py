@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrel import functional
 from fastrel.eager.arithmetic import add, mul, sum_
@@ -64,10 +64,9 @@ def _flat(option: Any) -> list[Any]:
     return list(option) if isinstance(option, (list, tuple)) else [option]
 
 
-@handles("matmul", "bmm", "mm")
+@handles("matmul", "bmm", "mm", "mv")
 def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     """A·V, V·Aᵀ, Q·Kᵀ, other products of two activations, linear layers, and sums by constant weights."""
-    a, b = (x.detach() if isinstance(x, nn.Parameter) else x for x in (a, b))  # a view of one would be an activation
     if not is_activation(b) and b.dim() < 3:
         weight = b.detach().mT if b.dim() == 2 else b.detach()[None]
         out = tape.know(functional.linear(a, weight, None, tape.rules), origin=a)
@@ -95,6 +94,12 @@ def grouped_mm(tape: Tape, x: Tensor, weight: Tensor, offs: Tensor, **options: A
             "no relevance function for a grouped_mm that is not x [S, in] times weights [E, in, out]"
         )
     return functional.experts(x, weight, offs, tape.rules)
+
+
+@handles("inner")
+def inner(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ."""
+    return matmul(tape, a, b if b.dim() == 1 else b.mT)
 
 
 @handles("rmatmul")
@@ -139,7 +144,6 @@ def einsum(tape: Tape, equation: str, *operands: Any) -> Tensor:
     """One that is a product of matrices, as that."""
     a, b = operands[0] if isinstance(operands[0], (list, tuple)) else operands if len(operands) == 2 else (None, None)
     left, right, result = _indices(equation, (a, b))
-    a, b = (x.detach() if isinstance(x, nn.Parameter) else x for x in (a, b))
     if tape.facts(b).keys is not None and tape.facts(a).keys is None:  # the map on the left
         a, b, left, right = b, a, right, left
     sizes = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))

@@ -174,7 +174,10 @@ class Tape:
         self._facts[id(x)] = dataclasses.replace(self.facts(x), alias=x.view_as(x))
 
     def as_made(self, x: Tensor) -> Tensor:
-        """x as it was before an autograd.Function returned it, and after functions that overwrote it."""
+        """x as it was before an autograd.Function returned it, and after functions that overwrote it; parameters without what makes
+        an activation of all that is made of them."""
+        if isinstance(x, nn.Parameter):
+            return x.detach()
         while id(x) in self._became:
             x = self._became[id(x)]
         alias = self.facts(x).alias
@@ -196,9 +199,12 @@ class Tape:
         return self.know(functional.identity(value, root), root=root)
 
     def keep_map(self, out: Tensor, x: Tensor, factor: Any) -> Tensor:
-        """`out`, x times a factor, still is an attention map where x is one and the factor the same for all keys."""
+        """`out`, x times a factor, still is an attention map where x is one and the factor the same for all keys, or a mask."""
         facts = self.facts(x)
-        if facts.keys and (not isinstance(factor, Tensor) or factor.dim() < -facts.keys or factor.shape[facts.keys] == 1):
+        one = (
+            not isinstance(factor, Tensor) or not facts.keys or factor.dim() < -facts.keys or factor.shape[facts.keys] == 1
+        )
+        if facts.keys and (one or (not is_activation(factor) and bool(((factor == 0) | (factor == 1)).all()))):
             known = self.facts(out)
             self.know(out, root=known.root, scale=known.scale, keys=facts.keys, mixed=facts.mixed)
         return out

@@ -259,8 +259,9 @@ def _part(node: fx.Node, labels: Labels) -> Axes | None:
     x, shape = labels.of(whole), labels.shape(node)
     if x is None:
         return None
-    if len(shape) == len(x) - 1:  # unbind
-        dim = (whole.args[1] if len(whole.args) > 1 else 0) % len(x)
+    if len(shape) == len(x) - 1:  # unbind, max …
+        place, default = (2, -1) if whole.target is aten.kthvalue.default else (1, 0)
+        dim = (whole.args[place] if len(whole.args) > place else default) % len(x)
         return (*x[:dim], *x[dim + 1 :])
     return _broadcast([x], shape)
 

@@ -75,6 +75,15 @@ ACTIVATIONS = {
     aten.pow.Tensor_Scalar,
     aten.clamp.default,
     aten.clamp_min.default,
+    aten.nan_to_num.default,
+    aten.expm1.default,
+    aten.exp2.default,
+    aten.log2.default,
+    aten.log10.default,
+    aten.atan.default,
+    aten.sinh.default,
+    aten.asinh.default,
+    aten.erfc.default,
 }
 
 ARITHMETIC = {
@@ -159,12 +168,12 @@ def is_attention_value(node: fx.Node) -> bool:
 
 
 def is_softmax_over_keys(attn: Any) -> bool:
-    """Whether a value is a softmax over its last dimension, possibly copied, reshaped or scaled by rows, some keys of one (where
-    others are sinks), or a sum of such."""
+    """Whether a value is a softmax over its last dimension, possibly copied, reshaped, masked or scaled by rows, some keys of one
+    (where others are sinks), or a sum of such."""
     while isinstance(attn, fx.Node):
         if attn.target in IDENTITIES or attn.target in axes_.RESHAPES or _keeps_keys(attn):
             attn = attn.args[0]
-        elif (whole := whole_of_keys(attn)) is not None:
+        elif (whole := whole_of_keys(attn)) is not None or (whole := _unmasked(attn)) is not None:
             attn = whole
         else:
             break
@@ -189,6 +198,28 @@ def _one_per_row(x: Any) -> bool:
 def _keeps_keys(node: fx.Node) -> bool:
     """Whether a value is a permutation of another one's dimensions that leaves the last where it is."""
     return node.target is aten.permute.default and node.args[1][-1] in (-1, len(node.args[1]) - 1)  # type: ignore
+
+
+def _unmasked(node: fx.Node) -> Any:
+    """The value of which some entries were replaced by a number, 0 mostly, or multiplied by a mask of 0 and 1; None for others."""
+    if node.target in (aten.masked_fill.Scalar, aten.nan_to_num.default):
+        return node.args[0]
+    if node.target is aten.where.ScalarOther:
+        return node.args[1]
+    if node.target is aten.where.ScalarSelf:
+        return node.args[2]
+    if node.target is aten.mul.Tensor:
+        return next((x for x, mask in (node.args[:2], node.args[1::-1]) if _is_mask(mask)), None)
+    return None
+
+
+def _is_mask(x: Any) -> bool:
+    """Whether a value is one of truth values or whole numbers, cast and moved."""
+    while isinstance(x, fx.Node) and x.meta["val"].is_floating_point():
+        if x.target not in IDENTITIES and x.target not in axes_.RESHAPES and x.target is not aten.expand.default:
+            return False
+        x = x.args[0]
+    return isinstance(x, fx.Node)
 
 
 def whole_of_keys(node: fx.Node) -> fx.Node | None:

@@ -1,5 +1,5 @@
-"""A softmax that is written out: exp(x − m) / Σ exp(x − m), whatever m, with c beside the sum, exp of a log-softmax, a product
-divided by the sums."""
+"""A softmax that is written out: exp(x − m) / Σ exp(x − m), whatever m, with c beside the sum, exp of a log-softmax or of
+x − logsumexp(x), a product divided by the sums."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ def softmax_of(node: fx.Node, insert: Callable[..., fx.Node]) -> fx.Node | None:
         log: Any = node.args[0]
         if log.target is aten.log_softmax.int and len(log.args) == 2 and not log.kwargs:
             return insert(aten.softmax.int, log.args[0], log.args[1])
+        if log.target is aten.sub.Tensor and not log.kwargs and isinstance(log.args[1], fx.Node):
+            total = _without_moves(log.args[1])
+            dims = total.args[1] if total.target is aten.logsumexp.default else ()
+            if len(dims) == 1 and _is_same(total.args[0], log.args[0]) and _is_of_one_dtype(node, log.args[0], total):
+                dim = dims[0] % log.meta["val"].dim()
+                return insert(aten.softmax.int, log.args[0], dim) if _is_one_along(log.args[1], log, dim) else None
         return None
     if node.target is not aten.div.Tensor or not all(isinstance(x, fx.Node) for x in node.args) or node.kwargs:
         return None

@@ -94,9 +94,28 @@ def _smaller(insert: Any, u: fx.Node, v: fx.Node, **_: Any) -> fx.Node:
     return insert(aten.minimum.default, u, v)
 
 
+@_spelling(aten.ravel.default)
+def _ravel(insert: Any, x: fx.Node, **_: Any) -> fx.Node:
+    return insert(aten.reshape.default, x, [-1])
+
+
 @_spelling(aten.hstack.default)
 def _hstack(insert: Any, parts: Sequence[fx.Node], **_: Any) -> fx.Node:
     return insert(aten.cat.default, parts, min(1, parts[0].meta["val"].dim() - 1))
+
+
+@_spelling(aten.dstack.default)
+def _dstack(insert: Any, parts: Sequence[fx.Node], **_: Any) -> fx.Node | None:
+    if any(x.meta["val"].dim() < 2 for x in parts):
+        return None
+    wide = [insert(aten.unsqueeze.default, x, 2) if x.meta["val"].dim() == 2 else x for x in parts]
+    return insert(aten.cat.default, wide, 2)
+
+
+@_spelling(aten.column_stack.default)
+def _column_stack(insert: Any, parts: Sequence[fx.Node], **_: Any) -> fx.Node:
+    wide = [insert(aten.unsqueeze.default, x, 1) if x.meta["val"].dim() == 1 else x for x in parts]
+    return insert(aten.cat.default, wide, 1)
 
 
 @_spelling(aten.tile.default)
@@ -154,6 +173,46 @@ def _addcmul(insert: Any, x: fx.Node, a: fx.Node, b: fx.Node, value: float = 1, 
 def _baddbmm(insert: Any, x: fx.Node, a: fx.Node, b: fx.Node, beta: float = 1, alpha: float = 1, **_: Any) -> fx.Node:
     product = _scaled(insert, insert(aten.bmm.default, a, b), alpha)
     return insert(aten.add.Tensor, product, _scaled(insert, x, beta)) if beta else product
+
+
+@_spelling(aten.addcdiv.default)
+def _addcdiv(insert: Any, x: fx.Node, a: fx.Node, b: fx.Node, value: float = 1, **_: Any) -> fx.Node:
+    return insert(aten.add.Tensor, x, _scaled(insert, insert(aten.div.Tensor, a, b), value))
+
+
+@_spelling(aten.lerp.Scalar)
+def _between(insert: Any, u: fx.Node, v: fx.Node, weight: float, **_: Any) -> fx.Node:
+    return insert(aten.add.Tensor, insert(aten.mul.Tensor, u, 1 - weight), insert(aten.mul.Tensor, v, weight))
+
+
+@_spelling(aten.lerp.Tensor)
+def _between_by(insert: Any, u: fx.Node, v: fx.Node, weight: fx.Node, **_: Any) -> fx.Node:
+    rest = insert(aten.rsub.Scalar, weight, 1)
+    return insert(aten.add.Tensor, insert(aten.mul.Tensor, u, rest), insert(aten.mul.Tensor, v, weight))
+
+
+@_spelling(aten.mv.default)
+def _mv(insert: Any, x: fx.Node, vector: fx.Node, **_: Any) -> fx.Node:
+    return insert(aten.matmul.default, x, vector)
+
+
+@_spelling(aten.inner.default)
+def _inner(insert: Any, u: fx.Node, v: fx.Node, *, active: Any, **_: Any) -> fx.Node | None:
+    if active(v) or v.meta["val"].dim() not in (1, 2):
+        return None
+    return insert(aten.matmul.default, u, v) if v.meta["val"].dim() == 1 else insert(aten.linear.default, u, v)
+
+
+@_spelling(aten.tensordot.default)
+def _tensordot(
+    insert: Any, u: fx.Node, v: fx.Node, left: Sequence[int], right: Sequence[int], *, active: Any, **_: Any
+) -> fx.Node | None:
+    letters = iter(string.ascii_letters)
+    names = [[next(letters) for _ in range(x.meta["val"].dim())] for x in (u, v)]
+    for i, j in zip(left, right, strict=True):
+        names[1][j] = names[0][i]
+    result = [c for c in (*names[0], *names[1]) if (c in names[0]) != (c in names[1])]
+    return _einsum(insert, f"{''.join(names[0])},{''.join(names[1])}->{''.join(result)}", (u, v), active=active)
 
 
 @_spelling(aten.glu.default)
@@ -398,7 +457,7 @@ def _part(insert: Any, whole: fx.Node, index: int, **_: Any) -> fx.Node | None:
 @_spelling(aten.matmul.default, aten.bmm.default)
 def _with_a_constant(insert: Any, weights: fx.Node, x: fx.Node, *, active: Any, **_: Any) -> fx.Node | None:
     """A constant row [.., 1, T] times values [.., T, D] is their weighted sum: pooling by a mask. Values [T, D] times weights
-    [h, D, d] are values [1, T, D]."""
+    [h, D, d] are values [1, T, D]. A weight [out, in] times values [.., in, T] is a layer."""
     missing = x.meta["val"].dim() - weights.meta["val"].dim()
     if active(weights) and not active(x) and missing > 0 and weights.meta["val"].dim() > 1:
         for _i in range(missing):
@@ -407,6 +466,10 @@ def _with_a_constant(insert: Any, weights: fx.Node, x: fx.Node, *, active: Any, 
     if active(weights) or not active(x) or x.meta["val"].dim() < 3 or weights.meta["val"].dim() < 2:
         return None
     rows = weights.meta["val"].shape[-2]
+    if weights.meta["val"].dim() == 2 and isinstance(rows, int) and rows > 1:
+        return insert(
+            aten.transpose.int, insert(aten.linear.default, insert(aten.transpose.int, x, -2, -1), weights), -2, -1
+        )
     if not isinstance(rows, int) or rows != 1:
         return None
     product = insert(aten.mul.Tensor, x, insert(aten.transpose.int, weights, -2, -1))

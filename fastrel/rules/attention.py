@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from fastrel import ops
 from fastrel.errors import InputError, UnsupportedModelError
+from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments, describe
 from fastrel.graph.patterns import IDENTITIES, SOFTMAXES, is_attention_value, is_talking_heads_value
 from fastrel.ops.attention import attention_probabilities, attention_scores, carries_scores
@@ -342,7 +343,9 @@ def _pass_row(t: Context, node: fx.Node, operands: tuple[fx.Node, ...], row: Row
     for x in operands:
         if t.is_active(x) and t.row_shape(x) == t.row_shape(node):
             return t.give(x, row=row)
-    raise UnsupportedModelError(f"cannot follow tokens through {describe(node)}")
+    mixes = t.is_active(left) and not axes_.is_feature(t.axes(left)[-1])
+    why = ": it mixes them by a matrix that is no softmax, as approximations of attention do (Nyström's)" if mixes else ""
+    raise UnsupportedModelError(f"cannot follow tokens through {describe(node)}{why}")
 
 
 def _pairs_row(t: Context, node: fx.Node, left: fx.Node, right: fx.Node, row: Row) -> None:
@@ -440,6 +443,24 @@ def softmax(t: Context, node: fx.Node, out: Lanes) -> None:
         return Lane(t.emit.call(softmax_backward, full.node, t.value(node, full.rows), dim + 1), full.rows)
 
     t.pass_through(x, out, back)
+
+
+@rule(aten.log_softmax.int)
+def log_softmax(t: Context, node: fx.Node, out: Lanes) -> None:
+    """Relevance passes unchanged, as through softmax."""
+    x, dim = arguments(node, count=2)
+    dim %= node.meta["val"].dim()
+
+    def back(lane: Lane) -> Lane:
+        full = t.dense(lane, node) if lane.rows and lane.rows.dim == dim else lane
+        return Lane(t.emit.call(log_softmax_backward, full.node, t.value(node, full.rows), dim + 1), full.rows)
+
+    t.pass_through(x, out, back)
+
+
+def log_softmax_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
+    """grad [K, *] through y = log softmax(x) [*]; `dim` counts the leading K."""
+    return grad - y.exp() * grad.sum(dim, keepdim=True)
 
 
 def softmax_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:

@@ -79,6 +79,8 @@ def spread_windows(op: Any, row: Tensor, shape: list[int], window: list[int], *o
     aten.upsample_bilinear2d.vec,
     aten.upsample_bicubic2d.vec,
     aten.upsample_nearest2d.vec,
+    aten.upsample_nearest1d.vec,
+    aten.upsample_linear1d.vec,
     aten.col2im.default,
 )
 def pooling(t: Context, node: fx.Node, out: Lanes) -> None:

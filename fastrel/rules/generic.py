@@ -53,6 +53,7 @@ INDEX_MAPS = MIXING_IN | {
     aten.as_strided.default,
     aten.index_select.default,
     aten.gather.default,
+    aten.take_along_dim.default,
     aten.repeat.default,
     aten.repeat_interleave.self_int,
     aten.expand.default,

@@ -38,7 +38,7 @@ def layer_norm(t: Context, node: fx.Node, out: Lanes) -> None:
 def batch_norm(t: Context, node: fx.Node, out: Lanes) -> None:
     """Identity for relevance; at inference an affine function of each feature."""
     x, weight, _, _, variance, *rest = arguments(node, count=len(node.args))
-    eps = rest[3] if node.target is aten.batch_norm.default and len(rest) > 3 else rest[-1]
+    eps = rest[2] if node.target is aten.batch_norm.default else rest[1]  # after (training and) momentum
     gamma = None if weight is None else t.value(weight)
 
     def grad(lane: Lane) -> Lane:

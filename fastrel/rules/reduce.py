@@ -168,7 +168,7 @@ def weighted_row(row: Tensor, by: Tensor | None, features: list[int], *shape: in
     return full * torch.where(sums > 0, weights / torch.where(sums > 0, sums, 1.0), equal)
 
 
-@rule(aten.amax.default, aten.amin.default)
+@rule(aten.amax.default, aten.amin.default, aten.max_pool1d.default)
 def extreme(t: Context, node: fx.Node, out: Lanes) -> None:
     """The largest entry: nothing reaches the others. A row goes where its features' relevance does."""
     pick(t, node, node, out)
