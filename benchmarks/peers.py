@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor, nn
 
 import fastrel
@@ -127,17 +128,21 @@ def table(peers: Mapping[str, Peer], batches: Sequence[int]) -> list[str]:
 
 def plot(peers: Mapping[str, Peer], title: str) -> Figure:
     """Images per second over batch sizes, a line each."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     measured: set[int] = set()
     for name, peer in peers.items():
         if peer.own:
             axes.plot(list(peer.own), [1 / seconds for seconds in peer.own.values()], marker="o", label=name)
             measured |= peer.own.keys()
-    axes.set(xlabel="batch size", ylabel="images per second", xscale="log", yscale="log", title=title)
+    axes.set(xlabel="batch size", ylabel="images per second", xscale="log", yscale="log")
     axes.set_xticks(sorted(measured), [str(batch) for batch in sorted(measured)], minor=False)
     axes.set_xticks([], minor=True)
-    figure.legend(loc="outside right upper", fontsize=8)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.suptitle(title, fontsize=10)
+    figure.legend(loc="outside center right", fontsize=8)
     return figure
 
 

@@ -416,6 +416,27 @@ def test_attcat_equals_its_definition_and_ignores_padding(name: str) -> None:
     assert not ours[1, 8:].any()
 
 
+class OneBlock(nn.Module):
+    """Attention whose output reaches the head in several forms."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.qkv, self.proj, self.mlp, self.norm = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.mT).softmax(-1) @ v
+        out = self.proj((mixed.permute(0, 2, 3, 1) if self.form == "turned" else mixed.transpose(1, 2)).flatten(2))
+        if self.form == "gated":
+            out = out * x.sigmoid()
+        if self.form == "parallel":
+            out = out + self.mlp(x).relu()
+        out = x + out
+        return self.head((out if self.form == "ends" else self.norm(out))[:, 0])
+
+
 def alti_of_block(
     a: Tensor, v: Tensor, dense: Any, x: Tensor, total: Tensor, y: Tensor, norm: nn.LayerNorm | None
 ) -> Tensor:
@@ -512,9 +533,18 @@ def test_contributions_keep_nan_and_give_tokens_that_are_not_seen_nothing() -> N
 
 
 def test_alti_says_which_blocks_it_cannot_take_apart() -> None:
-    explainer = fastrel.Explainer(Halved().eval(), "alti")
+    x = torch.randn(1, 5, 8)
     with pytest.raises(fastrel.UnsupportedModelError, match="no output layer reads the heads' values side by side"):
-        explainer(torch.randn(1, 5, 8), target=1)
+        fastrel.Explainer(Halved().eval(), "alti")(x, target=1)
+    for form, message in (
+        ("turned", "heads side by side"),
+        ("gated", "its output is not added to what the block reads"),
+        ("parallel", "its output is not added to what the block reads"),
+        ("ends", "goes neither on nor into a layer norm"),
+    ):
+        with pytest.raises(fastrel.FastrelError, match=message):
+            fastrel.Explainer(OneBlock(form).eval(), "alti")(x, target=1)
+    assert fastrel.Explainer(OneBlock("normalised").eval(), "alti")(x, target=1).relevance.sum() == pytest.approx(1)
 
 
 def test_methods_that_read_all_maps_give_padding_nothing() -> None:
