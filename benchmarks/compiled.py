@@ -25,6 +25,7 @@ from fastrel.triton_kernels import layer_norm_backward, zplus_sums
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
+from benchmarks import zoo
 from fastrel import ops
 from fastrel.backends import triton as triton_backend
 from tests.devices.recorder import Variant, recorded
@@ -44,17 +45,18 @@ DEVICE = torch.device("cuda:0")
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as it is launched on a target, under the name of the launch; `dots`: its products belong in tensor cores."""
+    """A kernel as it is launched on a target, under the name of the launch; `of_model`: no call of one operator launches it, but a
+    model does."""
 
     name: str
     variant: Variant
+    of_model: bool = False
 
-    @property
-    def dots(self) -> bool:
-        kernel = self.name.split()[0]
-        return (
-            "zplus" in kernel or (kernel.startswith("attention_") and "update" not in kernel)
-        ) and "ieee fp32" not in self.name
+
+def multiplies(name: str) -> bool:
+    """Whether the kernel of a case of this name has products, which belong in tensor cores."""
+    kernel = name.split()[0]
+    return ("zplus" in kernel or (kernel.startswith("attention_") and "update" not in kernel)) and "ieee fp32" not in name
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,10 @@ def _block(dtype: torch.dtype, purpose: Any = None, n: int = 197, d: int = 768) 
             op(x, *w, y, bias, lane, grad, "positive", **given, **({"w_grad": qkv} if i == 3 else {}))
 
 
-def _half_block(dtype: torch.dtype) -> None:
-    value, lane = _empty(1, 197, 768, dtype=dtype), _empty(1, 1, 197, 768)
-    through, row, weight = _empty(1, 1, 12, 197), _empty(1, 1, 197), _empty(768, dtype=dtype)
-    z = _empty(197, 768)
+def _half_block(dtype: torch.dtype, width: int = 768) -> None:
+    value, lane = _empty(1, 197, width, dtype=dtype), _empty(1, 1, 197, width)
+    through, row, weight = _empty(1, 1, 12, 197), _empty(1, 1, 197), _empty(width, dtype=dtype)
+    z = _empty(197, width)
     layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, None, None, z)
     layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, through, row, z)
 
@@ -154,46 +156,70 @@ def launches(float8: bool) -> Iterator[tuple[str, Any]]:
     yield "narrow mixed block, many rows", lambda: _block(torch.bfloat16, "bfloat16", n=12608, d=384)
     yield "many rows", lambda: _linear(12608, torch.bfloat16)
     yield "many rows mixed", lambda: _linear(12608, torch.bfloat16, "bfloat16")
-    for d in (32, 64, 128):
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"{str(dtype).removeprefix('torch.')} d={d}"
-            yield name, lambda d=d, dtype=dtype: _attention(d, dtype, "positive", d == 64, 8)
-            yield f"{name} few rows", lambda d=d, dtype=dtype: _attention(d, dtype, "positive", False)
-            if d <= triton_backend.MAX_HEAD_OFFICIAL:
-                yield f"{name} official", lambda d=d, dtype=dtype: _attention(d, dtype, "official", True)
     x, lane = (64, 197, 768), (1, 64, 197, 768)
     for rules in ("positive", "official"):
         yield rules, lambda rules=rules: kernels[ops.residual_add](_empty(*x), _empty(*x), _empty(*lane), 0, rules)
     norm, update, rollout = (kernels[op] for op in (ops.layer_norm_backward, ops.attention_update, ops.rollout_row))
     yield "768", lambda: norm(_empty(*lane), _empty(*x), _empty(768), 1, 1e-6)
+    widest = layer_norm_backward.WIDEST
+    yield "widest", lambda: norm(_empty(1, 1, 5, widest), _empty(1, 5, widest), _empty(widest), 1, 1e-6)
+    yield "widest", lambda: _half_block(torch.float32, widest)
     yield "", lambda: update(None, _empty(1, 2, 12, 197, 197), _empty(1, 2, 12, 197, 197), "gradient_relevance")
     yield "", lambda: rollout(_empty(1, 2, 197), _empty(1, 2, 197, 197), True)
+    for d in (32, 64, 128):
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{str(dtype).removeprefix('torch.')} d={d}"
+            yield name, lambda d=d, dtype=dtype: _attention(d, dtype, "positive", d == 64, 8)
+            yield f"{name} unmasked", lambda d=d, dtype=dtype: _attention(d, dtype, "positive", False, 8)
+            yield f"{name} few rows", lambda d=d, dtype=dtype: _attention(d, dtype, "positive", False)
+            if d <= triton_backend.MAX_HEAD_OFFICIAL:
+                yield f"{name} official", lambda d=d, dtype=dtype: _attention(d, dtype, "official", True)
 
 
 @functools.cache
 def cases(target: str) -> tuple[Case, ...]:
-    """What would be launched on a target, recorded."""
+    """What would be launched on a target, recorded: by calls of every operator, and on NVIDIA's by models of the zoo (`zoo`), of
+    whose kernels every set of constants is one case."""
     amd = target.startswith("gfx")
     capability = 80 if amd else int(target.removeprefix("sm_"))
     found: dict[str, Case] = {}
     seen_variants: set[Any] = set()
-    version = mock.patch.object(torch.version, "hip", "6.4" if amd else None)
-    with recorded(capability, devices=1) as seen, FakeTensorMode(), version:
-        for label, launch in launches(float8=capability >= 89):
-            seen.kernels.clear()
-            launch()
-            for variant in seen.kernels:
-                constants = dict(zip(variant.kernel.arg_names, range(1000), strict=False))
-                values = {name: dict(variant.constants).get((i,)) for name, i in constants.items()}
-                flags = "".join(f" {flag.lower()}" for flag in FLAGS if values.get(flag))
-                dot = values.get("DOT")
-                how = f" {values['PRECISION']}" if values.get("PRECISION") else ""
-                how += f" {dot.name}" if dot is not None else " fp32" if how else ""
-                name = " ".join(f"{variant.kernel.fn.__name__} {label}{how}{flags}".split())
-                if (key := repr(variant)) not in seen_variants:
-                    seen_variants.add(key)
-                    found[name] = Case(name, variant)
+    with mock.patch.object(torch.version, "hip", "6.4" if amd else None):
+        with recorded(capability, devices=1) as seen, FakeTensorMode():
+            for label, launch in launches(float8=capability >= 89):
+                seen.kernels.clear()
+                launch()
+                for variant in seen.kernels:
+                    if (key := repr(variant)) not in seen_variants:
+                        seen_variants.add(key)
+                        name = _name(variant, label)
+                        found[name] = Case(name, variant)
+        known = {by_constants(case.variant) for case in found.values()}
+        for use, batch, variant in () if amd else zoo.variants(capability):
+            if (key := by_constants(variant)) not in known:
+                known.add(key)
+                name = _name(variant, f"{use.name} batch {batch}")
+                name += f" {sum(other.startswith(name) for other in found)}" * (name in found)
+                found[name] = Case(name, variant, of_model=True)
     return tuple(found.values())
+
+
+def by_constants(variant: Variant) -> str:
+    """What a variant was made for, apart from sizes that follow from those of the tensors."""
+    names = [param.name for param in variant.kernel.params]
+    constants = {names[i]: str(value) for (i,), value in variant.constants if variant.kernel.params[i].is_constexpr}
+    kept = sorted((name, value) for name, value in constants.items() if name not in ("TOPS", "CHUNKS", "BLOCK", "HEADS"))
+    return repr((variant.kernel.fn.__name__, kept, sorted(variant.options)))
+
+
+def _name(variant: Variant, label: str) -> str:
+    constants = dict(zip(variant.kernel.arg_names, range(1000), strict=False))
+    values = {name: dict(variant.constants).get((i,)) for name, i in constants.items()}
+    flags = "".join(f" {flag.lower()}" for flag in FLAGS if values.get(flag))
+    dot = values.get("DOT")
+    how = f" {values['PRECISION']}" if values.get("PRECISION") else ""
+    how += f" {dot.name}" if dot is not None else " fp32" if how else ""
+    return " ".join(f"{variant.kernel.fn.__name__} {label}{how}{flags}".split())
 
 
 def compiled(case: Case, target: str) -> Any:

@@ -261,6 +261,65 @@ def linear(device: Device, layer: Layer, n: int, width: int, precision: str) -> 
     )
 
 
+#: Sweeps of attention by width of values: kernel, its flags, dots and lanes. In TF32 A V counts twice, in float32 scores and g V are
+#: formed once more for relevance.
+SWEEPS = {
+    2: (("rows", "", 5, 3), ("queries", "grad_in", 4, 4), ("keys", "rel_in grad_in", 7, 6)),
+    4: (("rows", "", 3, 3), ("queries", "grad_in", 4, 4), ("keys", "grad_in", 6, 5), ("keys", "rel_in", 3, 3)),
+}
+
+
+def attention(device: Device, model: Model, batch: int, width: int) -> Iterator[Work]:
+    """Attention of a block as `attention_relevance` chooses it."""
+    n, head, capability = batch * model.tokens, model.features // model.heads, int(device.target.removeprefix("sm_"))
+    if width == 4 and head > 64 and configs.heads_by_library(head, n, capability):
+        yield from attention_by_library(model, batch)
+        return
+    sweeps = list(attention_by_sweeps(device, model, batch, width))
+    if not configs.together("tf32" if width == 2 else "float32", head, n, capability):
+        yield from sweeps
+        return
+    rows, *others = sweeps
+    yield rows
+    yield Work(
+        "attention lanes",
+        sum(work.flop for work in others),
+        sum(work.bytes for work in others),
+        rows.precision,
+        issued=sum(work.issued for work in others),
+    )
+
+
+def attention_by_sweeps(device: Device, model: Model, batch: int, width: int) -> Iterator[Work]:
+    """Each a launch of its own, in tiles of heads padded to a power of two."""
+    n, head, tokens = batch * model.tokens, model.features // model.heads, model.tokens
+    padded, capability = max(32, 1 << (head - 1).bit_length()), int(device.target.removeprefix("sm_"))
+    dtype, table = ("bfloat16", "tf32") if width == 2 else ("float32", "float32")
+    precision = "tf32" if width == 2 else "tf32x3" if padded <= 64 else "float32"
+    for name, flags, dots, lanes in SWEEPS[width]:
+        relevance = " relevance" if flags == "rel_in" else ""
+        tile = configs.attention(table, padded, f"{name}{relevance}", capability)
+        steps = math.ceil(tokens / tile.m) * math.ceil(tokens / tile.n) * batch * model.heads
+        loop = _loop(device, f"attention_{name}_kernel", f"{dtype} d={padded}{' unmasked' if padded == 64 else ''}", flags)
+        flop = dots * 2.0 * tokens**2 * padded * batch * model.heads
+        moved = (width * 3 + 4 * lanes) * n * model.features
+        yield Work(f"attention {name}", flop, moved, precision, issued=steps * loop * tile.warps)
+
+
+#: How often `attention_products` reads or writes the maps of all heads, products aside; products do once each
+#: (tests/devices/test_launches.py counts).
+MAP_PRODUCTS, MAP_PASSES = 9, 12
+
+
+def attention_by_library(model: Model, batch: int) -> Iterator[Work]:
+    """Attention by torch's own products, maps in memory."""
+    heads, tokens, head = batch * model.heads, model.tokens, model.features // model.heads
+    for _ in range(MAP_PRODUCTS):
+        moved = 4.0 * heads * (tokens**2 + 2 * tokens * head)
+        yield Work("attention products", product(tokens, tokens, head) * heads, moved, "float32", triton=False)
+    yield Work("attention passes", 0.0, 4.0 * MAP_PASSES * heads * tokens**2)
+
+
 def reverse(device: Device, model: Model, batch: int, width: int, precision: str) -> Iterator[Work]:
     """One block of the reverse pass; lanes are float32. Launches and what they move as recorded (tests/devices/test_launches.py)."""
     n, d = batch * model.tokens, model.features
@@ -276,17 +335,7 @@ def reverse(device: Device, model: Model, batch: int, width: int, precision: str
         )
     for layer in layers(model):
         yield from linear(device, layer, n, width, precision)
-    maps = float(batch) * model.tokens**2 * d
-    attention = "tf32" if width == 2 else "tf32x3"
-    # Dots of rows, queries and keys; in TF32 A V counts twice, in float32 scores and g V are formed once more for relevance.
-    rows, *sweeps = (
-        (("rows", 5, 3), ("queries", 4, 4), ("keys", 7, 6)) if width == 2
-        else (("rows", 3, 3), ("queries", 4, 4), ("keys", 6, 5), ("keys", 3, 3))
-    )  # fmt: skip
-    if configs.together("tf32" if width == 2 else "float32", d // model.heads, n, int(device.target.removeprefix("sm_"))):
-        sweeps = [("lanes", sum(dots for _, dots, _ in sweeps), sum(lanes for _, _, lanes in sweeps))]
-    for name, dots, lanes in (rows, *sweeps):
-        yield Work(f"attention {name}", 2.0 * maps * dots, (width * 3 + 4 * lanes) * n * d, attention)
+    yield from attention(device, model, batch, width)
     divisor = 4 if together(n, precision) else 0
     for through in (0, 4 * n * (model.heads + 2)):
         yield Work("half block", 0.0, n * d * (3 * width + 28 + divisor) + through)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import triton
-from fastrel.triton_kernels import configs
+from fastrel.triton_kernels import attention_products, configs
 from fastrel.triton_kernels.attention_sweeps import (
     attention_keys_kernel,
     attention_lanes_kernel,
@@ -38,7 +38,8 @@ from torch import Tensor
 
 from fastrel.ops.attention import mask_factor
 
-#: Largest head for which three TF32 products fit into registers; larger ones are multiplied in float32 itself.
+#: Largest head for which three TF32 products fit into registers; larger ones are multiplied in float32 itself, or by the vendor's
+#: library (`attention_products`).
 MAX_TF32X3 = 64
 
 #: Kinds of masks: none, True where a key is attended to, a bias of the scores.
@@ -74,6 +75,15 @@ def attention_relevance(
     given = rel if rel is not None else grad if grad is not None else row
     targets = 1 if given is None else len(given)
     official = rules == "official"
+    narrow = all(x.dtype in (torch.bfloat16, torch.float16) for x in (q, k, v))
+    multiply = "tf32" if narrow and not torch.version.hip else float32_precision()
+    width, where = max(16, triton.next_power_of_2(d)), capability(q.device)
+    if multiply == "tf32x3" and width > MAX_TF32X3:
+        if not official and configs.heads_by_library(d, batch * queries, where):
+            options = (scale, is_causal, query_start, update, normalize, inputs)
+            *lanes, through = attention_products.attention(q, k, v, mask, rel, grad, row, *options)
+            return *lanes, through.unsqueeze(2) if parts and row is not None else through
+        multiply = "ieee"
     q, k, v = (with_unit_stride(x) for x in (q, k, v))
     rel, grad = (None if x is None else with_unit_stride(x) for x in (rel, grad))
     none = torch.empty(0, dtype=torch.float32, device=q.device)
@@ -98,12 +108,6 @@ def attention_relevance(
     s = none if rel is None else empty(targets, batch, heads, queries, d)
     delta = none if grad is None else empty(targets, batch, heads, queries)
 
-    width = max(16, triton.next_power_of_2(d))
-    narrow = all(x.dtype in (torch.bfloat16, torch.float16) for x in (q, k, v))
-    multiply = "tf32" if narrow and not torch.version.hip else float32_precision()
-    where = capability(q.device)
-    if multiply == "tf32x3" and width > MAX_TF32X3:
-        multiply = "ieee"
     kind = NO_MASK if mask is None else KEEP if mask.dtype == torch.bool else BIAS
     mask_values = q if mask is None else mask.view(torch.uint8) if kind == KEEP else mask
     grad_values, grad_strides = (q, (0, 0, 0, 0)) if grad is None else (grad, grad.stride()[:4])
@@ -168,7 +172,8 @@ def attention_relevance(
     through = none if row is None else empty(targets, batch, heads, keys)
     for grad_in, rel_in, update_in in sweeps:
         row_in = update_in and row is not None
-        tile, blocking = tiled("keys relevance" if rel_in and not grad_in else "keys")
+        of_gradient = "keys official" if official else "keys"
+        tile, blocking = tiled(of_gradient if grad_in else "keys relevance" if rel_in else "keys row")
         if grad_in or rel_in or row_in:
             attention_keys_kernel[blocks(keys, tile.n) * batch * heads, targets](
                 **values, lane_row=grad_k.stride(-2) if wants_grad else 0,

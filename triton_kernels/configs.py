@@ -35,13 +35,19 @@ BACK = {
         120: Tile(32, 64, 16, 8, 2),
     },
     "float32, many rows": {
-        80: Tile(64, 64, 16, 8, 2),
+        80: Tile(128, 64, 16, 8, 2),
         86: Tile(32, 64, 16, 8, 2),
         90: Tile(128, 64, 32, 8, 2),
         120: Tile(32, 64, 16, 8, 2),
     },
     "float32, divided": {80: Tile(32, 64, 16, 8, 2), 90: Tile(64, 64, 16, 8, 2), 100: Tile(32, 64, 16, 8, 2)},
     "split": {80: Tile(64, 64, 16, 8, 2)},
+    "split, divided": {
+        80: Tile(64, 64, 16, 8, 2),
+        86: Tile(32, 64, 16, 4, 2),
+        90: Tile(64, 64, 16, 8, 2),
+        120: Tile(32, 64, 16, 4, 2),
+    },
     "split, tf32": {80: Tile(32, 64, 16, 8, 2)},
     "bfloat16": {80: Tile(64, 64, 32, 8, 2), 100: Tile(32, 64, 32, 8, 2), 120: Tile(64, 64, 32, 8, 2)},
     "float8": {80: Tile(64, 64, 32, 8, 2)},
@@ -56,8 +62,21 @@ def products_first(rows: int, weight: tuple[int, ...]) -> bool:
     return rows >= MANY_ROWS and min(weight) >= WIDE
 
 
+#: Features of float32 heads for which torch's own products take less time than tiles, by the bounds of benchmarks/roofline.py: tiles
+#: pad them to 128, products leave maps in memory, which is too slow for it on GPUs for graphics.
+HEADS_BY_LIBRARY = {80: range(65, 113), 86: range(0), 90: range(65, 129), 120: range(0)}
+
+
+def heads_by_library(features: int, rows: int, capability: int) -> bool:
+    """Whether heads of float32 are multiplied by the vendor's library. Of few rows the launches count for more."""
+    return (
+        rows >= MANY_ROWS and features in HEADS_BY_LIBRARY[max(known for known in HEADS_BY_LIBRARY if known <= capability)]
+    )
+
+
 #: Sweeps of `attention_relevance`, by how it multiplies and padded head size: m queries and n keys at a time; k is not used.
-#: In float32, and under the official rules, a sweep holds lanes of one kind only, the gradient or (`… relevance`) relevance.
+#: In float32, and under the official rules, a sweep holds lanes of one kind only, the gradient or (`… relevance`) relevance; in the
+#: first block none (`… row`).
 ATTENTION = {
     "tf32": {
         32: {
@@ -67,20 +86,32 @@ ATTENTION = {
             "keys": {80: Tile(32, 32, 0, 4, 1), 86: Tile(16, 16, 0, 2, 1)},
         },
         64: {
-            "rows": {80: Tile(64, 32, 0, 8, 1), 90: Tile(64, 64, 0, 8, 1), 120: Tile(64, 32, 0, 8, 1)},
-            "queries": {80: Tile(32, 32, 0, 4, 1), 90: Tile(64, 64, 0, 8, 1), 120: Tile(32, 32, 0, 4, 1)},
+            "rows": {
+                80: Tile(64, 32, 0, 8, 1),
+                90: Tile(64, 64, 0, 4, 1),
+                100: Tile(64, 64, 0, 8, 1),
+                120: Tile(64, 32, 0, 8, 1),
+            },
+            "queries": {
+                80: Tile(32, 32, 0, 4, 1),
+                90: Tile(128, 32, 0, 8, 1),
+                100: Tile(64, 64, 0, 8, 1),
+                120: Tile(32, 32, 0, 4, 1),
+            },
             "queries relevance": {80: Tile(32, 32, 0, 4, 1)},
-            "keys": {80: Tile(32, 32, 0, 4, 1), 90: Tile(16, 32, 0, 4, 1)},
+            "keys": {80: Tile(32, 32, 0, 4, 1), 90: Tile(128, 64, 0, 8, 1), 100: Tile(16, 32, 0, 4, 1)},
+            "keys relevance": {80: Tile(32, 32, 0, 4, 1), 90: Tile(16, 32, 0, 4, 1)},
         },
         128: {
             "rows": {80: Tile(32, 32, 0, 4, 1)},
             "queries": {80: Tile(32, 32, 0, 8, 1)},
             "keys": {80: Tile(32, 32, 0, 8, 1), 90: Tile(16, 32, 0, 8, 1)},
+            "keys row": {80: Tile(32, 32, 0, 8, 1), 86: Tile(16, 32, 0, 8, 1)},
         },
     },
     "float32": {
         32: {
-            "rows": {80: Tile(32, 32, 0, 8, 1)},
+            "rows": {80: Tile(32, 32, 0, 8, 1), 120: Tile(16, 32, 0, 8, 1)},
             "queries": {80: Tile(16, 32, 0, 4, 1)},
             "queries relevance": {80: Tile(16, 32, 0, 4, 1)},
             "keys": {80: Tile(16, 16, 0, 2, 1)},
@@ -89,9 +120,11 @@ ATTENTION = {
         64: {
             "rows": {80: Tile(32, 32, 0, 8, 1)},
             "queries": {80: Tile(16, 32, 0, 8, 1)},
-            "queries relevance": {80: Tile(32, 32, 0, 8, 1), 120: Tile(16, 32, 0, 8, 1)},
-            "keys": {80: Tile(16, 32, 0, 8, 1), 90: Tile(16, 16, 0, 4, 1)},
+            "queries relevance": {80: Tile(32, 32, 0, 8, 1), 90: Tile(16, 32, 0, 8, 1)},
+            "keys": {80: Tile(16, 32, 0, 8, 1), 100: Tile(16, 16, 0, 8, 1)},
+            "keys official": {80: Tile(16, 32, 0, 8, 1), 90: Tile(16, 16, 0, 8, 1)},
             "keys relevance": {80: Tile(16, 32, 0, 8, 1)},
+            "keys row": {80: Tile(16, 32, 0, 8, 1)},
         },
         128: {
             "rows": {80: Tile(16, 16, 0, 8, 1)},
@@ -99,6 +132,7 @@ ATTENTION = {
             "queries relevance": {80: Tile(16, 16, 0, 8, 1)},
             "keys": {80: Tile(16, 16, 0, 8, 1), 90: Tile(16, 32, 0, 8, 1)},
             "keys relevance": {80: Tile(16, 16, 0, 8, 1)},
+            "keys row": {80: Tile(16, 32, 0, 8, 1)},
         },
     },
 }

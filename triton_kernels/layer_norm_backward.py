@@ -11,8 +11,8 @@ from torch import Tensor
 from fastrel import ops
 from fastrel.reference import rules
 
-#: Numbers that fit into a program: wider rows are left to torch.
-WIDEST = 65536
+#: Numbers of a row that the registers of a program hold: wider ones are left to torch.
+WIDEST = 8192
 
 
 @triton.jit

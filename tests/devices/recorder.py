@@ -136,20 +136,24 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         first = result[0] if isinstance(result, (tuple, list)) and result else result
-        makes_nothing = func in _NOTHING or any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        makes_nothing = func in NOTHING or any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
         unchanged = first is (args[0] if args else None) and not func._schema.is_mutable
         if isinstance(first, Tensor) and first.device.type == "cuda" and not makes_nothing and not unchanged:
             self._seen.operators.append(str(func))
         return result
 
 
-_NOTHING = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default,
+#: Operators that launch nothing, views aside.
+NOTHING = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default,
             aten.detach.default, aten.new_empty_strided.default, aten._unsafe_view.default}  # fmt: skip
 
 
 @contextlib.contextmanager
-def recorded(capability: int = 90, devices: int = 2) -> Iterator[Recorded]:
-    """Everything inside runs as on a machine with GPUs of this capability, device 0 being the current one."""
+def recorded(capability: int = 90, devices: int = 2, checked: bool = True) -> Iterator[Recorded]:
+    """Everything inside runs as on a machine with GPUs of this capability, device 0 being the current one.
+
+    checked: whether every kernel goes through Triton's front end, as at a user's first call.
+    """
     seen = Recorded(capability)
 
     def exchange(index: int) -> int:
@@ -161,7 +165,8 @@ def recorded(capability: int = 90, devices: int = 2) -> Iterator[Recorded]:
     ) -> Any:
         kept = options.__dict__
         shown = {name: kept[name] for name in ("num_warps", "num_stages", "maxnreg") if kept.get(name) is not None}
-        to_ttir(ASTSource(self, signature, constants, attrs), seen.get_current_target(), shown)
+        if checked:
+            to_ttir(ASTSource(self, signature, constants, attrs), seen.get_current_target(), shown)
         frozen = tuple((k, tuple(tuple(pair) for pair in v)) for k, v in attrs.items())
         seen.kernels.append(Variant(self, tuple(signature.items()), tuple(constants.items()), frozen, tuple(shown.items())))
         kernel = self.device_caches[device][0][key] = _Compiled(seen, self, shown)

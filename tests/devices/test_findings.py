@@ -16,7 +16,10 @@
 | a CPU explanation imported Triton | `test_launches` … without_triton_a_cpu_explanation |
 | AMD's float8 and old GPUs' bfloat16 taken for fast | here |
 | a library for today's GPUs alone | here |
-| grids of more than 65535, products of indices beyond 2³¹, rows of more than 65536 | `test_launches`, `test_specialisations` |
+| grids of more than 65535, products of indices beyond 2³¹, norms of wide rows | `test_launches`, `test_specialisations` |
+| float32 heads of 65 to 128 features in tiles of 16 by 16 | `test_launches` … wide_heads_… |
+| sums in an order that a GPU is free to choose: other bits at every run | here |
+| spills in kernels that no table of calls had | `test_triton` … fits_its_device, of what models launch (`benchmarks.zoo`) |
 | a failure of the device blamed on the model | here |
 | hundreds of launches, weights prepared at every call, a wait at every check | `test_launches` BUDGET, here, `test_waiting` |
 | a roofline without L2, issue slots, waves and launches | `test_triton` … static_bounds, products_are_bound |
@@ -31,6 +34,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrel
 from fastrel import build, graphed, precision, weights
@@ -95,6 +99,32 @@ def test_a_device_that_fails_is_no_fault_of_the_model(failure: type[RuntimeError
     with failed, pytest.raises(failure, match="an illegal memory access") as found:
         explainer(given)
     assert not isinstance(found.value, fastrel.FastrelError)
+
+
+#: Operators whose sums on a GPU are by atomics, in any order (torch.use_deterministic_algorithms names them).
+UNORDERED = (
+    "index_add", "scatter_add", "scatter_reduce", "bincount", "histc", "cumsum", "grid_sampler", "adaptive_avg_pool",
+    "adaptive_max_pool", "fractional_max_pool", "avg_pool3d_backward", "upsample", "reflection_pad", "replication_pad", "embedding_bag",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_no_explanation_adds_up_in_an_order_of_the_gpus(name: str) -> None:
+    """The gradient of a gather would be one; the same bits at every run are asked of every family on a device."""
+    seen: set[str] = set()
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(x.is_floating_point() for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)):
+                seen.add(func.name().removeprefix("aten::"))
+            return func(*args, **(kwargs or {}))
+
+    explainer = models.explainer(name).using(backend="torch")
+    explainer(**models.inputs(name))
+    with Operators():
+        explainer(**models.inputs(name))
+    assert seen >= {"mm"} or "bmm" in seen
+    assert [operator for operator in seen if operator.lstrip("_").startswith(UNORDERED)] == []
 
 
 def test_what_is_made_of_a_weight_is_kept_until_it_is_written_to_or_moved() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not launched", allow_module_level=True)
@@ -216,10 +217,13 @@ def test_torchs_setting_for_tf32_is_read_by_either_of_its_names(seen: Recorded, 
 
 
 def test_wide_layer_norms_are_left_to_torch(seen: Recorded) -> None:
-    """A program holds a row of 65536 numbers at most; LayerNorm over [C, H, W] has more."""
-    x, lane = on_gpu(2, 100_000), on_gpu(1, 2, 100_000)
-    triton.kernels()[ops.layer_norm_backward](lane, x, None, 1, 1e-5)
+    """Registers hold a row of 8192 numbers; LayerNorm over [C, H, W] has more."""
+    norm = triton.kernels()[ops.layer_norm_backward]
+    for width in (layer_norm_backward.WIDEST + 1, 100_000):
+        norm(on_gpu(1, 2, width), on_gpu(2, width), None, 1, 1e-5)
     assert seen.launches == []
+    norm(on_gpu(1, 2, layer_norm_backward.WIDEST), on_gpu(2, layer_norm_backward.WIDEST), None, 1, 1e-5)
+    assert len(seen.launches) == 1
 
 
 class TestWhetherTritonRuns:
@@ -249,11 +253,73 @@ class TestWhetherTritonRuns:
             assert triton.runs_on(torch.device("cuda:1")) == "compute capability 7.5 of cuda:1 is below 8.0"
 
 
+#: GPUs that the roofline predicts for, and two for graphics, by their data sheets.
+GPUS = (
+    *roofline.DEVICES,
+    roofline.Device("RTX 4090", "sm_89", {"float32": 82.6, "bfloat16": 165}, 1008, 5000, 128, 2.52),
+    roofline.Device("RTX 5090", "sm_120", {"float32": 104.8, "bfloat16": 209}, 1792, 7000, 170, 2.41),
+)
+
+
+@pytest.mark.parametrize("device", GPUS, ids=lambda device: device.name)
+@pytest.mark.parametrize("head", [72, 80, 88, 96, 104, 112, 128])
+def test_wide_heads_of_float32_are_multiplied_by_what_the_bound_favours(device: roofline.Device, head: int) -> None:
+    """SigLIP's 72, ViT-H's 80, ViT-g's 88, ViT-bigG's 104: where torch's own products take a tenth less than tiles of 128."""
+    capability, rows = int(device.target.removeprefix("sm_")), 64 * 257
+    model = roofline.Model("", 1, 16 * head, 64 * head, 16, 257)
+    tiled, products = (
+        sum(work.seconds(device) + roofline.GAP for work in works)
+        for works in (roofline.attention_by_sweeps(device, model, 64, 4), roofline.attention_by_library(model, 64))
+    )
+    assert configs.heads_by_library(head, rows, capability) == (1.1 * products < tiled)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head", "dtype", "batch", "by_library"),
+    [
+        (90, 72, torch.float32, 64, True),
+        (80, 88, torch.float32, 64, True),
+        (80, 128, torch.float32, 64, False),
+        (89, 72, torch.float32, 64, False),
+        (90, 64, torch.float32, 64, False),
+        (90, 72, torch.bfloat16, 64, False),
+        (90, 72, torch.float32, 2, False),
+    ],
+)
+def test_wide_heads_of_float32_go_to_torchs_products(
+    capability: int, head: int, dtype: torch.dtype, batch: int, by_library: bool
+) -> None:
+    """Of few rows, of 16 bits and where memory is slow they stay in tiles."""
+    with recorded(capability=capability) as seen, FakeTensorMode():
+        attention(batch, 2, 50, head, dtype, targets=2)
+    assert ("attention_rows_kernel" not in {launch.name for launch in seen.launches}) == by_library
+    assert seen.operators.count("aten.bmm.default") == (roofline.MAP_PRODUCTS if by_library else 0)
+
+
+def test_maps_in_memory_are_read_and_written_as_the_roofline_counts(seen: Recorded) -> None:
+    maps = 64 * 2 * 50 * 50
+    touched = []
+
+    class Maps(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            moves = func.namespace == "aten" and func not in recorder.NOTHING
+            if moves and not any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns):
+                touched.extend(x for x in (*args, result) if isinstance(x, Tensor) and x.numel() == maps)
+            return result
+
+    with Maps():
+        attention(64, 2, 50, 72)
+    for launch in seen.launches:
+        touched += [x for x in launch.arguments.values() if isinstance(x, Tensor) and x.numel() == maps]
+    assert len(touched) == roofline.MAP_PRODUCTS + roofline.MAP_PASSES
+
+
 def _vit(dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Tensor]]:
-    """ViT-B's twelve blocks and size of heads; what is launched does not depend on their width."""
+    """ViT-B's twelve blocks and size of heads, as wide as products in reduced precision ask for."""
     from timm.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=128, depth=12, num_heads=2, num_classes=10).eval()
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=256, depth=12, num_heads=4, num_classes=10).eval()
     return model.to(dtype), {"x": torch.randn(2, 3, 32, 32).to(dtype)}
 
 
@@ -278,7 +344,7 @@ def test_the_roofline_counts_what_is_launched() -> None:
     """A block of the reverse pass: its launches at batch 1, and what its passes without products move."""
     device = roofline.DEVICES[1]
     model, given = _vit(torch.float32)
-    small = roofline.Model("", 12, 128, 512, 2, 17)
+    small = roofline.Model("", 12, 256, 1024, 4, 17)
     with recorded(90) as seen:
         launches = Launches(seen, *lowered(model, given, DEVICE), DEVICE)
         launches.explain(1)

@@ -5,6 +5,7 @@ Collected only in a process with TRITON_INTERPRET=1: tests/test_triton.py starts
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -15,7 +16,15 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start: tests/test_triton.py runs it", allow_module_level=True)
 
 import numpy as np
-from fastrel.triton_kernels import configs, layer_norm_backward, residual_add, zplus_linear, zplus_products, zplus_sums
+from fastrel.triton_kernels import (
+    attention_products,
+    configs,
+    layer_norm_backward,
+    residual_add,
+    zplus_linear,
+    zplus_products,
+    zplus_sums,
+)
 from fastrel.triton_kernels import math as kernel_math
 
 import fastrel
@@ -147,6 +156,40 @@ def test_attention_relevance(
         pytest.skip("the tails are the same")
     for args in cases.attention(dtype, rules, *size, mask):
         compare(guards, ops.attention_relevance, *args, operand=None if dtype == torch.float32 else arithmetic.tf32)
+
+
+@pytest.mark.parametrize(("size", "mask"), [((33, 40, 80), mask) for mask in cases.MASKS] + [((1, 50, 128), "none")])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_attention_by_torchs_products(
+    guards: Guards,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int, int],
+    mask: str,
+    at_once: int,
+) -> None:
+    """All samples at once, and one after the other."""
+    monkeypatch.setattr(configs, "heads_by_library", lambda *_: True)
+    monkeypatch.setattr(attention_products, "CHUNK", attention_products.CHUNK if at_once == 2 else 1)
+    for args in cases.attention(torch.float32, "positive", *size, mask):
+        compare(guards, ops.attention_relevance, *args)
+    kernel = triton.kernels()[ops.attention_relevance]
+    whole, parts = kernel(*args), kernel(*args, parts=True)
+    assert torch.equal(parts[7].sum(2), whole[7])
+
+
+@pytest.mark.parametrize(("update", "lanes"), [("gradient_attention", "grad"), ("relevance", "rel"), ("attention", "none")])
+def test_attention_of_other_methods_by_torchs_products(
+    guards: Guards,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    update: str,
+    lanes: str,
+) -> None:
+    monkeypatch.setattr(configs, "heads_by_library", lambda *_: True)
+    q, k, v, lane = (torch.randn(*s) for s in ((2, 3, 9, 72), (2, 3, 9, 72), (2, 3, 9, 72), (4, 2, 3, 9, 72)))
+    rel, grad = lane.abs() if lanes == "rel" else None, lane if lanes == "grad" else None
+    for inputs in (True, False):
+        options = (0.3, False, 0, "positive", update, True, inputs)
+        compare(guards, ops.attention_relevance, q, k, v, None, rel, grad, torch.rand(4, 2, 9), *options)
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -368,7 +411,7 @@ NOT_FINITE = [float("nan"), float("inf")]
 
 
 @pytest.mark.parametrize("bad", NOT_FINITE)
-def test_what_is_not_a_number_is_not_hidden(bad: float) -> None:
+def test_what_is_not_a_number_is_not_hidden(monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
     """Triton's own maximum drops NaN: an image with one in it would be explained as if nothing were wrong."""
     kernels = triton.kernels()
     lane, x, weight = torch.rand(1, 3, 20), torch.randn(3, 16), torch.randn(20, 16)
@@ -395,10 +438,12 @@ def test_what_is_not_a_number_is_not_hidden(bad: float) -> None:
     assert not kernels[ops.attention_update](None, maps, maps, "gradient_relevance").isfinite().all()
     assert not kernels[ops.layer_norm_backward](lane, u, None, 1, 1e-5).isfinite().all()
     qkv = torch.randn(3, 1, 2, 5, 16)
-    for position in range(3):
-        broken_qkv = qkv.clone()
+    monkeypatch.setattr(configs, "heads_by_library", lambda *_: True)
+    wide = torch.randn(3, 1, 2, 5, 72)
+    for values, position in itertools.product((qkv, wide), range(3)):
+        broken_qkv = values.clone()
         broken_qkv[position, 0, 0, 2, 3] = bad
-        lanes, row = torch.rand(1, 1, 2, 5, 16), torch.rand(1, 1, 5)
+        lanes, row = torch.rand(1, 1, 2, 5, values.shape[-1]), torch.rand(1, 1, 5)
         options = (0.25, False, 0, "positive", "gradient_relevance", False, True)
         results = kernels[ops.attention_relevance](*broken_qkv, None, lanes, lanes, row, *options)
         assert not results[7].isfinite().all(), "qkv"[position]

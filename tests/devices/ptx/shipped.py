@@ -274,6 +274,9 @@ ATTENTIONS: dict[str, tuple[Any, ...]] = {
     "float32, d 64, bias": (FLOAT32, "positive", (33, 40, 64), "float", 2),
     "float32, d 128": (FLOAT32, "positive", (17, 33, 128), "none", 0),
     "float32, d 16, scaled rows alone": (FLOAT32, "positive", (5, 37, 16), "none", 1),
+    "float32, d 64, scaled rows alone": (FLOAT32, "positive", (33, 40, 64), "none", 1),
+    "float32, d 128, scaled rows alone": (FLOAT32, "positive", (17, 33, 128), "none", 1),
+    "bfloat16, d 64, scaled rows alone": (BFLOAT16, "positive", (33, 40, 64), "none", 1),
     "float32, d 72, two queries": (FLOAT32, "positive", (2, 65, 72), "none", 2),
     "float32, official, d 32, bias": (FLOAT32, "official", (40, 17, 32), "float", 2),
     "float32, official, d 64, bias": (FLOAT32, "official", (17, 33, 64), "float", 2),
@@ -298,7 +301,7 @@ def attentions() -> Iterator[tuple[str, Call]]:
     """`attention_relevance`."""
     for name, options in ATTENTIONS.items():
         yield name, Call(lambda options=options: _attention(*options))
-    for name in ("float32, d 32", "bfloat16, d 32, together"):
+    for name in ("float32, d 32", "bfloat16, d 32, together", "float32, d 64", "bfloat16, d 64"):
         yield f"{name.split(', together')[0]}, many rows", Call(lambda name=name: _attention(*ATTENTIONS[name]), many=True)
     for update, lanes in METHODS:
         yield f"float32, {update}", Call(lambda update=update, lanes=lanes: _methods(update, lanes))
