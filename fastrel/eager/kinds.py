@@ -87,8 +87,9 @@ def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         return result
     x, facts = args[0], tape.facts(args[0])
     results = [result] if isinstance(result, Tensor) else list(result)
-    follows = facts.keys and name not in PICKS
-    keys = _moved_keys(func, x, facts.keys, args[1:], kwargs) if follows else [None] * len(results)
+    keys: list[int | None] = [None] * len(results)
+    if facts.keys and name not in PICKS:
+        keys = _moved_keys(func, x, facts.keys, args[1:], kwargs)
     for y, key in zip(results, keys, strict=True):
         if not activations(y):
             continue

@@ -389,7 +389,8 @@ def _product(node: fx.Node, labels: Labels) -> Axes | None:
     if len(shape) == len(x) - 1 and node.args[1].meta["val"].dim() == 1:  # type: ignore[union-attr]
         return x[:-1]  # times a vector
     if len(x) == len(shape):  # what several heads or experts read has their dimension afterwards
-        wider = other if other and len(other) == len(x) else [((size, "feature"),) for size in shape]
+        own: Axes = tuple(((size, "feature"),) for size in shape)
+        wider = other if other and len(other) == len(x) else own
         x = (*(a if size_of(a) == n else b for a, b, n in zip(x[:-2], wider, shape, strict=False)), *x[-2:])
     if other and len(other) == len(x) and is_feature(x[-1]) and is_feature(x[-2]) and not is_feature(other[-2]):
         # A map over tokens that a linear layer made (outlook attention): its rows are tokens where its columns are.

@@ -26,9 +26,9 @@ def softmax_of(node: fx.Node, insert: Callable[..., fx.Node]) -> fx.Node | None:
             return insert(aten.softmax.int, log.args[0], log.args[1])
         if log.target is aten.sub.Tensor and not log.kwargs and isinstance(log.args[1], fx.Node):
             total = _without_moves(log.args[1])
-            dims = total.args[1] if total.target is aten.logsumexp.default else ()
-            if len(dims) == 1 and _is_same(total.args[0], log.args[0]) and _is_of_one_dtype(node, log.args[0], total):
-                dim = dims[0] % log.meta["val"].dim()
+            over: Any = total.args[1] if total.target is aten.logsumexp.default else ()
+            if len(over) == 1 and _is_same(total.args[0], log.args[0]) and _is_of_one_dtype(node, log.args[0], total):
+                dim = over[0] % log.meta["val"].dim()
                 return insert(aten.softmax.int, log.args[0], dim) if _is_one_along(log.args[1], log, dim) else None
         return None
     if node.target is not aten.div.Tensor or not all(isinstance(x, fx.Node) for x in node.args) or node.kwargs:
@@ -53,11 +53,11 @@ def softmax_of(node: fx.Node, insert: Callable[..., fx.Node]) -> fx.Node | None:
     if sink is not None and dim < ndim - 1:
         return None
     if _is_same(top, summed) and _is_one_along(below, top, dim):
-        return _softmax(insert, scores, dim) if sink is None else _with_sink(insert, scores, sink)
+        return _of_scores(insert, scores, dim) if sink is None else _with_sink(insert, scores, sink)
     if top.target in (aten.matmul.default, aten.bmm.default) and dim == ndim - 1:
         weights, values = top.args
         if _is_same(_plain(weights), summed) and _is_one_along(below, weights, dim):
-            attn = _softmax(insert, scores, -1) if sink is None else _with_sink(insert, scores, sink)
+            attn = _of_scores(insert, scores, -1) if sink is None else _with_sink(insert, scores, sink)
             return insert(top.target, attn, values)
     return None
 
@@ -77,7 +77,7 @@ def _parted(below: fx.Node) -> tuple[fx.Node, Any]:
     return below, None
 
 
-def _softmax(insert: Callable[..., fx.Node], scores: fx.Node, dim: int) -> fx.Node:
+def _of_scores(insert: Callable[..., fx.Node], scores: fx.Node, dim: int) -> fx.Node:
     return insert(aten.softmax.int, _unshifted(scores, dim % scores.meta["val"].dim()), dim)
 
 
