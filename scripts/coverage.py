@@ -188,7 +188,7 @@ def page(rows: dict[str, list[tuple[str, ...]]]) -> str:
         "and what the thing does to the answer is explained. *7 of 8*: in seven of eight samples the default map is highest at the",
         "thing's place; in brackets how many other methods find. *not learnt*: nothing to be found. Where it is less than all, the",
         "method does not always find evidence in models of that kind: check it on yours (`fastrel.metrics`). `frozen_attribution`,",
-        "which leaves norms out of its gradients, misses far less: a norm takes out of the gradient what evidence has made large.\n",
+        "which leaves norms out of its gradients and reads pooled tokens by their evidence, misses far less ([why](numerics.md)).\n",
         "The method chains attention maps over tokens. Models that have none are refused: factorised, additive or channel attention",
         "(CoaT, EdgeNeXt, EfficientViT-B, MobileViTv2, SwiftFormer), pooling or Fourier mixing (PoolFormer, FNet).",
         "Where a model has both kinds (XCiT, DaViT, LambdaNets with attention), maps over tokens are chained, relevance passes",
