@@ -158,6 +158,39 @@ def test_heads_that_are_mixed_need_not_add_up_to_one() -> None:
     verified(made(f), ids())
 
 
+def rotated(x: Tensor, as_complex: bool) -> Tensor:
+    """Rotary positions of [B, h, T, d], pairs of neighbours turned by angles."""
+    angles = torch.arange(x.shape[2])[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001])
+    pairs = x.unflatten(-1, (-1, 2))
+    if as_complex:
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angles), angles)).flatten(3)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = pairs.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(3)
+
+
+def test_positions_by_complex_numbers() -> None:
+    """Llama's first code."""
+
+    def f(m: Made, tokens: Tensor, as_complex: bool) -> Tensor:
+        x = m.encoder(tokens)
+        q, k, v = heads(m, x)
+        attn = (rotated(q, as_complex) @ rotated(k, as_complex).mT).softmax(-1)
+        return m.head(m.block(x + m.cross.o((attn @ v).transpose(1, 2).flatten(2)))[:, 0])
+
+    models = [made(lambda m, x, c=c: f(m, x, c)).float() for c in (False, True)]
+    maps = [fastrel.Explainer(model, backend="torch")(ids(), target=0).relevance for model in models]
+    torch.testing.assert_close(maps[1], maps[0], rtol=1e-4, atol=1e-6)
+
+
+def test_other_complex_numbers_are_refused() -> None:
+    def f(m: Made, tokens: Tensor) -> Tensor:
+        return m.head(torch.fft.fft(m.encoder(tokens), dim=1).real[:, 0])
+
+    with pytest.raises(UnsupportedModelError, match="makes complex numbers of activations"):
+        fastrel.Explainer(made(f))(ids())
+
+
 def test_parameters_are_no_activations_in_the_second_path() -> None:
     """Distances to prototypes, written out: −p of a parameter p requires grad."""
 

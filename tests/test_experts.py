@@ -127,12 +127,13 @@ _SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
         ("Mixtral", torch.float32),
-        pytest.param("GptOss", torch.float32, marks=pytest.mark.slow),
-        pytest.param("GptOss", torch.bfloat16, marks=pytest.mark.slow),
+        ("GptOss", torch.float32),
+        ("GptOss", torch.bfloat16),
     ],
 )
 def test_mixtures_of_experts_are_verified(kind: str, dtype: torch.dtype) -> None:

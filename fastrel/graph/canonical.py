@@ -94,7 +94,12 @@ def _is_of_experts(looked_up: fx.Node, ids: fx.Node, axes: Labelled) -> bool:
         return False
     if any(x not in axes for user in looked_up.users for x in user.args if x is not looked_up):
         return False
-    seen, todo = {ids}, [ids]
+    return _comes_from(ids, axes)
+
+
+def _comes_from(x: fx.Node, axes: Labelled) -> bool:
+    """Whether a value that is no activation is made of some, not of their sizes alone."""
+    seen, todo = {x}, [x]
     while todo:
         new = {x for x in todo.pop().all_input_nodes if isinstance(x.meta.get("val"), (Tensor, tuple, list))} - seen
         if any(x in axes for x in new):
@@ -127,6 +132,33 @@ def _look_up(node: fx.Node) -> tuple[Any, Any]:
 def spelled_out(graph: fx.Graph, axes: Labelled) -> bool:
     """Operators that are others in one word become these; whether there was any."""
     return spell_out(graph, axes.__contains__)
+
+
+@rewrite
+def pairs_as_complex_numbers(graph: fx.Graph, axes: Labelled) -> bool:
+    """Pairs (a, b) turned by a constant c as view_as_real(view_as_complex(·) · c), as in rotary positions: the same in real numbers;
+    whether there was any."""
+    found = False
+    for node in list(graph.nodes):
+        if node.target is not aten.view_as_real.default or node.args[0].target is not aten.mul.Tensor:
+            continue
+        for whole, factor in (node.args[0].args[:2], node.args[0].args[1::-1]):
+            if getattr(whole, "target", None) is not aten.view_as_complex.default or whole.args[0] not in axes:
+                continue
+            if not isinstance(factor, fx.Node) or not factor.meta["val"].is_complex() or _comes_from(factor, axes):
+                continue
+            insert = functools.partial(insert_like, node)
+            with graph.inserting_before(node):
+                turn = insert(aten.view_as_real.default, insert(aten.resolve_conj.default, factor))
+                (a, b), (c, d) = ([insert(aten.select.int, x, -1, i) for i in (0, 1)] for x in (whole.args[0], turn))
+                products = [insert(aten.mul.Tensor, x, y) for x, y in ((a, c), (b, d), (a, d), (b, c))]
+                real = insert(aten.sub.Tensor, *products[:2])
+                imaginary = insert(aten.add.Tensor, *products[2:])
+                turned = insert(aten.stack.default, [real, imaginary], -1)
+            replace(node, turned)
+            found = True
+            break
+    return found
 
 
 @rewrite

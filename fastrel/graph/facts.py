@@ -224,6 +224,15 @@ class Facts:
                     return False
         return True
 
+    def _refuse_complex_numbers(self, relevant: set[fx.Node]) -> None:
+        for node in self.nodes:
+            value = node.meta.get("val")
+            is_complex = node in relevant and isinstance(value, Tensor) and value.is_complex()
+            if is_complex and self.active.intersection(reads(node)):
+                raise UnsupportedModelError(
+                    f"{describe(node)} makes complex numbers of activations, for which there are no rules; compute with their parts"
+                )
+
     def attention_blocks(self, leaves: Sequence[fx.Node]) -> list[fx.Node]:
         """Nodes that mix values by an attention map on the way to `leaves`: fused attention, or a product with a softmax
         on its left. In the order of the forward pass.
@@ -231,10 +240,11 @@ class Facts:
         Raises:
             UnsupportedModelError: there is none, or an output does not depend on the input.
         """
+        relevant = _upstream(leaves)
         for leaf in leaves:
             if leaf not in self.active:
+                self._refuse_complex_numbers(relevant)
                 raise UnsupportedModelError(f"the output {leaf} does not depend on the input")
-        relevant = _upstream(leaves)
         found = [node for node in self.nodes if node in relevant and node in self.active and self._attends(node)]
         if not found:
             for node in self.nodes:
@@ -246,6 +256,7 @@ class Facts:
             raise UnsupportedModelError(
                 "no attention was found between the input and the prediction; fastrel explains transformers"
             )
+        self._refuse_complex_numbers(relevant)
         return found
 
 
