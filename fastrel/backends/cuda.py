@@ -165,7 +165,7 @@ def attention_relevance(
     kept = none if row is None or not normalize else torch.empty_like(row)
     full_mask = None if mask is None else mask.expand(batch, heads, queries, keys)
     mask_sums = q.new_zeros(targets, batch, 3) if mask is not None and wants_rel and official else none
-    step = max(16, CHUNK // (batch * heads * keys))
+    step = max(16, CHUNK // (targets * batch * heads * keys))
     for start in range(0, queries, step):
         chunk = slice(start, min(start + step, queries))
         q_chunk = q[:, :, chunk]
@@ -173,37 +173,43 @@ def attention_relevance(
         attn = (products.clone() if official else products).contiguous()
         mask_chunk = None if full_mask is None else full_mask[:, :, chunk]
         passes.attention_softmax_(attn, mask_chunk, scale, is_causal, query_start + start)
-        out = attn @ relevant if rel is not None else none
-        for t in range(targets):
-            rel_product = grad_product = s = None
-            if rel is not None:
-                s = passes.zplus_ratio(out, None, None, rel[t : t + 1, :, :, chunk], 0.0, official)[0]
-                rel_product = s @ relevant.mT
-            if grad is not None:
-                grad_product = grad[t, :, :, chunk] @ v.mT
-            if row is not None:
-                weights = row[t, :, chunk]
-                if normalize:
-                    weights = weights / (1 + passes.attention_sums(attn, grad_product, rel_product, update).sum(1))
-                    kept[t, :, chunk] = weights
-                passes.attention_through_(through[t], attn, grad_product, rel_product, weights, update, start > 0)
-            if s is not None and wants_rel:
-                rel_v[t] += attn.mT @ s
-            if grad is not None and wants_grad:
-                grad_v[t] += attn.mT @ grad[t, :, :, chunk]
-            shared = rel_product if wants_rel and official else None
-            if (grad_product is not None and wants_grad) or shared is not None:
-                lanes = (grad_product if wants_grad else None, shared)
-                sums = q.new_empty(*attn.shape[:3], 3) if mask_sums.numel() else None
-                passes.attention_score_lanes_(attn, products, mask_chunk, *lanes, sums, scale)
-                if sums is not None:
-                    mask_sums[t] += sums.sum((1, 2))
-            if grad_product is not None and wants_grad:
-                grad_q[t, :, :, chunk] = grad_product @ k
-                grad_k[t] += grad_product.mT @ q_chunk
-            if shared is not None:
-                rel_q[t, :, :, chunk] = shared @ k
-                rel_k[t] += shared.mT @ q_chunk
+        # The passes take targets and samples as one dimension: [K·B, h, queries, keys].
+        each, every_product = _of_each_target(attn, targets), _of_each_target(products, targets)
+        every_mask = None if mask_chunk is None else _of_each_target(mask_chunk, targets)
+        rel_product = grad_product = s = None
+        if rel is not None:
+            s = passes.zplus_ratio(attn @ relevant, None, None, rel[:, :, :, chunk], 0.0, official)
+            rel_product = (s @ relevant.mT).flatten(0, 1)
+        if grad is not None:
+            grad_product = (grad[:, :, :, chunk] @ v.mT).flatten(0, 1)
+        if row is not None:
+            weights = row[:, :, chunk]
+            if normalize:
+                sums = passes.attention_sums(each, grad_product, rel_product, update).sum(1)
+                weights = weights / (1 + sums.unflatten(0, (targets, batch)))
+                kept[:, :, chunk] = weights
+            passes.attention_through_(
+                through.flatten(0, 1), each, grad_product, rel_product, weights.flatten(0, 1), update, start > 0
+            )
+        if s is not None and wants_rel:
+            rel_v += attn.mT @ s
+        if grad is not None and wants_grad:
+            grad_v += attn.mT @ grad[:, :, :, chunk]
+        shared = rel_product if wants_rel and official else None
+        if (grad_product is not None and wants_grad) or shared is not None:
+            lanes = (grad_product if wants_grad else None, shared)
+            sums = q.new_empty(*each.shape[:3], 3) if mask_sums.numel() else None
+            passes.attention_score_lanes_(each, every_product, every_mask, *lanes, sums, scale)
+            if sums is not None:
+                mask_sums += sums.sum((1, 2)).unflatten(0, (targets, batch))
+        if grad_product is not None and wants_grad:
+            lane_of_scores = grad_product.unflatten(0, (targets, batch))
+            grad_q[:, :, :, chunk] = lane_of_scores @ k
+            grad_k += lane_of_scores.mT @ q_chunk
+        if shared is not None:
+            lane_of_scores = shared.unflatten(0, (targets, batch))
+            rel_q[:, :, :, chunk] = lane_of_scores @ k
+            rel_k += lane_of_scores.mT @ q_chunk
     if wants_rel:
         rel_v *= relevant * 0.5 if official else relevant
         if official:
@@ -211,3 +217,8 @@ def attention_relevance(
             rel_q *= q * (0.5 * factor)
             rel_k *= k * (0.5 * factor)
     return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, none if row is None else through.sum(2)
+
+
+def _of_each_target(x: Tensor, targets: int) -> Tensor:
+    """[B, …] once for every target, [K·B, …]."""
+    return x if targets == 1 else x.repeat(targets, *[1] * (x.dim() - 1))
