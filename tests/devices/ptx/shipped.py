@@ -317,7 +317,8 @@ def others() -> Iterator[tuple[str, Call]]:
     yield "residual add of a sum", Call(_residual_of_sum)
     yield "half a block of 63", Call(lambda: _half_block(FLOAT32, 63))
     yield "half a block of 768, bfloat16", Call(lambda: _half_block(BFLOAT16, 768))
-    for width in (3, 63, 768):
+    yield "half a block of the widest", Call(lambda: _half_block(FLOAT32, layer_norm_backward.WIDEST))
+    for width in (3, 63, 768, layer_norm_backward.WIDEST):
         yield f"layer norm {width}", Call(lambda width=width: _norm(width, FLOAT32))
     yield "layer norm 1030, float16, no weight", Call(lambda: _norm(1030, FLOAT16, weighted=False))
     for update in cases.UPDATES:
