@@ -91,6 +91,7 @@ def test_a_person_drops_a_picture_and_clicks_a_class(browser: Any, tmp_path: Pat
     assert browser.find_element(By.ID, "said").text == ""
 
 
+@pytest.mark.slow
 def test_a_person_writes_a_text_and_sees_its_words_coloured(tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
 
