@@ -134,14 +134,16 @@ class _Subject:
         for module in model.modules():
             module.training = False
         args, kwargs = pytree.tree_map(wide, (tuple(self.args), self.kwargs))
-        options = replace(self.options, backend="torch", precision="float32", memory="normal")
-        return _Subject.of(Engine(model), options, args, kwargs, self.target)
+        return _Subject.of(Engine(model), self._plainly, args, kwargs, self.target)
 
     @property
     def plain(self) -> _Subject:
         """The same in the model's own dtype, by the plain PyTorch backend."""
-        options = replace(self.options, backend="torch", precision="float32", memory="normal")
-        return _Subject.of(self.engine, options, self.args, self.kwargs, self.target)
+        return _Subject.of(self.engine, self._plainly, self.args, self.kwargs, self.target)
+
+    @property
+    def _plainly(self) -> Options:
+        return replace(self.options, backend="torch", precision="float32", memory="normal")
 
     @property
     def official(self) -> bool:

@@ -174,8 +174,7 @@ def attention_relevance(
         mask_chunk = None if full_mask is None else full_mask[:, :, chunk]
         passes.attention_softmax_(attn, mask_chunk, scale, is_causal, query_start + start)
         # The passes take targets and samples as one dimension: [K·B, h, queries, keys].
-        each, every_product = _of_each_target(attn, targets), _of_each_target(products, targets)
-        every_mask = None if mask_chunk is None else _of_each_target(mask_chunk, targets)
+        each = _of_each_target(attn, targets)
         rel_product = grad_product = s = None
         if rel is not None:
             s = passes.zplus_ratio(attn @ relevant, None, None, rel[:, :, :, chunk], 0.0, official)
@@ -199,7 +198,9 @@ def attention_relevance(
         if (grad_product is not None and wants_grad) or shared is not None:
             lanes = (grad_product if wants_grad else None, shared)
             sums = q.new_empty(*each.shape[:3], 3) if mask_sums.numel() else None
-            passes.attention_score_lanes_(each, every_product, every_mask, *lanes, sums, scale)
+            # Products and mask are what relevance is divided by, and only the official rules give them any.
+            below = (None if x is None or shared is None else _of_each_target(x, targets) for x in (products, mask_chunk))
+            passes.attention_score_lanes_(each, *below, *lanes, sums, scale)
             if sums is not None:
                 mask_sums += sums.sum((1, 2)).unflatten(0, (targets, batch))
         if grad_product is not None and wants_grad:

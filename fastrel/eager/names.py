@@ -13,19 +13,8 @@ UNCHANGED = {
 
 #: Those among them that change no number: an attention map stays one.
 COPIES = {
-    "dropout",
-    "to",
-    "type",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "type_as",
-    "detach",
-    "data",
-    "contiguous",
-    "nan_to_num",
-}
+    "dropout", "to", "type", "float", "double", "half", "bfloat16", "type_as", "detach", "data", "contiguous", "nan_to_num",
+}  # fmt: skip
 
 #: Those among them that make an entry of more than one.
 OVER_FEATURES = {

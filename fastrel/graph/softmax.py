@@ -53,12 +53,11 @@ def softmax_of(node: fx.Node, insert: Callable[..., fx.Node]) -> fx.Node | None:
     if sink is not None and dim < ndim - 1:
         return None
     if _is_same(top, summed) and _is_one_along(below, top, dim):
-        return _of_scores(insert, scores, dim) if sink is None else _with_sink(insert, scores, sink)
+        return _of_scores(insert, scores, dim, sink)
     if top.target in (aten.matmul.default, aten.bmm.default) and dim == ndim - 1:
         weights, values = top.args
         if _is_same(_plain(weights), summed) and _is_one_along(below, weights, dim):
-            attn = _of_scores(insert, scores, -1) if sink is None else _with_sink(insert, scores, sink)
-            return insert(top.target, attn, values)
+            return insert(top.target, _of_scores(insert, scores, dim, sink), values)
     return None
 
 
@@ -77,12 +76,10 @@ def _parted(below: fx.Node) -> tuple[fx.Node, Any]:
     return below, None
 
 
-def _of_scores(insert: Callable[..., fx.Node], scores: fx.Node, dim: int) -> fx.Node:
-    return insert(aten.softmax.int, _unshifted(scores, dim % scores.meta["val"].dim()), dim)
-
-
-def _with_sink(insert: Callable[..., fx.Node], scores: fx.Node, sink: Any) -> fx.Node:
-    """exp(x) / (Σ exp(x) + exp(sink)): a softmax of one more key, without it."""
+def _of_scores(insert: Callable[..., fx.Node], scores: fx.Node, dim: int, sink: Any) -> fx.Node:
+    """exp(x) / Σ exp(x); over the last dimension, exp(x) / (Σ exp(x) + exp(sink)): a softmax of one more key, without it."""
+    if sink is None:
+        return insert(aten.softmax.int, _unshifted(scores, dim), dim)
     one = insert(aten.slice.Tensor, scores, -1, 0, 1)
     column = insert(
         *((aten.expand_as.default, sink, one) if isinstance(sink, fx.Node) else (aten.full_like.default, one, sink))

@@ -432,28 +432,16 @@ def _roll(
     _give_row(t, q, v, rows, row, parts, whole, kept, through, heads)
 
 
-@rule(aten.softmax.int, aten._softmax.default)
+@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
 def softmax(t: Context, node: fx.Node, out: Lanes) -> None:
     """Relevance passes unchanged."""
+    backward = log_softmax_backward if node.target is aten.log_softmax.int else softmax_backward
     x, dim = arguments(node, count=2)
     dim %= node.meta["val"].dim()
 
     def back(lane: Lane) -> Lane:
         full = t.dense(lane, node) if lane.rows and lane.rows.dim == dim else lane
-        return Lane(t.emit.call(softmax_backward, full.node, t.value(node, full.rows), dim + 1), full.rows)
-
-    t.pass_through(x, out, back)
-
-
-@rule(aten.log_softmax.int)
-def log_softmax(t: Context, node: fx.Node, out: Lanes) -> None:
-    """Relevance passes unchanged, as through softmax."""
-    x, dim = arguments(node, count=2)
-    dim %= node.meta["val"].dim()
-
-    def back(lane: Lane) -> Lane:
-        full = t.dense(lane, node) if lane.rows and lane.rows.dim == dim else lane
-        return Lane(t.emit.call(log_softmax_backward, full.node, t.value(node, full.rows), dim + 1), full.rows)
+        return Lane(t.emit.call(backward, full.node, t.value(node, full.rows), dim + 1), full.rows)
 
     t.pass_through(x, out, back)
 

@@ -26,20 +26,14 @@ def mean(t: Context, node: fx.Node, out: Lanes) -> None:
     over = sorted(dim % ndim for dim in dims)
     shape = t.shape(x)
 
-    def widen(lane: Lane, is_row: bool = False) -> fx.Node:
-        node_ = t.dense(lane, node, is_row).node
-        for dim in () if keep else over:
-            node_ = t.emit.call(aten.unsqueeze.default, node_, dim + 1)
-        return node_
-
     grad = rel = None
     count: object = 1
     for dim in over:
         count = t.emit.arith("mul", count, shape[dim])
     if out.grad and t.wants(x):
-        grad = Lane(t.emit.call(spread, widen(out.grad), count, *shape))
+        grad = Lane(t.emit.call(spread, _widened(t, node, out.grad, over, keep), count, *shape))
     if out.rel and t.wants(x):
-        rel = Lane(t.emit.call(reference.mean, t.value(x), widen(out.rel), over, t.rules))
+        rel = Lane(t.emit.call(reference.mean, t.value(x), _widened(t, node, out.rel, over, keep), over, t.rules))
 
     def spread_row(lane: Lane) -> Lane:
         tokens: object = 1
@@ -47,12 +41,12 @@ def mean(t: Context, node: fx.Node, out: Lanes) -> None:
         for dim in over:
             if not axes_.is_feature(t.axes(x)[dim]):
                 tokens = t.emit.arith("mul", tokens, shape[dim])
-        return Lane(t.emit.call(spread, widen(lane, True), tokens, *sizes))
+        return Lane(t.emit.call(spread, _widened(t, node, lane, over, keep, is_row=True), tokens, *sizes))
 
     shares = _evidence(t, x, grad, rel, over)
 
     def spread_by_evidence(lane: Lane) -> Lane:
-        return Lane(t.emit.call(torch.mul, widen(lane, True), shares))
+        return Lane(t.emit.call(torch.mul, _widened(t, node, lane, over, keep, is_row=True), shares))
 
     t.give(x, grad, rel, out.row and out.row.map(spread_by_evidence if shares else spread_row))
 

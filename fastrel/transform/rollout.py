@@ -220,9 +220,8 @@ def weighted(count: int, batch: int, inner: bool, *given: Tensor) -> Tensor:
     result = torch.zeros_like(lanes[0])
     for lane, share in zip(lanes, shares, strict=True):
         times = lane.shape[batch + 1] // share.shape[1]
-        share = (
-            share.repeat(1, times) if inner else share.repeat_interleave(times, 1)
-        )  # windows of one sample are neighbours
+        # Windows of one sample are neighbours, unless they share a dimension in which samples come last.
+        share = share.repeat(1, times) if inner else share.repeat_interleave(times, 1)
         result = result + lane * share.reshape(len(share), *([1] * batch), -1, *([1] * (lane.dim() - batch - 2)))
     return result
 
