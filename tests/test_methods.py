@@ -1,6 +1,5 @@
 """Every method against the official code's baselines, and against the libraries that compute the same."""
 
-from functools import partial
 from typing import Any
 
 import networkx
@@ -13,12 +12,15 @@ from torch import Tensor, nn
 import fastrel
 from benchmarks.baselines.libraries import attnlrp
 from fastrel import methods, reference
-from fastrel.reference import contributions
+from fastrel.reference import contributions, gradients
 from fastrel.reference import rules as rules_
 from fastrel.reference.pooling import evidence
 from fastrel.reference.rollout import attention_received, gradient_relevance, per_attention, rollout
 from tests import golden_files as golden
 from tests import models
+from tests.test_reference import trace
+
+GELU = F.gelu
 
 VITS, BERTS = ["vit_a", "vit_b"], ["bert_a", "bert_b_padded"]
 VIT_CASES = [(name, target) for name in VITS for target in golden.targets(name)]
@@ -146,45 +148,50 @@ def test_attnlrp_equals_its_rules_by_autograd() -> None:
 
 
 def frozen_layer_norm(x: Tensor, shape: object, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    std = (x.var(-1, correction=0, keepdim=True) + eps).sqrt().detach()
-    return (x - x.mean(-1, keepdim=True)) / std * weight + bias
+    return gradients.layer_norm(x, weight, bias, eps)
 
 
 def identity_gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    value = x.detach() * (1 + torch.erf(x.detach() / 2**0.5)) / 2
-    return x * (value / x.detach())
+    return gradients.activation(x, GELU(x))
 
 
-def halved_attention(q: Tensor, k: Tensor, v: Tensor, *, keep: list[Tensor] | None = None, **_: object) -> Tensor:
-    def half(t: Tensor) -> Tensor:
-        return t / 2 + t.detach() / 2
+def halved_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+    half = gradients.half
+    return half((half(q) @ half(k).mT * q.shape[-1] ** -0.5).softmax(-1)) @ half(v)
 
-    a = half((half(q) @ half(k).mT * q.shape[-1] ** -0.5).softmax(-1))
-    if keep is not None:
-        keep.append(a)
-    return a @ half(v)
+
+@pytest.mark.parametrize("rules", ["positive", "official"])
+@pytest.mark.parametrize(("name", "target"), VIT_CASES)
+def test_frozen_attribution_equals_the_reference_on_vit(name: str, target: int, rules: rules_.Rules) -> None:
+    ours = vit_map(name, target, "frozen_attribution", rules=rules).relevance
+    assert golden.relative_error(ours, chained(trace(name, target, rules, frozen=True))) < 1e-10
+    assert golden.relative_error(ours, chained(trace(name, target, rules))) > 1e-3
+
+
+@pytest.mark.parametrize("rules", ["positive", "official"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("name", "target"), BERT_CASES)
+def test_frozen_attribution_equals_the_reference_on_bert(
+    name: str, target: int, attention: str, rules: rules_.Rules
+) -> None:
+    given = {key: golden.tensor(golden.load(name)[key]) for key in ("input_ids", "attention_mask")}
+    explainer = models.golden_explainer(name, attention).using("frozen_attribution", rules=rules, normalize_rollout=False)
+    assert (
+        golden.relative_error(explainer(**given, target=target).relevance, chained(trace(name, target, rules, True)))
+        < 1e-10
+    )
 
 
 @pytest.mark.parametrize(("name", "target"), VIT_CASES)
 def test_relevance_per_attention_equals_its_definition(name: str, target: int) -> None:
-    """E_h[(∇A ⊙ R)⁺] of the reference's R and ∇A by AttnLRP's rules in autograd, chained, per attention received."""
-    params, image = golden.parameters(name), golden.tensor(golden.load(name)["input"])
-    heads = golden.config(name)["num_heads"]
-    traced = reference.trace(
-        lambda tape: reference.vit(tape, params, image.clone().requires_grad_(), heads=heads), torch.tensor([target])
-    )
-    maps: list[Tensor] = []
-    explainer = models.golden_explainer(name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "layer_norm", frozen_layer_norm)
-        patch.setattr(F, "gelu", identity_gelu)
-        patch.setattr(F, "scaled_dot_product_attention", partial(halved_attention, keep=maps))
-        score = explainer.model(image)[0, target]
-    gradients = torch.autograd.grad(score, maps)
-    steps = [gradient_relevance(g, b.relevance) for g, b in zip(gradients, traced.blocks, strict=True)]
-    expected = per_attention(rollout(steps)[:, 0], [attention_received(b.attention) for b in traced.blocks])
-    ours = explainer.using("relevance_per_attention")(image, target=target).relevance
-    assert golden.relative_error(ours, expected.detach()) < 1e-10
+    """E_h[(∇A ⊙ R)⁺] of the reference's R and frozen ∇A, chained, per attention received."""
+    traced = trace(name, target, "positive", frozen=True)
+    expected = per_attention(chained(traced), [attention_received(b.attention) for b in traced.blocks])
+    assert golden.relative_error(vit_map(name, target, "relevance_per_attention").relevance, expected) < 1e-10
+
+
+def chained(traced: reference.Trace) -> Tensor:
+    return rollout([gradient_relevance(b.gradient, b.relevance) for b in traced.blocks])[:, 0]
 
 
 @pytest.mark.parametrize("rules", ["positive", "official"])

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from fastrel import reference
 from fastrel.reference.rollout import gradient_relevance, rollout
+from fastrel.reference.rules import Rules
 from tests import golden_files as golden
 
 VITS, BERTS = ["vit_a", "vit_b"], ["bert_a", "bert_b_padded"]
 CASES = [(name, target) for name in VITS + BERTS for target in golden.targets(name)]
 
 
-def trace(name: str, target: int, rules: str = "official") -> reference.Trace:
+def trace(name: str, target: int, rules: Rules = "official", frozen: bool = False) -> reference.Trace:
     params, data, config = golden.parameters(name), golden.load(name), golden.config(name)
     if name.startswith("vit"):
         image = golden.tensor(data["input"]).requires_grad_()
@@ -22,7 +23,7 @@ def trace(name: str, target: int, rules: str = "official") -> reference.Trace:
         embedding, mask = bert_embedding(params, golden.tensor(data["input_ids"])), golden.tensor(data["attention_mask"])
         heads = config["num_attention_heads"]
         run = lambda tape: reference.bert(tape, params, embedding, mask, heads=heads, eps=1e-12)  # noqa: E731
-    return reference.trace(run, torch.tensor([target]), rules)
+    return reference.trace(run, torch.tensor([target]), rules, frozen)
 
 
 def bert_embedding(params: dict[str, Tensor], input_ids: Tensor) -> Tensor:

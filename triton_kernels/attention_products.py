@@ -30,13 +30,14 @@ def attention(
     update: str,
     normalize: bool,
     inputs: bool,
+    halves: bool = False,
 ) -> tuple[Tensor, ...]:
     """`fastrel::attention_relevance` under the positive rules, in float32."""
     q, k, v = q.float(), k.float(), v.float()
     given = rel if rel is not None else grad if grad is not None else row
     (batch, heads, queries, _), targets = q.shape, 1 if given is None else len(given)
     step = max(1, CHUNK // (targets * heads * queries * k.shape[2]))
-    options = (scale, is_causal, query_start, update, normalize, inputs)
+    options = (scale, is_causal, query_start, update, normalize, inputs, halves)
     parts = []
     for start in range(0, batch, step):
         size = min(step, batch - start)
@@ -49,7 +50,7 @@ def attention(
 
 def _samples(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rel: Tensor | None, grad: Tensor | None, row: Tensor | None,
-    scale: float, is_causal: bool, query_start: int, update: str, normalize: bool, inputs: bool,
+    scale: float, is_causal: bool, query_start: int, update: str, normalize: bool, inputs: bool, halves: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     none, relevant = q.new_empty(0), v.clamp(min=0)
     rel_v = grad_q = grad_k = grad_v = kept = through = none
@@ -67,8 +68,10 @@ def _samples(
     if row is not None:
         kept, through = rollout_row(row, attention_update(attn, grad_attn, rel_attn, update), normalize)
     if grad is not None and grad_attn is not None and inputs:
-        grad_v = attn.mT @ grad
+        share = 0.5 if halves else 1.0
+        grad_v = (attn.mT @ grad).mul_(share) if halves else attn.mT @ grad
         delta = (grad * (attn @ v)).sum(-1, keepdim=True)
         through_scores = grad_attn.sub_(delta).mul_(attn)
-        grad_q, grad_k = (through_scores @ k).mul_(scale), (through_scores.mT @ q).mul_(scale)
+        factor = scale * share * share
+        grad_q, grad_k = (through_scores @ k).mul_(factor), (through_scores.mT @ q).mul_(factor)
     return none, none, rel_v, grad_q, grad_k, grad_v, kept, through

@@ -65,6 +65,7 @@ def attention_relevance(
     update: str,
     normalize: bool,
     inputs: bool,
+    halves: bool = False,
     parts: bool = False,
 ) -> tuple[Tensor, ...]:
     """`fastrel::attention_relevance` for q, k, v of float32, bfloat16 or float16 with head sizes to 128, lanes of float32.
@@ -80,7 +81,7 @@ def attention_relevance(
     width, where = max(16, triton.next_power_of_2(d)), capability(q.device)
     if multiply == "tf32x3" and width > MAX_TF32X3:
         if not official and configs.heads_by_library(d, batch * queries, where):
-            options = (scale, is_causal, query_start, update, normalize, inputs)
+            options = (scale, is_causal, query_start, update, normalize, inputs, halves)
             *lanes, through = attention_products.attention(q, k, v, mask, rel, grad, row, *options)
             return *lanes, through.unsqueeze(2) if parts and row is not None else through
         multiply = "ieee"
@@ -134,6 +135,7 @@ def attention_relevance(
         **values, rel_ptr=q if rel is None else rel, targets=targets,
         **_strides("rel", (0, 0, 0, 0) if rel is None else rel.stride(), ("target", *ROWS)), **options, **blocking,
     )  # fmt: skip
+    values["share"] = 0.5 if halves else 1.0
     options["UPDATE"] = UPDATES[update]
     sums = empty(targets, batch, heads, queries) if row is not None and normalize else none
     mask_sums = empty(targets, batch, heads, 3, queries) if mask is not None and wants_rel and official else none

@@ -16,7 +16,9 @@ WIDEST = 8192
 
 
 @triton.jit
-def norm_backward(p_grad, p_x, p_weight, p_beside, c, width, eps, WEIGHTED: tl.constexpr, ADDED: tl.constexpr):
+def norm_backward(
+    p_grad, p_x, p_weight, p_beside, c, width, eps, FROZEN: tl.constexpr, WEIGHTED: tl.constexpr, ADDED: tl.constexpr
+):
     """The gradient of a row and what goes past the norm, [BLOCK]."""
     inside = c < width
     b_x = tl.load(p_x + c, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
@@ -25,8 +27,11 @@ def norm_backward(p_grad, p_x, p_weight, p_beside, c, width, eps, WEIGHTED: tl.c
         b_g = b_g * tl.load(p_weight + c, mask=inside, other=0.0).to(tl.float32)
     centred = tl.where(inside, b_x - tl.sum(b_x) / width, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred) / width + eps)
-    normed = centred * rstd
-    out = rstd * (b_g - tl.sum(b_g) / width - normed * (tl.sum(b_g * normed) / width))
+    out = b_g - tl.sum(b_g) / width
+    if not FROZEN:
+        normed = centred * rstd
+        out -= normed * (tl.sum(b_g * normed) / width)
+    out *= rstd
     if ADDED:
         out += tl.load(p_beside + c, mask=inside, other=0.0)
     return out
@@ -40,11 +45,12 @@ def layer_norm_backward_kernel(
     beside_ptr,  # [lanes, width]
     out_ptr,  # [lanes, width]
     rows, width, eps,
+    FROZEN: tl.constexpr,  # the deviation is a constant
     WEIGHTED: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at, c = tl.program_id(0).to(tl.int64) * width, tl.arange(0, BLOCK)
     value = (tl.program_id(0) % rows).to(tl.int64) * width
-    out = norm_backward(grad_ptr + at, x_ptr + value, weight_ptr, beside_ptr + at, c, width, eps, WEIGHTED, ADDED)
+    out = norm_backward(grad_ptr + at, x_ptr + value, weight_ptr, beside_ptr + at, c, width, eps, FROZEN, WEIGHTED, ADDED)
     tl.store(out_ptr + at + c, out, mask=c < width)
 
 
@@ -61,14 +67,14 @@ def half_block_kernel(
     row_ptr, row_out_ptr,  # [lanes]
     out_ptr, rel_u_ptr, rel_v_ptr,  # [lanes, width]
     rows, width, heads, tokens, eps,
-    WEIGHTED: tl.constexpr, GRAD_ADDED: tl.constexpr, REL_ADDED: tl.constexpr,
+    FROZEN: tl.constexpr, WEIGHTED: tl.constexpr, GRAD_ADDED: tl.constexpr, REL_ADDED: tl.constexpr,
     DIVISOR: tl.constexpr,  # R_v ⊘ Z instead of R_v
     THROUGH: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     at, c = tl.program_id(0).to(tl.int64) * width, tl.arange(0, BLOCK)
     value, inside = (tl.program_id(0) % rows).to(tl.int64) * width, c < width
     p_beside = grad_beside_ptr + at
-    out = norm_backward(grad_ptr + at, x_ptr + value, weight_ptr, p_beside, c, width, eps, WEIGHTED, GRAD_ADDED)
+    out = norm_backward(grad_ptr + at, x_ptr + value, weight_ptr, p_beside, c, width, eps, FROZEN, WEIGHTED, GRAD_ADDED)
     tl.store(out_ptr + at + c, out, mask=inside)
     b_u = tl.load(u_ptr + value + c, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
     b_v = tl.load(v_ptr + value + c, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
@@ -89,19 +95,21 @@ def half_block_kernel(
         tl.store(row_out_ptr + lane, total)
 
 
-def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: float) -> Tensor:
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: float, frozen: bool = False
+) -> Tensor:
     """`fastrel::layer_norm_backward` for x of float32, bfloat16 or float16, lanes of float32."""
-    return layer_norm_backward_beside(grad, x, weight, dims, eps, None)
+    return layer_norm_backward_beside(grad, x, weight, dims, eps, None, frozen)
 
 
 @on_its_device
 def layer_norm_backward_beside(
-    grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: float, beside: Tensor | None
+    grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: float, beside: Tensor | None, frozen: bool = False
 ) -> Tensor:
     """`layer_norm_backward` + `beside`, the gradient that goes past the norm."""
     width = x.shape[-dims:].numel()
     if width > WIDEST:
-        out = ops.layer_norm_backward(grad, x.float(), None if weight is None else weight.float(), dims, eps)
+        out = ops.layer_norm_backward(grad, x.float(), None if weight is None else weight.float(), dims, eps, frozen)
         return out if beside is None else out + beside
     grad, x = dense(grad), dense(x)
     out = torch.empty_like(grad)
@@ -109,7 +117,7 @@ def layer_norm_backward_beside(
         grad_ptr=grad, x_ptr=x, weight_ptr=x if weight is None else dense(weight),
         beside_ptr=grad if beside is None else dense(beside), out_ptr=out,
         rows=x.numel() // width, width=width, eps=eps,
-        WEIGHTED=weight is not None, ADDED=beside is not None, **_blocking(width),
+        FROZEN=frozen, WEIGHTED=weight is not None, ADDED=beside is not None, **_blocking(width),
     )  # fmt: skip
     return out
 
@@ -129,6 +137,7 @@ def half_block(
     through: Tensor | None = None,
     row: Tensor | None = None,
     divisor: Tensor | None = None,
+    frozen: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`layer_norm_backward_beside` and `residual_add_of_sum` of one value x = u + v in one launch: between a layer and the one before
     it on the way back there is nothing else.
@@ -142,7 +151,7 @@ def half_block(
     if through is not None and through.numel() // through.shape[2] * width != grad.numel():
         alike = False
     if width > WIDEST or not alike:
-        out = layer_norm_backward_beside(grad, x, weight, dims, eps, grad_beside)
+        out = layer_norm_backward_beside(grad, x, weight, dims, eps, grad_beside, frozen)
         total = none if through is None else through.sum(2) if row is None else through.sum(2) + row
         rel_u, rel_v = residual_add_of_sum(u, v, rel, rel_beside)
         return out, rel_u, rel_v if divisor is None else rules.safe_divide(rel_v, divisor.view(v.shape)), total
@@ -159,7 +168,7 @@ def half_block(
         z_ptr=rel if divisor is None else divisor, through_ptr=rel if through is None else through,
         row_ptr=rel if row is None else dense(row), row_out_ptr=total,
         out_ptr=out, rel_u_ptr=rel_u, rel_v_ptr=rel_v,
-        rows=x.numel() // width, width=width, heads=heads, tokens=tokens, eps=eps, WEIGHTED=weight is not None,
+        rows=x.numel() // width, width=width, heads=heads, tokens=tokens, eps=eps, FROZEN=frozen, WEIGHTED=weight is not None,
         GRAD_ADDED=grad_beside is not None, REL_ADDED=rel_beside is not None,
         DIVISOR=divisor is not None, THROUGH=through is not None, ROW=row is not None,
         HEADS=triton.next_power_of_2(heads), **_blocking(width),

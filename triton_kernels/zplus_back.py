@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from fastrel.triton_kernels import configs
 from fastrel.triton_kernels.launch import blocks, capability, dense
-from fastrel.triton_kernels.math import dot, gelu_slope, negative, operand, positive, safe_divide, tile_of
+from fastrel.triton_kernels.math import GELU_SLOPES, dot, gelu_slope, negative, operand, positive, safe_divide, tile_of
 from fastrel.triton_kernels.zplus_kinds import Kind, options_of, rows_of
 from fastrel.triton_kernels.zplus_shares import FLOAT8_MAX, LEAST_SCALE, shares
 from torch import Tensor
@@ -30,7 +30,7 @@ def zplus_back_kernel(
     APART: tl.constexpr,  # the gradient is of other outputs
     DIVIDE: tl.constexpr,  # S = R ⊘ Z
     OFFICIAL: tl.constexpr,
-    SLOPE: tl.constexpr,  # 1: gelu, 2: its approximation
+    SLOPE: tl.constexpr,  # of gelu, by number
     DIVISOR: tl.constexpr,  # R' ⊘ this instead of R'
     SCALED: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, DOT_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TOPS: tl.constexpr,
@@ -94,12 +94,8 @@ def zplus_back_kernel(
     if HAS_GRAD:
         if SLOPE != 0:
             p_slope = slope_ptr + (row % n)[:, None] * slope_row + i[None, :]
-            c_grad *= gelu_slope(tl.load(p_slope, mask=inside, other=0.0).to(tl.float32), SLOPE == 2)
+            c_grad *= gelu_slope(tl.load(p_slope, mask=inside, other=0.0).to(tl.float32), SLOPE)
         tl.store(grad_in_ptr + at, c_grad, mask=inside)
-
-
-#: What x may be the result of, by the names that gelu has for its ways: the slope that the gradient is multiplied by.
-SLOPES = {"none": 1, "tanh": 2}
 
 
 def fused(
@@ -117,6 +113,7 @@ def fused(
     formed: bool,
     slope: Tensor | None,
     approximate: str,
+    frozen: bool,
     divisor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     outs, ins = w.shape
@@ -148,7 +145,7 @@ def fused(
         w_row=w.stride(0), w_col=w.stride(1), w_grad_row=w_grad.stride(0), w_grad_col=w_grad.stride(1),
         HAS_GRAD=grad is not None, OWN_WEIGHT=w_grad is w, APART=grad is not None and len(w_grad) != outs,
         DIVIDE=divide, OFFICIAL=(divide or divisor is not None) and rules == "official", DIVISOR=divisor is not None,
-        SLOPE=SLOPES[approximate] if behind is not None and grad is not None else 0, SCALED=scaled, SPLIT=kind.split,
+        SLOPE=GELU_SLOPES[approximate, frozen] if behind is not None and grad is not None else 0, SCALED=scaled, SPLIT=kind.split,
         DOT=kind.dot, DOT_GRAD=kind.dot_grad, PRECISION=kind.precision, TOPS=triton.next_power_of_2(tops) if scaled else 1,
         **options_of(tile),
     )  # fmt: skip

@@ -7,6 +7,7 @@ there are many rows, torch's own products are faster (`zplus_products`).
 
 import torch
 from fastrel.triton_kernels import configs, zplus_products
+from fastrel.triton_kernels.gelu import through_gelu
 from fastrel.triton_kernels.launch import on_its_device
 from fastrel.triton_kernels.zplus_back import fused
 from fastrel.triton_kernels.zplus_kinds import REDUCED, has_exact_output, kind_of
@@ -27,6 +28,7 @@ def zplus_linear(
     formed: bool = False,
     slope: Tensor | None = None,
     approximate: str = "none",
+    frozen: bool = False,
     divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fastrel::zplus_linear` with operands of float32, bfloat16 or float16 and lanes of float32.
@@ -35,8 +37,8 @@ def zplus_linear(
     16 bits has no digits left for a difference.
 
     w_grad [grad_outs, ins]: where the gradient is of other outputs than relevance. sums: Z, formed before (`zplus_sums`); formed: then
-    `rel` is S already. slope: what x is the gelu of; the gradient goes through that, too. divisor: Z of the layer before, [n, ins], of
-    which R' becomes the S.
+    `rel` is S already. slope: what x is the gelu of; the gradient goes through that, too (frozen: by AttnLRP's rule). divisor: Z of the
+    layer before, [n, ins], of which R' becomes the S.
     """
     in_bfloat16 = x.dtype == weight.dtype == torch.bfloat16
     by_library = sums is None and in_bfloat16 and configs.products_first(x.numel() // x.shape[-1], weight.shape)
@@ -45,8 +47,8 @@ def zplus_linear(
         return rel_in, zplus_products.matmul(grad, w_grad)
     if by_library:
         rel_in, grad_in = zplus_products.linear(x, weight, weight, None, None, rel, grad, rules, parts=2)
-        return rel_in, _through_gelu(grad_in, slope, approximate)
-    later = (sums, formed, slope, approximate, divisor)
+        return rel_in, _through(grad_in, slope, approximate, frozen)
+    later = (sums, formed, slope, approximate, frozen, divisor)
     y, w_grad = y if has_exact_output(weight, y) else None, weight if w_grad is None else w_grad
     return fused(kind_of(weight.dtype), x, weight, None, w_grad, y, bias, rel, grad, rules, *later)
 
@@ -66,6 +68,7 @@ def zplus_linear_reduced(
     formed: bool = False,
     slope: Tensor | None = None,
     approximate: str = "none",
+    frozen: bool = False,
     divisor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fastrel::zplus_linear_reduced` in the prepared weight's dtype, bfloat16 or float8_e4m3fn. |W| is formed in registers.
@@ -80,12 +83,10 @@ def zplus_linear_reduced(
         return rel_in, zplus_products.reduced_matmul(grad, w_grad)
     if by_library:
         rel_in, grad_in = zplus_products.linear(x, w, w_grad, y, bias, rel, grad, "positive", parts=1)
-        return rel_in, _through_gelu(grad_in, slope, approximate)
-    later = (sums, formed, slope, approximate, divisor)
+        return rel_in, _through(grad_in, slope, approximate, frozen)
+    later = (sums, formed, slope, approximate, frozen, divisor)
     return fused(kind, x, w, scales, w_grad, y, bias, rel, grad, "positive", *later)
 
 
-def _through_gelu(grad: Tensor, x: Tensor | None, approximate: str) -> Tensor:
-    if x is None:
-        return grad
-    return torch.ops.aten.gelu_backward(grad, x.to(grad.dtype).expand_as(grad), approximate=approximate)
+def _through(grad: Tensor, x: Tensor | None, approximate: str, frozen: bool) -> Tensor:
+    return grad if x is None or not grad.numel() else through_gelu(grad, x, approximate, frozen)

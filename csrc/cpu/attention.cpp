@@ -46,7 +46,7 @@ template <class T>
 std::vector<Tensor> run(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, const OptionalTensor& rel,
     const OptionalTensor& grad, const OptionalTensor& row_any, double scale, bool is_causal, int64_t query_start, bool official,
-    Update update, bool normalize, bool inputs) {
+    Update update, bool normalize, bool inputs, bool halves) {
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2), d = q.size(3);
   const int64_t targets = rel ? rel->size(0) : grad ? grad->size(0) : row_any ? row_any->size(0) : 1;
   const Tensor none = empty_like_shape(q, {0});
@@ -91,7 +91,7 @@ std::vector<Tensor> run(
         head.mask_bias = data<T>(mask) + offset;
       head.mask_row = mask_strides.strides[2], head.mask_col = mask_strides.strides[3];
     }
-    head.scale = T(scale), head.causal = is_causal, head.official = official, head.query_start = query_start;
+    head.scale = T(scale), head.share = halves ? T(0.5) : T(1), head.causal = is_causal, head.official = official, head.query_start = query_start;
     head.update = update, head.head_share = T(1) / T(heads);
     head.rel = lane_at(rel), head.grad = lane_at(grad);
     if (rel) head.rel_target = rel->stride(0), head.rel_row = rel->stride(3), head.rel_col = rel->stride(4);
@@ -162,7 +162,7 @@ std::vector<Tensor> run(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_relevance(
     Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor rel, OptionalTensor grad, OptionalTensor row, double scale,
-    bool is_causal, int64_t query_start, std::string rules, std::string update, bool normalize, bool inputs) {
+    bool is_causal, int64_t query_start, std::string rules, std::string update, bool normalize, bool inputs, bool halves) {
   const char* op = "attention_relevance";
   const bool official = is_official(rules, op);
   const Update chosen = update_from(update);
@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
   STD_TORCH_CHECK(!row || ((grad || !needs_grad) && (rel || !needs_rel)), "fastrel::attention_relevance lacks a lane for ", update);
   const OptionalTensor operands[] = {k, v, mask && mask->scalar_type() != ScalarType::Bool ? mask : std::nullopt};
   auto t = by_dtype(op, q, {&operands[0], &operands[1], &operands[2], &rel, &grad, &row}, [&]<class T>(T) {
-    return run<T>(q, k, v, mask, rel, grad, row, scale, is_causal, query_start, official, chosen, normalize, inputs);
+    return run<T>(q, k, v, mask, rel, grad, row, scale, is_causal, query_start, official, chosen, normalize, inputs, halves);
   });
   return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]};
 }

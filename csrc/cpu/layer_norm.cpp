@@ -4,7 +4,7 @@
 namespace fastrel {
 namespace {
 
-Tensor layer_norm_backward(Tensor grad, Tensor x, OptionalTensor weight, int64_t dims, double eps) {
+Tensor layer_norm_backward(Tensor grad, Tensor x, OptionalTensor weight, int64_t dims, double eps, bool frozen) {
   const char* op = "layer_norm_backward";
   const OptionalTensor operand = x;
   STD_TORCH_CHECK(dims > 0 && dims <= x.dim(), "fastrel::layer_norm_backward: x of shape ", text(shape_of(x)), " has no ", dims, " dimensions");
@@ -21,7 +21,7 @@ Tensor layer_norm_backward(Tensor grad, Tensor x, OptionalTensor weight, int64_t
     const int64_t rows = g.numel() / width, value_rows = value.numel() / width;
     torch::stable::parallel_for(0, rows, std::max<int64_t>(kGrain / width, 1), [&](int64_t begin, int64_t end) {
       kernels<T>().layer_norm_backward(
-          begin, end, width, value_rows, data<T>(g), data<T>(value), data<T>(w), T(eps), out<T>(result));
+          begin, end, width, value_rows, data<T>(g), data<T>(value), data<T>(w), T(eps), frozen, out<T>(result));
     });
     return result;
   });

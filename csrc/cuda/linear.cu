@@ -37,7 +37,7 @@ Tensor zplus_combine(Tensor x_any, Tensor c_any, Tensor c_abs_any) {
   });
 }
 
-Tensor layer_norm_backward(Tensor grad_any, Tensor x_any, OptionalTensor weight_any, int64_t dims, double eps) {
+Tensor layer_norm_backward(Tensor grad_any, Tensor x_any, OptionalTensor weight_any, int64_t dims, double eps, bool frozen) {
   const OptionalTensor operand = x_any;
   return by_dtype("layer_norm_backward", grad_any, {&operand, &weight_any}, [&]<class T>(T) {
     const Tensor grad = dense(grad_any), x = dense(x_any);
@@ -49,7 +49,7 @@ Tensor layer_norm_backward(Tensor grad_any, Tensor x_any, OptionalTensor weight_
     const Context context(grad);
     FASTREL_LAUNCH(
         context, cuda::layer_norm_backward_kernel<T>, grid_of(grad.numel() / width), x.numel() / width, width, data<T>(grad),
-        data<T>(x), data<T>(weight), T(eps), out<T>(result));
+        data<T>(x), data<T>(weight), T(eps), frozen, out<T>(result));
     return result;
   });
 }

@@ -25,7 +25,7 @@ for _schema in (
     "zplus_ratio(Tensor signed_sum, Tensor? bias, Tensor? magnitude, Tensor rel, float least, bool official) -> Tensor",
     "zplus_combine(Tensor x, Tensor c, Tensor c_abs) -> Tensor",
     "residual_add(Tensor u, Tensor v, Tensor rel, int batch_dim, str rules) -> (Tensor, Tensor)",
-    "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, int dims, float eps) -> Tensor",
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, int dims, float eps, bool frozen=False) -> Tensor",
     "attention_update(Tensor? attn, Tensor? grad, Tensor? rel, str update) -> Tensor",
     "rollout_row(Tensor row, Tensor m, bool normalize) -> (Tensor, Tensor)",
     "attention_softmax_(Tensor(a!) products, Tensor? mask, float scale, bool causal, int query_start) -> Tensor(a!)",
@@ -148,6 +148,7 @@ def attention_relevance(
     update: str,
     normalize: bool,
     inputs: bool,
+    halves: bool = False,
 ) -> tuple[Tensor, ...]:
     """`fastrel::attention_relevance`, a chunk of queries at a time: memory grows with queries or keys, not with both."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
@@ -217,6 +218,8 @@ def attention_relevance(
             factor = mask_factor(mask_sums)[:, :, None, None, None] if mask_sums.numel() else 1.0
             rel_q *= q * (0.5 * factor)
             rel_k *= k * (0.5 * factor)
+    if wants_grad and halves:
+        grad_q, grad_k, grad_v = grad_q.mul_(0.25), grad_k.mul_(0.25), grad_v.mul_(0.5)
     return rel_q, rel_k, rel_v, grad_q, grad_k, grad_v, kept, none if row is None else through.sum(2)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fastrel.backends.common import as_the_model_has_it
-from fastrel.ops.steps import add_rows, gelu_backward
+from fastrel.ops.steps import add_rows, gelu_backward, gelu_ratio
 
 aten = torch.ops.aten
 
@@ -28,6 +28,7 @@ class _Fusion:
     def __init__(self, graph: fx.Graph) -> None:
         from fastrel.triton_kernels import (
             attention_relevance,
+            gelu,
             layer_norm_backward,
             residual_add,
             zplus_linear,
@@ -40,7 +41,7 @@ class _Fusion:
             layer_norm_backward.layer_norm_backward,
             layer_norm_backward.layer_norm_backward_beside,
         )
-        self.half_block = layer_norm_backward.half_block
+        self.half_block, self.gelu = layer_norm_backward.half_block, gelu.through_gelu
         self.share, self.share_of_sum = residual_add.residual_add, residual_add.residual_add_of_sum
         self.attention = attention_relevance.attention_relevance
         self.linear, self.reduced = zplus_linear.zplus_linear, zplus_linear.zplus_linear_reduced
@@ -61,7 +62,7 @@ class _Fusion:
                 self._share_of_sum(node)
             elif _is_sum(node):
                 self._norm_beside(node)
-            elif node.target is gelu_backward:
+            elif node.target in (gelu_backward, gelu_ratio):
                 self._slope(node)
         for node in list(self.graph.nodes):
             if node.target in self.matmuls:
@@ -86,24 +87,24 @@ class _Fusion:
             assert isinstance(own, fx.Node)
             if own.target is self.norm and len(own.users) == 1:
                 with self.graph.inserting_before(total):
-                    both = self.graph.call_function(self.norm_beside, (*own.args, beside))
+                    both = self.graph.call_function(self.norm_beside, (*own.args[:5], beside, *own.args[5:]))
                 both.meta = dict(own.meta)
                 total.replace_all_uses_with(both)
                 return
 
     def _slope(self, node: fx.Node) -> None:
-        """A layer's gradient through the gelu before it."""
+        """A gradient through gelu: by the layer after it, whose gradient it is, or in a pass of its own."""
         lane, x, *rest = node.args
+        assert isinstance(lane, fx.Node)
         with self.graph.inserting_before(node):
             x = as_the_model_has_it(x)
-        if not (isinstance(lane, fx.Node) and lane.target is operator.getitem and len(lane.users) == 1):
-            return
-        made = lane.args[0]
-        assert isinstance(made, fx.Node)
-        if made.target not in (self.linear, self.reduced) or not isinstance(x, fx.Node) or not _is_given(x):
+        approximate, frozen = rest[0] if rest else "none", node.target is gelu_ratio
+        made: Any = lane.args[0] if lane.target is operator.getitem and len(lane.users) == 1 else None
+        if made is None or made.target not in (self.linear, self.reduced) or not isinstance(x, fx.Node) or not _is_given(x):
+            node.target, node.args = self.gelu, (lane, x, approximate, frozen)
             return
         _move_before(x, made)
-        made.kwargs = {**made.kwargs, "slope": x, **({"approximate": rest[0]} if rest else {})}
+        made.kwargs = {**made.kwargs, "slope": x, "approximate": approximate, "frozen": frozen}
         node.replace_all_uses_with(lane)
 
     def _gradient_of_more_outputs(self, product: fx.Node) -> None:
@@ -140,9 +141,10 @@ class _Fusion:
                 norm = norms.pop()
                 if node.target is self.share or _is_used_before(norm, node):
                     continue
-                beside = norm.args[5] if norm.target is self.norm_beside else None
+                given = norm.args if norm.target is self.norm_beside else (*norm.args[:5], None, *norm.args[5:])
+                frozen = {"frozen": given[6]} if given[6:] else {}
                 with self.graph.inserting_after(node):
-                    both = self.graph.call_function(self.half_block, (*norm.args[:5], beside, *node.args))
+                    both = self.graph.call_function(self.half_block, (*given[:6], *node.args), frozen)
                 both.meta = dict(norm.meta)
                 self._replaced(both, [(norm, 0), *((use, 1 + use.args[1]) for use in list(node.users))])
 
@@ -183,8 +185,8 @@ class _Fusion:
         with self.graph.inserting_before(half):
             back = _copied(self.graph, steps, {through: row})
             entering = self.graph.call_function(if_in_place, (back, whole, row))
-        block.kwargs = {"parts": True}
-        half.kwargs = {"through": through, "row": entering}
+        block.kwargs = {**block.kwargs, "parts": True}
+        half.kwargs = {**half.kwargs, "through": through, "row": entering}
         with self.graph.inserting_before(half.next):
             left = self.graph.call_function(operator.getitem, (half, 3))
             moved = _copied(self.graph, steps, {through: left})

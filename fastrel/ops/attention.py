@@ -111,11 +111,13 @@ def _attention_relevance(
     update: str,
     normalize: bool,
     inputs: bool,
+    halves: bool = False,
 ) -> tuple[Tensor, ...]:
     """All lanes through one attention, A recomputed from q and k.
 
     q [*B, h, Tq, d], k, v [*B, h, Tk, d], rel and grad [K, *B, h, Tq, d], row [K, *B, Tq] -> rel_q, rel_k, rel_v, grad_q,
     grad_k, grad_v (where `inputs`; rel_q and rel_k not under `positive`), kept, through (where there is a row).
+    halves: AttnLRP's rule for products, half of the gradient to each operand: a half of A V's to V, a quarter to Q and to K.
     """
     rel_q = rel_k = rel_v = grad_q = grad_k = grad_v = kept = through = None
     attn = attention_probabilities(q, k, mask, scale, is_causal, query_start)
@@ -129,9 +131,10 @@ def _attention_relevance(
     if grad is not None:
         grad_attn = grad @ v.mT
         if inputs:
-            grad_v = attn.mT @ grad
+            share = 0.5 if halves else 1.0
+            grad_v = attn.mT @ (grad * share)
             weighted = attn * grad_attn
-            grad_scores = (weighted - attn * weighted.sum(-1, keepdim=True)) * scale
+            grad_scores = (weighted - attn * weighted.sum(-1, keepdim=True)) * (scale * share * share)
             grad_q, grad_k = grad_scores @ k, grad_scores.mT @ q
     if row is not None:
         kept, through = _rollout_row(row, _update(attn, grad_attn, rel_attn, update), normalize)
@@ -154,6 +157,7 @@ def _attention_relevance_fake(
     update: str,
     normalize: bool,
     inputs: bool,
+    halves: bool = False,
 ) -> tuple[Tensor, ...]:
     def like(lane: Tensor | None, value: Tensor) -> Tensor:
         return q.new_empty(0) if lane is None or not inputs else lane.new_empty((lane.shape[0], *value.shape))
@@ -175,7 +179,7 @@ def _attention_relevance_cpu_fake(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 attention_relevance = define(
     "attention_relevance(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? rel, Tensor? grad, Tensor? row, float scale,"
-    " bool is_causal, int query_start, str rules, str update, bool normalize, bool inputs)"
+    " bool is_causal, int query_start, str rules, str update, bool normalize, bool inputs, bool halves=False)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_relevance,
     _attention_relevance_fake,

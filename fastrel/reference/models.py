@@ -46,9 +46,8 @@ class Trace:
     input_relevance: Tensor  # pixels [B, 3, H, W] (ViT) or [B, T, D] (BERT)
 
 
-def _norm(params: Params, name: str, eps: float) -> Activation:
-    weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
-    return lambda x: F.layer_norm(x, weight.shape, weight, bias, eps)
+def _norm(tape: Tape, params: Params, name: str, eps: float, x: Tensor) -> Tensor:
+    return tape.norm(x, params[f"{name}.weight"], params[f"{name}.bias"], eps)
 
 
 def _linear(tape: Tape, params: Params, name: str, x: Tensor) -> Tensor:
@@ -84,21 +83,21 @@ def vit(
     x = tape.rearrange(lambda t: torch.cat((cls, t.flatten(2).mT), 1), patches)
     x = tape.add(x, params["pos_embed"].expand_as(x))
     if "norm_pre.weight" in params:
-        x = tape.identity(_norm(params, "norm_pre", eps), x)
+        x = _norm(tape, params, "norm_pre", eps, x)
     run = Forward(logits=x, embedding=x, inputs=image)
     for i in range(sum(name.endswith("attn.qkv.weight") for name in params)):
         name, entry = f"blocks.{i}", x
         x, branch = tape.clone(x, 2)
-        qkv = _linear(tape, params, f"{name}.attn.qkv", tape.identity(_norm(params, f"{name}.norm1", eps), branch))
+        qkv = _linear(tape, params, f"{name}.attn.qkv", _norm(tape, params, f"{name}.norm1", eps, branch))
         parts = tape.rearrange(lambda t: t.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4), qkv)
         q, k, v = _unbind(tape, parts)
         out, attn = _attend(tape, q, k, v)
         run.blocks.append((entry, attn, v))
         x = tape.add(x, _linear(tape, params, f"{name}.attn.proj", _merge_heads(tape, out)))
         x, branch = tape.clone(x, 2)
-        hidden = _linear(tape, params, f"{name}.mlp.fc1", tape.identity(_norm(params, f"{name}.norm2", eps), branch))
-        x = tape.add(x, _linear(tape, params, f"{name}.mlp.fc2", tape.identity(activation, hidden)))
-    x = tape.select_token(tape.identity(_norm(params, "norm", eps), x), 0)
+        hidden = _linear(tape, params, f"{name}.mlp.fc1", _norm(tape, params, f"{name}.norm2", eps, branch))
+        x = tape.add(x, _linear(tape, params, f"{name}.mlp.fc2", tape.activation(activation, hidden)))
+    x = tape.select_token(_norm(tape, params, "norm", eps, x), 0)
     run.logits = _linear(tape, params, "head", x)
     return run
 
@@ -127,22 +126,23 @@ def bert(tape: Tape, params: Params, embedding: Tensor, attention_mask: Tensor, 
         out, attn = _attend(tape, q, k, v, mask)
         run.blocks.append((entry, attn, v))
         x = tape.add(_linear(tape, params, f"{name}.attention.output.dense", _merge_heads(tape, out)), x)
-        x = tape.identity(_norm(params, f"{name}.attention.output.LayerNorm", eps), x)
+        x = _norm(tape, params, f"{name}.attention.output.LayerNorm", eps, x)
         branch, x = tape.clone(x, 2)
-        hidden = tape.identity(F.gelu, _linear(tape, params, f"{name}.intermediate.dense", branch))
+        hidden = tape.activation(F.gelu, _linear(tape, params, f"{name}.intermediate.dense", branch))
         x = tape.add(_linear(tape, params, f"{name}.output.dense", hidden), x)
-        x = tape.identity(_norm(params, f"{name}.output.LayerNorm", eps), x)
-    pooled = tape.identity(torch.tanh, _linear(tape, params, "bert.pooler.dense", tape.select_token(x, 0)))
+        x = _norm(tape, params, f"{name}.output.LayerNorm", eps, x)
+    pooled = tape.activation(torch.tanh, _linear(tape, params, "bert.pooler.dense", tape.select_token(x, 0)))
     run.logits = _linear(tape, params, "classifier", pooled)
     return run
 
 
-def trace(forward: Callable[[Tape], Forward], target: Tensor, rules: Rules = "positive") -> Trace:
-    """Run `forward` on a fresh tape and explain `target` [B] (class per sample): every block's A, gradient, relevance.
+def trace(forward: Callable[[Tape], Forward], target: Tensor, rules: Rules = "positive", frozen: bool = False) -> Trace:
+    """Run `forward` on a fresh tape and explain `target` [B] (class per sample): every block's A, gradient, relevance; the gradient
+    by AttnLRP's rules if `frozen`.
 
     At least one input or parameter of `forward` must require grad, so that autograd reaches the attention maps.
     """
-    tape = Tape(rules)
+    tape = Tape(rules, frozen)
     with torch.enable_grad():
         run = forward(tape)
         one_hot = F.one_hot(target, run.logits.shape[-1]).to(run.logits.dtype)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrel.reference import gradients
 from fastrel.reference import rules as R
 from fastrel.reference.convolution import pixel_convolution
 from fastrel.reference.operators import index_map
@@ -16,11 +17,11 @@ class Tape:
     """Calls layers and remembers how each turns the relevance of its output into that of its inputs.
 
     A value may be consumed once; where a model uses one several times it calls `clone`, as the published code does.
-    Gradients come from autograd, which the tape does not disturb.
+    Gradients come from autograd, which the tape does not disturb; or, `frozen`, from AttnLRP's rules (`gradients`).
     """
 
-    def __init__(self, rules: R.Rules = "positive") -> None:
-        self.rules = rules
+    def __init__(self, rules: R.Rules = "positive", frozen: bool = False) -> None:
+        self.rules, self._frozen = rules, frozen
         self._steps: list[tuple[list[Tensor], list[Tensor], Callable[..., Any]]] = []
 
     def record(self, outputs: list[Tensor], inputs: list[Tensor], step: Callable[..., Any]) -> None:
@@ -41,19 +42,19 @@ class Tape:
 
     def query_key(self, q: Tensor, k: Tensor) -> Tensor:
         """Q·Kᵀ."""
-        y = q @ k.mT
+        y = self._half(q) @ self._half(k).mT
         self.record([y], [q, k], lambda rel: R.query_key(q, k, rel, self.rules))
         return y
 
     def attention_value(self, attn: Tensor, v: Tensor) -> Tensor:
         """A·V."""
-        y = attn @ v
+        y = attn @ self._half(v)
         self.record([y], [attn, v], lambda rel: R.attention_value(attn, v, rel, self.rules))
         return y
 
     def softmax(self, scores: Tensor) -> Tensor:
-        """Attention maps from scores."""
-        y = scores.softmax(-1)
+        """Attention maps from scores. What eq. (13) reads is the whole gradient of a map; the half of it that A V leaves goes on."""
+        y = self._half(scores.softmax(-1))
         self.record([y], [scores], lambda rel: [R.softmax(rel, self.rules)])
         return y
 
@@ -63,8 +64,21 @@ class Tape:
         self.record(copies, [x], lambda *rels: [R.clone(x, list(rels), self.rules)])
         return copies
 
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """LayerNorm: relevance passes unchanged."""
+        if self._frozen:
+            return self.identity(lambda t: gradients.layer_norm(t, weight, bias, eps), x)
+        return self.identity(lambda t: F.layer_norm(t, weight.shape, weight, bias, eps), x)
+
+    def activation(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """An activation function: relevance passes unchanged."""
+        return self.identity((lambda t: gradients.activation(t, f(t))) if self._frozen else f, x)
+
+    def _half(self, x: Tensor) -> Tensor:
+        return gradients.half(x) if self._frozen else x
+
     def identity(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """LayerNorm, activation functions, scaling: relevance passes unchanged."""
+        """Scaling and the like: relevance passes unchanged."""
         y = f(x)
         self.record([y], [x], lambda rel: [R.identity(rel)])
         return y

@@ -72,6 +72,7 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
         t.method.update,
         t.method.normalize,
         inputs,
+        t.method.attnlrp,
     )
     call.meta["head_size"] = q.meta["val"].shape[-1]
     *lanes, kept, through = t.emit.parts(call, 8)
@@ -86,8 +87,6 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
     for i, x in enumerate((q, k, v)):
         own_rows = rows if i == 0 else None
         has_rel = rel and inputs and (i == 2 or carries_scores(t.rules))
-        if t.method.attnlrp:
-            lanes[3 + i] = t.emit.call(torch.mul, lanes[3 + i], 0.5 if i == 2 else 0.25)
         t.give(
             x,
             grad=Lane(lanes[3 + i], own_rows) if grad and inputs else None,
@@ -271,8 +270,6 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
     if grad:
         grad_a = t.emit.call(torch.matmul, grad.node, t.emit.call(getattr, b, "mT"))
         grad_b = t.emit.call(torch.matmul, t.emit.call(getattr, a, "mT"), grad.node)
-        if t.method.attnlrp:
-            grad_a, grad_b = (t.emit.call(torch.mul, lane, 0.5) for lane in (grad_a, grad_b))
     block = t.enter_block(node) if is_attention else None
     if block is not None:
         heads = _merged_heads(t, node)
@@ -298,6 +295,8 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
             queries = t.facts.queries(left) or left
             update = t.emit.call(ops.attention_update, *maps, t.method.update)
             _roll(t, node, queries, right, rows, out.row, update, heads)
+    if grad and t.method.attnlrp:  # half to each operand; what the map adds to the rollout is of the whole
+        grad_a, grad_b = (t.emit.call(torch.mul, lane, 0.5) for lane in (grad_a, grad_b))
     ends = is_attention and not carries_scores(t.rules)
     if out.row and block is None:
         if not is_attention or any(t.is_active(x) and t.row_shape(x) == t.row_shape(node) for x in (right, left)):

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 @rule(aten.layer_norm.default)
 def layer_norm(t: Context, node: fx.Node, out: Lanes) -> None:
-    """Identity for relevance; the ordinary gradient."""
+    """Identity for relevance; the ordinary gradient, or AttnLRP's."""
     x, shape, weight, _, eps = arguments(node, None, None, 1e-5, count=5)
     dims = len(shape)
 
@@ -27,9 +27,7 @@ def layer_norm(t: Context, node: fx.Node, out: Lanes) -> None:
             lane = t.dense(lane, node)
         scale = None if weight is None else t.value(weight)
         value = t.value(x, lane.rows)
-        if t.method.attnlrp:
-            return Lane(t.emit.call(frozen_layer_norm_backward, lane.node, value, scale, dims, eps), lane.rows)
-        return Lane(t.emit.call(ops.layer_norm_backward, lane.node, value, scale, dims, eps), lane.rows)
+        return Lane(t.emit.call(ops.layer_norm_backward, lane.node, value, scale, dims, eps, t.method.attnlrp), lane.rows)
 
     t.pass_through(x, out, grad)
 
@@ -75,11 +73,3 @@ def frozen_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, dim
     """AttnLRP's rule: the gradient with the root mean square taken as a constant."""
     scale = (x.square().mean(tuple(range(-dims, 0)), keepdim=True) + eps).rsqrt()
     return grad * (scale if weight is None else scale * weight)
-
-
-def frozen_layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: float) -> Tensor:
-    """AttnLRP's rule: the gradient with the standard deviation taken as a constant."""
-    over = tuple(range(-dims, 0))
-    rstd = (x.var(over, correction=0, keepdim=True) + eps).rsqrt()
-    g = (grad if weight is None else grad * weight) * rstd
-    return g - g.mean(over, keepdim=True)

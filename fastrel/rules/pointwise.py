@@ -10,7 +10,7 @@ from fastrel import ops
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph.nodes import arguments, describe
 from fastrel.graph.patterns import ACTIVATIONS, IDENTITIES
-from fastrel.ops.steps import gelu_backward
+from fastrel.ops.steps import gelu_backward, gelu_ratio
 from fastrel.reference import rules as reference
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
@@ -56,10 +56,10 @@ def activation(t: Context, node: fx.Node, out: Lanes) -> None:
 
     def grad(lane: Lane) -> Lane:
         value = t.value(x, lane.rows)
+        if node.target is aten.gelu.default:
+            return Lane(t.emit.call(gelu_ratio if t.method.attnlrp else gelu_backward, lane.node, value, *rest), lane.rows)
         if t.method.attnlrp:
             return Lane(t.emit.call(identity_slope, lane.node, value, t.value(node, lane.rows)), lane.rows)
-        if node.target is aten.gelu.default:
-            return Lane(t.emit.call(gelu_backward, lane.node, value, *rest), lane.rows)
         return Lane(t.emit.call(activation_grad, node.target, lane.node, value, *rest), lane.rows)
 
     t.pass_through(x, out, grad)

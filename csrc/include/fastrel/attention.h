@@ -2,7 +2,7 @@
 //
 // Per tile, with A = softmax(scale Q Kᵀ + mask) recomputed and V' = V⁺ (positive) or V (official):
 //   S = R ⊘ (A V')      R_A = ½ A ⊙ (S V'ᵀ)       R_V += V' ⊙ (Aᵀ S), halved under official
-//   G = g Vᵀ            g_V += Aᵀ g               D = scale A ⊙ (G − Σ_k A ⊙ G),  g_Q = D K,  g_K += Dᵀ Q
+//   G = g Vᵀ            g_V += Aᵀ g               D = scale A ⊙ (G − Σ_k A ⊙ G),  g_Q = D K,  g_K += Dᵀ Q; times `share` for each product
 //   official:           (R_A less a mask's share,) S₂ = R_A ⊘ (Q Kᵀ),        R_Q = ½ Q ⊙ (S₂ K),  R_K += ½ K ⊙ (S₂ᵀ Q)
 //   through += Σ_q row_q M_q,  M = (G ⊙ R_A)⁺ / heads, or what `Update` names.
 // Memory: O((tile + d) keys), never queries × keys.
@@ -244,7 +244,8 @@ void attention_head(const AttentionHead<T>& h, std::vector<T>& memory) {
           Vec<T> total{};
           for (int64_t j = 0; j < padded; j += kLanes<T>) total += load(a + j) * load(g + j);
           const Vec<T> mean = splat(sum<T>(total));
-          for (int64_t j = 0; j < padded; j += kLanes<T>) store(g + j, load(a + j) * (load(g + j) - mean) * h.scale);
+          const T scale = h.scale * h.share * h.share;
+          for (int64_t j = 0; j < padded; j += kLanes<T>) store(g + j, load(a + j) * (load(g + j) - mean) * scale);
         }
         gemm(m, d, keys, b.grad_attn, padded, int64_t(1), b.keys, b.share, width, false);
         write(m, d, b.share, h.grad_q + t * h.q_target + q0 * h.out_row, h.out_row, [](int64_t, int64_t, T x) { return x; });
@@ -270,7 +271,7 @@ void attention_head(const AttentionHead<T>& h, std::vector<T>& memory) {
       write(keys, d, b.sum_rel_v + sums, h.rel_v + at, h.out_row, [&](int64_t j, int64_t c, T x) {
         return x * relevant(value(j, c)) * half;
       });
-    if (h.grad_v) write(keys, d, b.sum_grad_v + sums, h.grad_v + at, h.out_row, [](int64_t, int64_t, T x) { return x; });
+    if (h.grad_v) write(keys, d, b.sum_grad_v + sums, h.grad_v + at, h.out_row, [&](int64_t, int64_t, T x) { return x * h.share; });
     if (h.grad_k) write(keys, d, b.sum_grad_k + sums, h.grad_k + at, h.out_row, [](int64_t, int64_t, T x) { return x; });
     if (h.rel_k)
       write(keys, d, b.sum_rel_k + sums, h.rel_k + at, h.out_row, [&](int64_t j, int64_t c, T x) {

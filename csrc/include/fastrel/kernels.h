@@ -19,6 +19,7 @@ struct AttentionHead {
   const bool* mask_keep;  // false: not attended to
   int64_t mask_row, mask_col;
   T scale;
+  T share;  // of the gradient, to each operand of A V and Q Kᵀ
   bool causal, official;
   int64_t query_start;  // position of the first query, for the causal mask
   Update update;
@@ -51,9 +52,10 @@ struct Kernels {
   // Residual add, official rules: a = u R ⊘ (u+v), b = v R ⊘ (u+v), and [Σa, Σb, ΣR] in double.
   void (*signed_share)(int64_t n, const T* u, const T* v, const T* rel, T* a, T* b, double* sums);
   void (*scale)(int64_t n, T factor, T* x);
-  // g through y = normalised(x) ⊙ weight, rows begin … end of `width`; x repeats every `value_rows` rows.
+  // g through y = normalised(x) ⊙ weight, rows begin … end of `width`; x repeats every `value_rows` rows. frozen: by a constant deviation.
   void (*layer_norm_backward)(
-      int64_t begin, int64_t end, int64_t width, int64_t value_rows, const T* grad, const T* x, const T* weight, T eps, T* out);
+      int64_t begin, int64_t end, int64_t width, int64_t value_rows, const T* grad, const T* x, const T* weight, T eps, bool frozen,
+      T* out);
   // mean over heads of the clamped product that `update` names, numbers begin … end of a map.
   void (*attention_update)(
       int64_t begin, int64_t end, int64_t heads, int64_t size, Update update, const T* attn, const T* grad, const T* rel,

@@ -86,7 +86,8 @@ __global__ void scale_kernel(
 
 // g through y = normalised(x) ⊙ weight, a block per lane row; x repeats every `rows` rows.
 template <class T>
-__global__ void layer_norm_backward_kernel(int64_t rows, int64_t width, const T* grad, const T* x, const T* weight, T eps, T* out) {
+__global__ void layer_norm_backward_kernel(
+    int64_t rows, int64_t width, const T* grad, const T* x, const T* weight, T eps, bool frozen, T* out) {
   const T *own = x + (blockIdx.x % rows) * width, *g = grad + blockIdx.x * width;
   T sum = 0;
   for (int64_t c = threadIdx.x; c < width; c += blockDim.x) sum += own[c];
@@ -100,7 +101,7 @@ __global__ void layer_norm_backward_kernel(int64_t rows, int64_t width, const T*
     sum_g += scaled;
     sum_gx += scaled * (own[c] - mean) * rstd;
   }
-  const T mean_g = block_sum(sum_g) / T(width), mean_gx = block_sum(sum_gx) / T(width);
+  const T mean_g = block_sum(sum_g) / T(width), mean_gx = frozen ? T(0) : block_sum(sum_gx) / T(width);
   for (int64_t c = threadIdx.x; c < width; c += blockDim.x) {
     const T scaled = weight ? g[c] * weight[c] : g[c];
     out[blockIdx.x * width + c] = rstd * (scaled - mean_g - (own[c] - mean) * rstd * mean_gx);

@@ -110,7 +110,7 @@ FASTREL_INLINE T sum_row(int64_t width, F f) {
   return rest;
 }
 
-template <class T, bool WEIGHTED>
+template <class T, bool WEIGHTED, bool FROZEN>
 void layer_norm_row(int64_t width, const T* __restrict g, const T* __restrict x, const T* __restrict w, T eps, T* __restrict out) {
   const auto scaled = [&](int64_t j) { return WEIGHTED ? g[j] * w[j] : g[j]; };
   const T mean = sum_row<T>(width, [&](int64_t j) { return x[j]; }) / T(width);
@@ -118,14 +118,20 @@ void layer_norm_row(int64_t width, const T* __restrict g, const T* __restrict x,
   // Squares that overflow would make the gradient 0, which looks like an answer.
   const T rstd = variance > std::numeric_limits<T>::max() ? std::numeric_limits<T>::quiet_NaN() : T(1) / std::sqrt(variance + eps);
   const T mean_g = sum_row<T>(width, scaled) / T(width);
+  if (FROZEN) {
+    for (int64_t j = 0; j < width; ++j) out[j] = rstd * (scaled(j) - mean_g);
+    return;
+  }
   const T mean_gx = sum_row<T>(width, [&](int64_t j) { return scaled(j) * (x[j] - mean) * rstd; }) / T(width);
   for (int64_t j = 0; j < width; ++j) out[j] = rstd * (scaled(j) - mean_g - (x[j] - mean) * rstd * mean_gx);
 }
 
 template <class T>
 void layer_norm_backward(
-    int64_t begin, int64_t end, int64_t width, int64_t value_rows, const T* grad, const T* x, const T* weight, T eps, T* out) {
-  const auto row = weight ? layer_norm_row<T, true> : layer_norm_row<T, false>;
+    int64_t begin, int64_t end, int64_t width, int64_t value_rows, const T* grad, const T* x, const T* weight, T eps, bool frozen,
+    T* out) {
+  const auto row = weight ? (frozen ? layer_norm_row<T, true, true> : layer_norm_row<T, true, false>)
+                          : (frozen ? layer_norm_row<T, false, true> : layer_norm_row<T, false, false>);
   for (int64_t i = begin; i < end; ++i) row(width, grad + i * width, x + (i % value_rows) * width, weight, eps, out + i * width);
 }
 
