@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrel import language, methods
+from fastrel import language
 from fastrel.engine import Call, Engine
 from fastrel.errors import InputError
 from fastrel.explanation import Explanation
@@ -40,14 +40,14 @@ class Explainer:
 
     Args:
         model: a module that returns class logits [B, C], or anything holding them (a Hugging Face output, a dict, a tuple).
-        method: one of `fastrel.methods.METHODS` by name, or a `fastrel.Method` of your own. Default: "transformer_attribution", and
-            "frozen_attribution" for what `next_token` and `continuation` ask.
+        method: one of `fastrel.methods.METHODS` by name, or a `fastrel.Method` of your own. Default: "frozen_attribution" by the
+            positive rules, the paper's own "transformer_attribution" by the others.
         rules: "positive" (default): eq. (5) in every layer. "official": the published code, whose maps depend on rounding.
             "original_lrp": the published code's baseline LRP, which doubles relevance in every linear layer.
         start_layer: first attention block of the chain, counted from the input; negative from the output. Default: the
-            method's own, 0 for transformer attribution.
+            method's own, 0 for the default.
         normalize_rollout: scale the rows of I + M to sum 1, as the published code does for BERT. Default: the method's own,
-            False for transformer attribution.
+            False for the default.
         precision: "float32": the model's own dtype throughout (16-bit models: lanes in float32). "mixed": matrix products
             of relevance and gradient in bfloat16, where the processor does that faster than float32. "low": those of
             relevance in int8, on a GPU in float8. Both need rules="positive"; the forward pass is the model's own.
@@ -90,7 +90,7 @@ class Explainer:
             raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self._model = model
         self._options = Options(
-            method_of(methods.DEFAULT if method is None else method),
+            None if method is None else method_of(method),
             rules,
             start_layer,
             normalize_rollout,
@@ -105,7 +105,6 @@ class Explainer:
         if not isinstance(checks, bool):
             raise InputError(f"checks must be True or False, not {checks!r}")
         self._engine = Engine(model, live, checks)
-        self._chosen = method is not None
 
     @property
     def model(self) -> nn.Module:
@@ -194,7 +193,7 @@ class Explainer:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Explanation:
-        """Why a causal language model continues each text as it does; by "frozen_attribution", unless a method was chosen.
+        """Why a causal language model continues each text as it does.
 
         Args:
             input_ids: token ids [B, T], padded on either side if there is a mask.
@@ -253,13 +252,11 @@ class Explainer:
         return replace(prediction.explain(language.token_scores(places, tokens, None)), target=tokens)
 
     def _of_text(self, ids: Tensor, **kwargs: Any) -> Prediction:
-        """The prediction of token ids, which are `input_ids` where the model has an input of that name, else its first; to be explained
-        by `methods.NEXT_TOKEN` where no method and no other rules were chosen."""
-        by = self if self._chosen or self.rules != "positive" else self.using(methods.NEXT_TOKEN)
+        """The prediction of token ids, which are `input_ids` where the model has an input of that name, else its first."""
         takes = inspect.signature(self._engine.model.forward).parameters.values()
         if any(one.name == "input_ids" or one.kind is one.VAR_KEYWORD for one in takes):
-            return by.predict(input_ids=ids, **kwargs)
-        return by.predict(ids, **kwargs)
+            return self.predict(input_ids=ids, **kwargs)
+        return self.predict(ids, **kwargs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Capture for inputs like these ahead of the first call, which then takes no longer than others.
@@ -366,7 +363,7 @@ class Explainer:
         one's captured graphs, which take seconds to make.
 
         Args:
-            method: a name, or a `fastrel.Method`; None keeps this one's.
+            method: a name, or a `fastrel.Method`; None keeps this one's, the default of the rules where none was chosen.
             changes: any of rules, start_layer, normalize_rollout, precision, backend, memory, output, grid. What is not named is
                 kept, also a start_layer that was chosen; None goes back to the method's own.
 
@@ -380,7 +377,7 @@ class Explainer:
         if method is not None:
             changes["base"] = method_of(method)
         other = object.__new__(type(self))
-        other._model, other._engine, other._chosen = self._model, self._engine, self._chosen or method is not None
+        other._model, other._engine = self._model, self._engine
         other._options = replace(self._options, **changes)
         return other
 
@@ -391,13 +388,11 @@ class Explainer:
             "options": self._options,
             "live": self._engine.live,
             "checks": self._engine.checks,
-            "chosen": self._chosen,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._model, self._options = state["model"], state["options"]
         self._engine = Engine(self._model, state["live"], state["checks"])
-        self._chosen = state["chosen"]
 
     def _predicted(
         self, call: Call, options: Options, grad: bool = False, kept: bool = False, checks: Checks | None = None

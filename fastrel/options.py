@@ -21,13 +21,14 @@ RULES: tuple[Rules, ...] = get_args(Rules)
 
 @dataclass(frozen=True)
 class Options:
-    """What `Explainer` takes, checked. `start_layer` and `normalize_rollout` are None where the method's own holds.
+    """What `Explainer` takes, checked. `start_layer` and `normalize_rollout` are None where the method's own holds, `base` where
+    the rules' own method does.
 
     Raises:
         InputError: an option that does not exist, or a backend that cannot run, with the reason.
     """
 
-    base: Method
+    base: Method | None = None
     rules: Rules = "positive"
     start_layer: int | None = None
     normalize_rollout: bool | None = None
@@ -57,10 +58,11 @@ class Options:
     @property
     def method(self) -> Method:
         """The method, with what was chosen in the place of its own."""
+        base = self.base or methods.default(self.rules)
         return replace(
-            self.base,
-            start_layer=self.base.start_layer if self.start_layer is None else self.start_layer,
-            normalize=self.base.normalize if self.normalize_rollout is None else self.normalize_rollout,
+            base,
+            start_layer=base.start_layer if self.start_layer is None else self.start_layer,
+            normalize=base.normalize if self.normalize_rollout is None else self.normalize_rollout,
         )
 
     @classmethod

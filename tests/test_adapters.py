@@ -39,7 +39,7 @@ def test_captum_takes_indices_further_inputs_and_tokens() -> None:
 
     model = made(lambda m, x, y: m.head(m.encoder(x) * y))  # [B, T, C]
     given, factor = ids(2, 7), torch.full((), 2.0, dtype=torch.float64)
-    relevance = Relevance(model, method="transformer_attribution")
+    relevance = Relevance(model, method="frozen_attribution")
     found = relevance.attribute(given, target=(3, 1), additional_forward_args=factor)
     expected = fastrel.Explainer(model)(given, factor, target=lambda out: out[:, 3, 1]).relevance
     torch.testing.assert_close(found, expected)
@@ -73,7 +73,7 @@ def test_quantus_scores_it(vit: tuple[Any, Tensor]) -> None:
 
     model, images = vit
     size = images.shape[-1]
-    explain = Explain(method="transformer_attribution")
+    explain = Explain(method="frozen_attribution")
     maps = explain(model=model, inputs=images.numpy(), targets=np.array([1, 2]), device="cpu")
     torch.testing.assert_close(
         torch.from_numpy(maps[:, 0]), fastrel.Explainer(model)(images, target=torch.tensor([1, 2])).heatmap()

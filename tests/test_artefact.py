@@ -143,7 +143,7 @@ def test_it_says_what_it_is(path: Path, vit: nn.Module) -> None:
     about = metadata.read(path)
     assert about.inputs == (metadata.Input("x", "float32", (None, 3, 32, 32), names=("n0", "", "", "")),)
     assert about.options == {
-        "method": "transformer_attribution",
+        "method": "frozen_attribution",
         "rules": "positive",
         "start_layer": 0,
         "normalize": False,

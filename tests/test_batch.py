@@ -261,10 +261,7 @@ def test_other_settings_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureF
     command = ["batch", str(folder), *VIT, "--out", out, "--workers", "0"]
     assert main(command) == 0
     assert main([*command, "--method", "rollout"]) == 2
-    assert (
-        "holds results made with {'method': 'transformer_attribution'}, not {'method': 'rollout'}"
-        in capsys.readouterr().err
-    )
+    assert "holds results made with {'method': 'frozen_attribution'}, not {'method': 'rollout'}" in capsys.readouterr().err
     assert main([*command, "--batch-size", "1"]) == 0
 
 

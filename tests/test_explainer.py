@@ -255,7 +255,7 @@ def test_inputs_that_do_not_fit(explainer: fastrel.Explainer, images: Tensor) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "saliency"}, "unknown method 'saliency'; choose one of transformer_attribution"),
+        ({"method": "saliency"}, "unknown method 'saliency'; choose one of frozen_attribution"),
         ({"rules": "both"}, "unknown rules 'both'"),
         ({"backend": "tpu"}, "unknown backend 'tpu'"),
         ({"backend": "cuda"}, "backend 'cuda' cannot run: "),

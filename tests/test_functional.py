@@ -71,7 +71,7 @@ def _add_of(rules: str, u: Tensor, v: Tensor, rel: Tensor) -> Any:
 
 def _attention_of(rules: str, *args: Tensor) -> Any:
     q, k, v, rel, grad, row = args
-    options = (0.5, False, 0, rules, "gradient_relevance", True, True)
+    options = (0.5, False, 0, rules, "gradient_relevance", True, True, rules == "positive")
     return tuple(x for x in ops.attention_relevance(q, k, v, None, rel, grad, row, *options) if x.numel())
 
 
@@ -94,7 +94,9 @@ def test_gradients_through_the_fused_operators() -> None:
         check(add, positive(2, 6), positive(2, 6), positive(1, 2, 6))
         lanes = (positive(1, 1, 2, 3, 4), leaf(1, 1, 2, 3, 4), positive(1, 1, 3))
         check(functools.partial(_attention_of, rules), *(positive(1, 2, 3, 4) for _ in range(3)), *lanes)
-    check(lambda g, x, w: ops.layer_norm_backward(g, x, w, 1, 1e-5), leaf(1, 2, 3, 4), leaf(2, 3, 4), leaf(4))
+    for frozen in (False, True):
+        norm = functools.partial(ops.layer_norm_backward, dims=1, eps=1e-5, frozen=frozen)
+        check(norm, leaf(1, 2, 3, 4), leaf(2, 3, 4), leaf(4))
     check(lambda g, r: ops.attention_update(None, g, r, "gradient_relevance"), leaf(1, 2, 3, 4, 4), positive(1, 2, 3, 4, 4))
     check(lambda row, m: ops.rollout_row(row, m, True), positive(1, 2, 3), positive(1, 2, 3, 3))
 

@@ -113,7 +113,7 @@ def test_attention_relevance(dtype: torch.dtype, rules: str, queries: int, keys:
     rel, grad = (f(2, 2, queries, 3, d, dtype=dtype).transpose(2, 3) for f in (torch.rand, torch.randn))
     row = torch.rand(2, 2, queries, dtype=dtype)
     for inputs, normalize in itertools.product((True, False), repeat=2):
-        options = (d**-0.5, mask == "causal", 0, rules, "gradient_relevance", normalize, inputs)
+        options = (d**-0.5, mask == "causal", 0, rules, "gradient_relevance", normalize, inputs, keys % 2 == 1)
         compare(ops.attention_relevance, q, k, v, given, rel, grad, row, *options)
 
 
@@ -141,8 +141,9 @@ def test_attention_over_some_queries_is_that_part_of_all() -> None:
 @pytest.mark.parametrize("width", [3, 5, 63, 768])
 def test_layer_norm_backward(dtype: torch.dtype, width: int) -> None:
     x, weight, grad = (torch.randn(*s, dtype=dtype) for s in ((2, 9, width), (width,), (3, 2, 9, width)))
-    compare(ops.layer_norm_backward, grad, x, weight, 1, 1e-5)
-    compare(ops.layer_norm_backward, grad, x, None, 1, 1e-5)
+    for frozen in (False, True):
+        compare(ops.layer_norm_backward, grad, x, weight, 1, 1e-5, frozen)
+        compare(ops.layer_norm_backward, grad, x, None, 1, 1e-5, frozen)
 
 
 @pytest.mark.parametrize("update", ["gradient_relevance", "gradient_attention", "relevance", "attention"])

@@ -496,7 +496,8 @@ def test_options_are_frozen_and_using_keeps_what_it_is_not_told_to_change() -> N
     other = explainer.using("rollout")
     assert (other.method.name, other.rules, other.method.start_layer, other.memory) == ("rollout", "official", -1, "low")
     assert other.backend == "torch"
-    assert explainer.using(rules="positive").method.name == "transformer_attribution"
+    assert explainer.method.name == "transformer_attribution"
+    assert explainer.using(rules="positive").method.name == "frozen_attribution"
     assert explainer.using(start_layer=None).method.start_layer == 0
     with pytest.raises(fastrel.InputError, match="unknown option 'layer'"):
         explainer.using(layer=3)

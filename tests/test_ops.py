@@ -9,6 +9,8 @@ from torch import Tensor
 import fastrel
 from fastrel import demo, ops
 from fastrel.ops.library import CPU_KERNELS, REFERENCES
+from fastrel.ops.steps import gelu_ratio
+from fastrel.reference import gradients
 from fastrel.reference import rules as R
 from tests import golden_files as golden
 from tests import models
@@ -55,8 +57,8 @@ def test_attention_relevance(rules: R.Rules, mask: str) -> None:
     q, k, v = random(2, 3, 5, 4), random(2, 3, 7, 4), random(2, 3, 7, 4)
     given = {"none": None, "causal": None, "bool": torch.rand(2, 1, 5, 7) > 0.3, "float": random(2, 1, 5, 7)}[mask]
     rel, grad, row = random(2, 2, 3, 5, 4).abs(), random(2, 2, 3, 5, 4), random(2, 2, 5)
-    for inputs in (True, False):
-        options = (0.5, mask == "causal", 0, rules, "gradient_relevance", True, inputs)
+    for inputs, halves in ((True, False), (True, True), (False, False)):
+        options = (0.5, mask == "causal", 0, rules, "gradient_relevance", True, inputs, halves)
         check(ops.attention_relevance, q, k, v, given, rel, grad, row, *options)
     *_, kept, through = ops.attention_relevance(q, k, v, given, rel, grad, row, *options)
     some = ops.attention_relevance(
@@ -88,6 +90,22 @@ def test_layer_norm_backward() -> None:
     with torch.no_grad():
         assert golden.relative_error(ops.layer_norm_backward(grad, x, weight, 1, 1e-5), expected) < 1e-12
         check(ops.layer_norm_backward, grad, x.detach(), weight, 1, 1e-5)
+        check(ops.layer_norm_backward, grad, x.detach(), weight, 1, 1e-5, True)
+
+
+def test_layer_norm_backward_by_a_constant_deviation() -> None:
+    x, weight, grad = random(2, 5, 8).requires_grad_(), random(8), random(3, 2, 5, 8)
+    y = gradients.layer_norm(x, weight, None, 1e-5)
+    expected = torch.stack([torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in grad])
+    assert golden.relative_error(ops.layer_norm_backward(grad, x.detach(), weight, 1, 1e-5, True), expected) < 1e-12
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_gradient_by_the_ratio_of_gelu(approximate: str) -> None:
+    x, grad = random(5, 8), random(3, 5, 8)
+    y = torch.nn.functional.gelu(x, approximate=approximate)
+    assert golden.relative_error(gelu_ratio(grad, x, approximate), grad * (y / x)) < 1e-12
+    assert torch.equal(gelu_ratio(grad, torch.zeros(5, 8, dtype=torch.float64), approximate), grad * 0.5)
 
 
 def test_nothing_is_divided_by_zero() -> None:

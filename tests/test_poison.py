@@ -152,6 +152,7 @@ def test_layer_norm_backward(dtype: torch.dtype) -> None:
     x, weight, grad = (torch.randn(*s, dtype=dtype) for s in ((3, 19), (19,), (2, 3, 19)))
     check(ops.layer_norm_backward, grad, x, weight, 1, 1e-5)
     check(ops.layer_norm_backward, grad, x, None, 1, 1e-5)
+    check(ops.layer_norm_backward, grad, x, weight, 1, 1e-5, True)
 
 
 def test_layer_norm_backward_of_huge_activations_is_exact_or_not_finite() -> None:

@@ -147,7 +147,7 @@ def test_home_made_language_models_are_asked_like_others(gpt2: nn.Module) -> Non
     torch.testing.assert_close(found.relevance, theirs.continuation(ids, torch.tensor([[4, 5], [6, 7]])).relevance)
 
 
-def test_next_tokens_are_explained_with_norms_frozen_unless_a_method_is_chosen(gpt2: nn.Module) -> None:
+def test_the_default_is_frozen_attribution_and_the_papers_method_by_other_rules(gpt2: nn.Module) -> None:
     ids = torch.randint(3, 50, (2, 6))
     plain, frozen, chosen = (
         fastrel.Explainer(gpt2, method) for method in (None, "frozen_attribution", "transformer_attribution")
@@ -159,7 +159,9 @@ def test_next_tokens_are_explained_with_norms_frozen_unless_a_method_is_chosen(g
     assert torch.equal(again.next_token(ids, token=4).relevance, found[plain])
     by_target = chosen(input_ids=ids, target=lambda out: out.logits[:, -1, 4]).relevance
     torch.testing.assert_close(plain.using("transformer_attribution").next_token(ids, token=4).relevance, by_target)
-    torch.testing.assert_close(plain(input_ids=ids, target=lambda out: out.logits[:, -1, 4]).relevance, by_target)
+    assert torch.equal(plain(input_ids=ids, target=lambda out: out.logits[:, -1, 4]).relevance, found[plain])
+    assert plain.using(rules="official").method == chosen.method
+    assert frozen.using(rules="official").method == frozen.method
 
 
 def test_the_next_token_is_explained(gpt2: nn.Module) -> None:

@@ -205,7 +205,7 @@ def test_overlays_and_arrow_by_accept(server: Server, artefact: fastrel.Artefact
         (b'{"image": 5}', "", {"Content_Type": "application/json"}, 400, "'image': 'int'"),
         (b'{"image": ""}', "", {}, 400, "Content-Type: application/json"),
         (b"--x", "", {"Content_Type": "multipart/form-data; boundary=x"}, 400, "--data-binary"),
-        (None, "?method=rollout", {}, 422, "'rollout' is not served; there are transformer_attribution"),
+        (None, "?method=rollout", {}, 422, "'rollout' is not served; there are frozen_attribution"),
         (None, "?target=--5", {}, 422, "'--5'"),
         (None, "?target=%C2%B2", {}, 422, "'²'"),
         (None, "?target=" + 5000 * "9", {}, 422, "999"),
@@ -335,10 +335,10 @@ def test_one_batch_holds_requests_for_several_methods(artefact: fastrel.Artefact
     for x, answer, one in zip(images, answers, (artefact, other, artefact), strict=True):
         np.testing.assert_allclose(answer.arrays["map"], one(x[None], target=[[2]]).patches[0], rtol=1e-4, atol=1e-7)
     assert [*Front(Service(str(artefact.path), beside=(str(other.path),))).methods] == [
-        "transformer_attribution",
+        "frozen_attribution",
         "gradient_attention",
     ]
-    with pytest.raises(InputError, match="by 'transformer_attribution, positive'; one of them is enough"):
+    with pytest.raises(InputError, match="by 'frozen_attribution, positive'; one of them is enough"):
         Front(Service(str(artefact.path), beside=(str(artefact.path),)))
     changed = tiny.vit()
     torch.nn.init.ones_(changed.head.weight)

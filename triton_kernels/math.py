@@ -98,8 +98,8 @@ def update_of(attn, grad, rel, UPDATE: tl.constexpr):
         return attn
 
 
-#: What a gradient is multiplied by on its way through gelu, by the name that gelu has for its form, and whether AttnLRP's rule is taken:
-#: numbers for kernels.
+#: What a gradient is multiplied by on its way through gelu, as numbers for kernels: by gelu's own name for its form, and whether
+#: AttnLRP's rule is taken.
 GELU_SLOPES = {("none", False): 1, ("tanh", False): 2, ("none", True): 3, ("tanh", True): 4}
 
 

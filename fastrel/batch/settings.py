@@ -25,7 +25,7 @@ _PLACE = frozenset({"device", "backend", "batch_size", "memory"})
 class Settings:
     """A model as `fastrel.models.load` takes it, a method as `Explainer` takes it, and the targets.
 
-    method: None is the default of `Explainer`, of language models that for next tokens.
+    method: None is the default of `Explainer`.
     target: class numbers or names, or one word such as "top3": that many of the highest classes; None: the highest one.
     """
 
@@ -69,16 +69,16 @@ class Settings:
             )
         return loaded
 
-    def method_for(self, loaded: Loaded) -> str:
+    @property
+    def method_name(self) -> str:
         """The name of the method."""
-        next_token = loaded.kind == "causal" and self.rules == "positive"
-        return self.method or (methods.NEXT_TOKEN if next_token else methods.DEFAULT)
+        return self.method or methods.default(self.rules).name
 
     def explainer(self, loaded: Loaded) -> Explainer:
         """Its explainer."""
         return Explainer(
             loaded.model,
-            self.method_for(loaded),
+            self.method_name,
             rules=self.rules,
             start_layer=self.start_layer,
             normalize_rollout=self.normalize_rollout,
@@ -90,7 +90,7 @@ class Settings:
     def describe(self, loaded: Loaded) -> dict[str, Any]:
         """What the numbers depend on, as JSON: runs that differ in it must not be mixed."""
         own = {name: value for name, value in asdict(self).items() if name not in _PLACE}
-        own["method"] = self.method_for(loaded)
+        own["method"] = self.method_name
         own["target"] = None if self.target is None else list(self.target)
         return own | {"kind": loaded.kind, "reader": loaded.reader.describe(), "sha256": loaded.fingerprint()}
 

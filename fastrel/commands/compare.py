@@ -21,7 +21,7 @@ EPILOG = """\
 example:
   fastrel compare cat-and-dog.jpg --model vit_base_patch16_224 --target 281 207 --out compare.png
 """
-DEFAULT = ("transformer_attribution", "attention_gradcam", "partial_lrp", "rollout", "raw_attention")
+DEFAULT = ("frozen_attribution", "transformer_attribution", "attention_gradcam", "partial_lrp", "rollout", "raw_attention")
 _SHOWN_SIZE = 224
 
 

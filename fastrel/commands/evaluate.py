@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fastrel import data
+from fastrel import data, methods
 from fastrel.commands import options as shared
 from fastrel.data import files
 from fastrel.errors import InputError
@@ -27,7 +27,7 @@ A run that was interrupted goes on where it was when the same command is given a
 that returns the model (for texts: the model and its tokenizer).
 
 examples:
-  fastrel evaluate --data mosaics --methods transformer_attribution rollout --metric pointing segmentation --out results
+  fastrel evaluate --data mosaics --methods frozen_attribution rollout --metric pointing segmentation --out results
   fastrel evaluate --data images:photos --model vit_base_patch16_224 --metric perturbation --limit 500 --out results
   fastrel evaluate --data imagenet-seg:gtsegs_ijcv.mat --model vit_base_patch16_224 --metric segmentation --out results
   fastrel evaluate --data eraser:movies/val.jsonl --model ./my-bert --metric rationale faithfulness --out results
@@ -41,9 +41,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=["transformer_attribution"],
         metavar="METHOD",
-        help="the first is compared with the others",
+        help="default: the rules' own; the first is compared with the others",
     )
     parser.add_argument("--rules", nargs="+", default=["positive"], choices=RULES, help="default: positive")
     parser.add_argument(
@@ -53,10 +52,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=[*scorers.IMAGE_SCORERS, *scorers.TEXT_SCORERS],
         help=f"pictures: {', '.join(scorers.IMAGE_SCORERS)}; texts: {', '.join(scorers.TEXT_SCORERS)}",
     )
-    parser.add_argument("--start-layer", type=int, metavar="N", help="of transformer attribution (default: 0)")
-    parser.add_argument(
-        "--normalize", action="store_true", default=None, help="of transformer attribution, as BERT code does"
-    )
+    parser.add_argument("--start-layer", type=int, metavar="N", help="of methods that chain eq. (13) (default: 0)")
+    parser.add_argument("--normalize", action="store_true", default=None, help="of the same, as BERT code does")
     parser.add_argument("--limit", type=int, metavar="N", help="a random N of the items")
     parser.add_argument("--seed", type=int, default=0, help="which ones (default: %(default)s)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for scores, tables and plots")
@@ -66,7 +63,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score, write scores.csv, results.csv, results.md and the plots; 1 if some items could not be scored."""
-    chosen_methods = configurations(options.methods, options.rules, options.start_layer, options.normalize)
+    names = options.methods or [methods.default(options.rules[0]).name]
+    chosen_methods = configurations(names, options.rules, options.start_layer, options.normalize)
     settings = shared.settings(options, rules="positive", start_layer=None, normalize_rollout=None)
     if not options.model and options.data.partition(":")[0] in ("eraser", "sst"):
         raise InputError("evaluating on texts needs --model, a Hugging Face name or folder, or MODULE:FUNCTION")

@@ -72,7 +72,7 @@ def method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         choices=list(methods.METHODS),
-        help=f"default: {methods.DEFAULT}, of language models {methods.NEXT_TOKEN}",
+        help=f"default: {methods.default('positive').name}, by other rules {methods.default('official').name}",
     )
     group.add_argument("--rules", default="positive", choices=RULES, help="default: %(default)s")
     group.add_argument(

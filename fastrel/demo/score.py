@@ -8,7 +8,7 @@ from torch import nn
 from fastrel.demo import held_out, to_input
 from fastrel.explainer import Explainer
 
-METHODS = ("transformer_attribution", "rollout", "raw_attention")
+METHODS = ("frozen_attribution", "transformer_attribution", "rollout", "raw_attention")
 
 
 class Score(NamedTuple):

@@ -14,6 +14,7 @@ from fastrel.evaluation import scorers
 from fastrel.evaluation.store import Score, Store
 from fastrel.evaluation.subjects import ImageSubject, TextSubject
 from fastrel.explainer import Explainer
+from fastrel.transform.method import Chain
 
 Failures = dict[str, str]
 
@@ -39,7 +40,7 @@ class Configuration:
 def configurations(
     names: Sequence[str], rules: Sequence[str], start_layer: int | None = None, normalize: bool | None = None
 ) -> list[Configuration]:
-    """Every method, once per rule set where its relevance depends on one. Options apply to transformer attribution alone.
+    """Every method, once per rule set where its relevance depends on one. Options apply to those that chain eq. (13) alone.
 
     Raises:
         InputError: an unknown method.
@@ -47,7 +48,7 @@ def configurations(
     found = []
     for name in names:
         method = methods.get(name)
-        own = (start_layer, normalize) if name == "transformer_attribution" else (None, None)
+        own = (start_layer, normalize) if method.reading == Chain("gradient_relevance") else (None, None)
         for chosen in rules if method.needs_relevance else rules[:1]:
             found.append(Configuration(f"{name}, {chosen}" if method.needs_relevance else name, name, chosen, *own))
     return found

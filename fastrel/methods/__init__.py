@@ -5,9 +5,10 @@ from __future__ import annotations
 from fastrel.errors import InputError
 from fastrel.methods.all_maps import alti, attcat, attention_guided_cam, legrad
 from fastrel.methods.attention_flow import attention_flow
+from fastrel.reference.rules import Rules
 from fastrel.transform.method import AllMaps, Chain, LaneSum, Method, PathIntegral
 
-__all__ = ["DEFAULT", "METHODS", "NEXT_TOKEN", "AllMaps", "Chain", "LaneSum", "Method", "PathIntegral", "get"]
+__all__ = ["METHODS", "AllMaps", "Chain", "LaneSum", "Method", "PathIntegral", "default", "get"]
 
 _CHEFER = "Chefer, Gur and Wolf, CVPR 2021"
 
@@ -15,15 +16,8 @@ METHODS = {
     method.name: method
     for method in (
         Method(
-            "transformer_attribution",
-            "gradient times relevance of every attention map, positive part, averaged over heads, chained",
-            f"{_CHEFER}, eqs. (13) and (14)",
-            cost="5",
-            reading=Chain("gradient_relevance"),
-        ),
-        Method(
             "frozen_attribution",
-            "the same by AttnLRP's gradient, which takes norms as constants, pooled tokens read by it too; the default for next tokens",
+            "transformer_attribution by AttnLRP's gradient, which takes norms as constants, pooled tokens read by it too; the default",
             "fastrel, docs/numerics.md",
             cost="5",
             reading=Chain("gradient_relevance"),
@@ -31,8 +25,15 @@ METHODS = {
             evidence=True,
         ),
         Method(
+            "transformer_attribution",
+            "gradient times relevance of every attention map, positive part, averaged over heads, chained; the paper's",
+            f"{_CHEFER}, eqs. (13) and (14)",
+            cost="5",
+            reading=Chain("gradient_relevance"),
+        ),
+        Method(
             "relevance_per_attention",
-            "the same, each token's divided by the attention that it receives",
+            "frozen_attribution, each token's divided by the attention that it receives",
             "fastrel, docs/evaluation.md",
             cost="5",
             reading=Chain("gradient_relevance"),
@@ -168,9 +169,9 @@ METHODS = {
 }
 
 
-#: What explains where nobody says how, and what explains the next tokens of language models then: `frozen_attribution` finds the
-#: evidence there where the default, whose gradient passes through their norms, misses it (docs/numerics.md).
-DEFAULT, NEXT_TOKEN = "transformer_attribution", "frozen_attribution"
+def default(rules: Rules) -> Method:
+    """What explains where nobody says how: `frozen_attribution`, and the paper's method by the rules that the paper's code has."""
+    return METHODS["frozen_attribution" if rules == "positive" else "transformer_attribution"]
 
 
 def get(name: str) -> Method:

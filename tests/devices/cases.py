@@ -53,7 +53,8 @@ def compare(
 
 
 def attention(dtype: torch.dtype, rules: str, queries: int, keys: int, d: int, mask: str) -> Iterator[tuple[Any, ...]]:
-    """Arguments of attention_relevance, with and without lanes for the inputs and rows scaled to sum 1."""
+    """Arguments of attention_relevance, with and without lanes for the inputs and rows scaled to sum 1; halves of the gradient where
+    the number of keys is odd."""
     lane_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     # Under official, denominators are signed sums: positive operands keep them from zero, where all digits are rounding.
     draw = torch.rand if rules == "official" else torch.randn
@@ -68,4 +69,5 @@ def attention(dtype: torch.dtype, rules: str, queries: int, keys: int, d: int, m
     row = torch.rand(2, 2, queries, dtype=lane_dtype)
     for inputs, normalize in ((True, False), (False, True)):
         options = (d**-0.5, mask == "causal", max(0, keys - queries), rules, "gradient_relevance", normalize, inputs)
+        options = (*options, keys % 2 == 1)
         yield q, k, v, given, rel, grad, row, *options

@@ -41,8 +41,7 @@ def lowered(
     dtype = lane_dtype(captured.outputs[logits].meta["val"].dtype)
     kept = device if kept_as_on is None else torch.device(kept_as_on)
     products = precision_.products(precision, rules, dtype, device, "triton")
-    method = methods.get("transformer_attribution")
-    program = transform(captured, method, rules=rules, leaves=(logits,), products=products, device=kept)
+    program = transform(captured, methods.default(rules), rules=rules, leaves=(logits,), products=products, device=kept)
     backends.lower(program.reverse, "triton", device, program.dtype)
     values = captured.parameters(model)
     assert values is not None

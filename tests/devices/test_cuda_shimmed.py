@@ -118,8 +118,9 @@ def test_residual_add_over_several_chunks() -> None:
 @pytest.mark.parametrize("width", [3, 63, 300])
 def test_layer_norm_backward(dtype: torch.dtype, width: int) -> None:
     x, weight, grad = (torch.randn(*s, dtype=dtype) for s in ((2, 4, width), (width,), (3, 2, 4, width)))
-    compare(ops.layer_norm_backward, grad, x, weight, 1, 1e-5)
-    compare(ops.layer_norm_backward, grad, x, None, 1, 1e-5)
+    for frozen in (False, True):
+        compare(ops.layer_norm_backward, grad, x, weight, 1, 1e-5, frozen)
+        compare(ops.layer_norm_backward, grad, x, None, 1, 1e-5, frozen)
 
 
 @pytest.mark.parametrize("update", cases.UPDATES)

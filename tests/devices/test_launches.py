@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not launched", allow_module_level=True)
 
 import triton.language as tl
-from fastrel.triton_kernels import configs, layer_norm_backward, zplus_sums
+from fastrel.triton_kernels import configs, gelu, layer_norm_backward, zplus_sums
 
 import fastrel
 from benchmarks import roofline
@@ -99,9 +99,12 @@ def fused(n: int, dtype: torch.dtype) -> None:
     for z in zplus_sums.zplus_sums(*(value, part, value, None) * 4, reduced=False):
         linear_(value, part, value, None, lane, lane, "positive", sums=z, formed=True, slope=value, divisor=z)
         linear_(value, part, value, None, lane, on_gpu(1, n, 5, 192), "positive", sums=z, w_grad=wide)
+    gelu.through_gelu(lane, value)
     q, row, options = on_gpu(n, 2, 5, 32, dtype=dtype), on_gpu(1, n, 5), (0.125, False, 0, "positive", "gradient_relevance")
     of_heads = on_gpu(1, n, 2, 5, 32)
-    through = kernels[ops.attention_relevance](q, q, q, None, of_heads, of_heads, row, *options, False, True, parts=True)[7]
+    through = kernels[ops.attention_relevance](
+        q, q, q, None, of_heads, of_heads, row, *options, False, True, True, parts=True
+    )[7]
     half_block = layer_norm_backward.half_block
     half_block(lane, value, None, 1, 1e-5, lane, value, value, lane, lane, through, row, on_gpu(5 * n, 64))
 

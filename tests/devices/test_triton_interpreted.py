@@ -32,6 +32,7 @@ from fastrel import ops
 from fastrel.backends import fusion, triton
 from fastrel.graphed import run
 from fastrel.ops.library import REFERENCES
+from fastrel.ops.steps import gelu_backward, gelu_ratio
 from fastrel.reference.rules import safe_divide
 from tests import golden_files as golden
 from tests import models
@@ -245,27 +246,22 @@ def test_residual_add_over_several_chunks(guards: Guards) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_a_gradient_goes_on_through_the_gelu_before_the_layer(dtype: torch.dtype, approximate: str) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_goes_on_through_the_gelu_before_the_layer(dtype: torch.dtype, approximate: str, frozen: bool) -> None:
     """Also where torch multiplies, and the last rows of a longer value."""
     h, weight = torch.randn(2, 7, 20).to(dtype)[:, 2:], torch.randn(13, 20).to(dtype)
     x = torch.nn.functional.gelu(h, approximate=approximate)
     rel, grad = torch.rand(3, 2, 5, 13), torch.randn(3, 2, 5, 13)
-    ours = triton.kernels()[ops.zplus_linear](
-        x, weight, None, None, rel, grad, "positive", slope=h, approximate=approximate
-    )
-    leaf = h.double().requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(torch.nn.functional.gelu(leaf, approximate=approximate).sum(), leaf)
-    wanted = (grad.double() @ weight.double()) * slope
+    how = {"slope": h, "approximate": approximate, "frozen": frozen}
+    ours = triton.kernels()[ops.zplus_linear](x, weight, None, None, rel, grad, "positive", **how)
+    wanted = (gelu_ratio if frozen else gelu_backward)(grad.double() @ weight.double(), h.double(), approximate)
     assert golden.relative_error(ours[1].double(), wanted) < 5e-6
     for parts in (1, 2):
         values = (x.bfloat16(), weight.bfloat16())
-        made = zplus_linear.zplus_linear(*values, None, None, rel, grad, "positive", slope=h, approximate=approximate)
+        made = zplus_linear.zplus_linear(*values, None, None, rel, grad, "positive", **how)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(configs, "products_first", lambda rows, weight: True)
-            by_torch = zplus_linear.zplus_linear(
-                *values, None, None, rel, grad, "positive", slope=h, approximate=approximate
-            )
+            by_torch = zplus_linear.zplus_linear(*values, None, None, rel, grad, "positive", **how)
         for a, b in zip(made, by_torch, strict=True):
             assert golden.relative_error(a, b.double()) < 1e-4, parts
 
@@ -337,8 +333,9 @@ def test_layers_that_do_not_go_together_are_summed_by_themselves(monkeypatch: py
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("extra", ["nothing", "lanes", "lanes and row"])
-def test_a_half_block_is_its_parts(guards: Guards, dtype: torch.dtype, extra: str) -> None:  # noqa: F811
+def test_a_half_block_is_its_parts(guards: Guards, dtype: torch.dtype, extra: str, frozen: bool) -> None:  # noqa: F811
     """Norm, residual add and the row's step, to the bit what they are by themselves."""
     x, u, v = (torch.randn(2, 9, 63).to(dtype) for _ in range(3))
     weight, (grad, rel, grad_beside, rel_beside) = torch.randn(63).to(dtype), torch.randn(4, 3, 2, 9, 63)
@@ -349,9 +346,19 @@ def test_a_half_block_is_its_parts(guards: Guards, dtype: torch.dtype, extra: st
         steps["divisor"] = torch.rand(2, 9, 63)
     given = [guards.around(one) for one in (grad, x, weight)]
     ours = layer_norm_backward.half_block(
-        *given, 1, 1e-5, besides[0], guards.around(u), guards.around(v), guards.around(rel), besides[1], **steps
+        *given,
+        1,
+        1e-5,
+        besides[0],
+        guards.around(u),
+        guards.around(v),
+        guards.around(rel),
+        besides[1],
+        frozen=frozen,
+        **steps,
     )
-    assert torch.equal(ours[0], layer_norm_backward.layer_norm_backward_beside(grad, x, weight, 1, 1e-5, besides[0]))
+    norm = layer_norm_backward.layer_norm_backward_beside(grad, x, weight, 1, 1e-5, besides[0], frozen)
+    assert torch.equal(ours[0], norm)
     rel_u, rel_v = residual_add.residual_add_of_sum(u, v, rel, besides[1])
     assert torch.equal(ours[1], rel_u)
     assert torch.equal(ours[2], rel_v if extra == "nothing" else safe_divide(rel_v, steps["divisor"]))
@@ -389,8 +396,9 @@ def test_fused_passes_change_no_map(name: str) -> None:
 @pytest.mark.parametrize("width", [3, 63, 768])
 def test_layer_norm_backward(guards: Guards, dtype: torch.dtype, width: int) -> None:  # noqa: F811
     x, weight, grad = torch.randn(2, 9, width).to(dtype), torch.randn(width).to(dtype), torch.randn(3, 2, 9, width)
-    compare(guards, ops.layer_norm_backward, grad, x, weight, 1, 1e-5)
-    compare(guards, ops.layer_norm_backward, grad, x, None, 1, 1e-5)
+    for frozen in (False, True):
+        compare(guards, ops.layer_norm_backward, grad, x, weight, 1, 1e-5, frozen)
+        compare(guards, ops.layer_norm_backward, grad, x, None, 1, 1e-5, frozen)
 
 
 @pytest.mark.parametrize("update", UPDATES)

@@ -7,19 +7,21 @@ that are not multiples of 16 bytes: Triton compiles other loads for the latter.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from fastrel.triton_kernels import configs, layer_norm_backward, zplus_sums
+from fastrel.triton_kernels import configs, gelu, layer_norm_backward, zplus_sums
 from fastrel.triton_kernels.residual_add import residual_add_of_sum
 from torch import Tensor
 
 from fastrel import ops
 from fastrel.backends import triton
 from fastrel.ops.library import REFERENCES
+from fastrel.ops.steps import gelu_backward, gelu_ratio
 from fastrel.reference.rules import safe_divide
 from tests import golden_files as golden
 from tests.devices import arithmetic, cases
@@ -124,9 +126,15 @@ def _residual_of_sum() -> None:
         assert golden.relative_error(mine.double(), wanted) < 5e-6
 
 
-def _norm(width: int, dtype: torch.dtype, weighted: bool = True) -> None:
+def _norm(width: int, dtype: torch.dtype, weighted: bool = True, frozen: bool = False) -> None:
     x, weight, grad = torch.randn(2, 3, width).to(dtype), torch.randn(width).to(dtype), torch.randn(3, 2, 3, width)
-    compare(ops.layer_norm_backward, grad, x, weight if weighted else None, 1, 1e-5)
+    compare(ops.layer_norm_backward, grad, x, weight if weighted else None, 1, 1e-5, frozen)
+
+
+def _gelu(dtype: torch.dtype, approximate: str, frozen: bool) -> None:
+    x, grad = torch.randn(3, 171).to(dtype), torch.randn(2, 3, 171)
+    exact = (gelu_ratio if frozen else gelu_backward)(grad.double(), x.double(), approximate)
+    assert golden.relative_error(gelu.through_gelu(grad, x, approximate, frozen).double(), exact) < 5e-6
 
 
 def _update(update: str, sizes: tuple[int, int]) -> None:
@@ -162,16 +170,15 @@ def _unaligned_linear() -> None:
     compare(ops.zplus_linear, _unaligned(x), _unaligned(weight), None, None, _unaligned(rel), rel - 0.5, "positive")
 
 
-def _slope(dtype: torch.dtype, approximate: str) -> None:
+def _slope(dtype: torch.dtype, approximate: str, frozen: bool) -> None:
     """The gradient goes on through the gelu before the layer."""
     h, weight = torch.randn(2, 5, 70).to(dtype), torch.randn(33, 70).to(dtype)
     rel, grad = torch.rand(2, 2, 5, 33), torch.randn(2, 2, 5, 33)
     x = torch.nn.functional.gelu(h, approximate=approximate)
-    options = {"slope": h, "approximate": approximate}
+    options = {"slope": h, "approximate": approximate, "frozen": frozen}
     _, ours = triton.kernels()[ops.zplus_linear](x, weight, None, None, rel, grad, "positive", **options)
-    leaf = h.double().requires_grad_()
-    (slope,) = torch.autograd.grad(torch.nn.functional.gelu(leaf, approximate=approximate).sum(), leaf)
-    assert golden.relative_error(ours.double(), grad.double() @ weight.double() * slope) < 5e-6
+    exact = (gelu_ratio if frozen else gelu_backward)(grad.double() @ weight.double(), h.double(), approximate)
+    assert golden.relative_error(ours.double(), exact) < 5e-6
 
 
 def _block(dtype: torch.dtype, purpose: Any = None) -> None:
@@ -209,7 +216,7 @@ def _block(dtype: torch.dtype, purpose: Any = None) -> None:
             assert torch.equal(ours[1], alone[1])
 
 
-def _half_block(dtype: torch.dtype, width: int) -> None:
+def _half_block(dtype: torch.dtype, width: int, frozen: bool = False) -> None:
     """Norm, residual add and the row's step of one value in one launch: the same numbers as in launches of their own."""
     x, u, v = (torch.randn(2, 5, width).to(dtype) for _ in range(3))
     weight, (grad, rel, grad_beside, rel_beside) = torch.randn(width).to(dtype), torch.randn(4, 3, 2, 5, width)
@@ -217,8 +224,8 @@ def _half_block(dtype: torch.dtype, width: int) -> None:
     z = torch.rand(2, 5, width)
     for steps in ((None, None, z), (through, row, z)):
         values = (grad, x, weight, 1, 1e-5, grad_beside)
-        ours = layer_norm_backward.half_block(*values, u, v, rel, rel_beside, *steps)
-        assert torch.equal(ours[0], layer_norm_backward.layer_norm_backward_beside(*values))
+        ours = layer_norm_backward.half_block(*values, u, v, rel, rel_beside, *steps, frozen=frozen)
+        assert torch.equal(ours[0], layer_norm_backward.layer_norm_backward_beside(*values, frozen))
         rel_u, rel_v = residual_add_of_sum(u, v, rel, rel_beside)
         assert torch.equal(ours[1], rel_u)
         assert torch.equal(ours[2], safe_divide(rel_v, z))
@@ -263,8 +270,11 @@ def linears() -> Iterator[tuple[str, Call]]:
         name = f"a block in bfloat16 products{', many rows' if many else ''}"
         yield name, Call(lambda: _block(FLOAT32, "bfloat16"), many=many)
     yield "a block in float8 products", Call(lambda: _block(FLOAT32, "float8"), capability=89)
-    for approximate in ("none", "tanh"):
-        yield f"slope of gelu, {approximate}", Call(lambda approximate=approximate: _slope(FLOAT32, approximate))
+    for approximate, frozen in itertools.product(("none", "tanh"), (False, True)):
+        name = f"gelu, {approximate}{', frozen' if frozen else ''}"
+        how = (approximate, frozen)
+        yield f"slope of {name}", Call(lambda how=how: _slope(FLOAT32, *how))
+        yield name, Call(lambda how=how: _gelu(BFLOAT16 if how[1] else FLOAT32, *how))
 
 
 #: Names, and rules, dtype, queries, keys, head size, mask, lanes, and the dtype of a bias.
@@ -316,6 +326,8 @@ def others() -> Iterator[tuple[str, Call]]:
     yield "residual add, official, chunks", Call(lambda: _residual("official", FLOAT32, (2, 20_001)))
     yield "residual add of a sum", Call(_residual_of_sum)
     yield "half a block of 63", Call(lambda: _half_block(FLOAT32, 63))
+    yield "half a block of 768, frozen", Call(lambda: _half_block(FLOAT32, 768, frozen=True))
+    yield "layer norm 768, frozen", Call(lambda: _norm(768, FLOAT32, frozen=True))
     yield "half a block of 768, bfloat16", Call(lambda: _half_block(BFLOAT16, 768))
     yield "half a block of the widest", Call(lambda: _half_block(FLOAT32, layer_norm_backward.WIDEST))
     for width in (3, 63, 768, layer_norm_backward.WIDEST):
