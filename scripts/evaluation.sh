@@ -9,10 +9,10 @@ mkdir -p "$out"
 shared=$(cd ../shared && pwd)
 export PYTHONPATH="$shared/models${PYTHONPATH:+:$PYTHONPATH}"
 
-both=(transformer_attribution frozen_attribution relevance_per_attention gradient_attention relevance_rollout rollout raw_attention attention_gradcam
+both=(frozen_attribution transformer_attribution relevance_per_attention gradient_attention relevance_rollout rollout raw_attention attention_gradcam
   alti legrad attention_guided_cam attcat partial_lrp lrp attnlrp input_x_gradient)
 images=("${both[@]}" lrp_pixels input_x_gradient_pixels)
-fast=(transformer_attribution frozen_attribution relevance_per_attention gradient_attention raw_attention rollout attention_gradcam legrad attention_guided_cam
+fast=(frozen_attribution transformer_attribution relevance_per_attention gradient_attention raw_attention rollout attention_gradcam legrad attention_guided_cam
   attcat partial_lrp attnlrp input_x_gradient)
 rules=(--rules positive official)
 coco=(--data "coco:$shared/data/coco_masks" --model real_models:clip_imagenet --metric pointing segmentation)
@@ -27,9 +27,9 @@ fastrel evaluate "${coco[@]}" --methods "${fast[@]}" --out "$out/coco"
 fastrel evaluate "${coco[@]}" --methods transformer_attribution partial_lrp lrp lrp_pixels "${rules[@]}" --out "$out/coco-rules"
 fastrel evaluate "${mosaics[@]}" --methods "${images[@]}" "${rules[@]}" \
   --metric pointing segmentation --limit 300 --out "$out/mosaics"
-fastrel evaluate "${mosaics[@]}" --methods transformer_attribution relevance_per_attention gradient_attention rollout legrad attnlrp \
+fastrel evaluate "${mosaics[@]}" --methods frozen_attribution transformer_attribution relevance_per_attention gradient_attention rollout legrad attnlrp \
   --metric perturbation perturbation-mean perturbation-blur insertion road sensitivity --limit 50 --out "$out/mosaics-perturbation"
-fastrel evaluate "${clip[@]}" --methods transformer_attribution relevance_per_attention gradient_attention rollout legrad attnlrp \
+fastrel evaluate "${clip[@]}" --methods frozen_attribution transformer_attribution relevance_per_attention gradient_attention rollout legrad attnlrp \
   --metric perturbation perturbation-mean perturbation-blur insertion road --limit 100 --batch-size 10 --out "$out/clip-perturbation"
 fastrel evaluate "${sst[@]}" --methods "${both[@]}" "${rules[@]}" --metric rationale --limit 500 --batch-size 25 --out "$out/sst"
 fastrel evaluate "${movies[@]}" --methods "${both[@]}" "${rules[@]}" --metric rationale --limit 60 --out "$out/movies"

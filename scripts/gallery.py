@@ -88,7 +88,7 @@ def contrast() -> Image.Image:
 
 def methods() -> Image.Image:
     """Five methods, two classes of one scene; of maps with signs the positive part."""
-    names = ("transformer_attribution", "gradient_attention", "attnlrp", "rollout", "raw_attention")
+    names = ("frozen_attribution", "gradient_attention", "attnlrp", "rollout", "raw_attention")
     x, picture = scene(demo.sample_paths()[2])
     explainer = fastrel.Explainer(demo.load_model())
     chosen = [demo.CLASSES.index(name) for name in ("ankle boot", "bag")]
@@ -135,7 +135,7 @@ def on_photograph(name: str, chosen: dict[str, int], names: tuple[str, ...]) -> 
     picture, explainer = photograph(name), fastrel.Explainer(clip())
     x = real_models().clip_preprocess(picture)[None]
     explainers = {one.replace("_", " "): explainer.using(one) for one in names}
-    explainers["the default, official rules"] = explainer.using("transformer_attribution", rules="official")
+    explainers["the paper's method and rules"] = explainer.using("transformer_attribution", rules="official")
     heats = [one(x, target=[list(chosen.values())]).heatmap()[0] for one in explainers.values()]
     return table(picture, [[heat[k] for heat in heats] for k in range(len(chosen))], ["input", *explainers], list(chosen))
 
@@ -143,14 +143,14 @@ def on_photograph(name: str, chosen: dict[str, int], names: tuple[str, ...]) -> 
 def cat() -> Image.Image:
     """CLIP on a cat."""
     return on_photograph(
-        "chelsea", {"tabby": 281}, ("transformer_attribution", "gradient_attention", "rollout", "raw_attention")
+        "chelsea", {"tabby": 281}, ("frozen_attribution", "gradient_attention", "rollout", "raw_attention")
     )
 
 
 def coffee() -> Image.Image:
     """CLIP on a cup of coffee and a spoon."""
     return on_photograph(
-        "coffee", {"espresso": 967, "wooden spoon": 910}, ("transformer_attribution", "gradient_attention", "rollout")
+        "coffee", {"espresso": 967, "wooden spoon": 910}, ("frozen_attribution", "gradient_attention", "rollout")
     )
 
 

@@ -97,6 +97,7 @@ def test_gradients_through_the_fused_operators() -> None:
     for frozen in (False, True):
         norm = functools.partial(ops.layer_norm_backward, dims=1, eps=1e-5, frozen=frozen)
         check(norm, leaf(1, 2, 3, 4), leaf(2, 3, 4), leaf(4))
+    check(ops.activation_ratio, leaf(1, 2, 3), positive(2, 3), leaf(2, 3))
     check(lambda g, r: ops.attention_update(None, g, r, "gradient_relevance"), leaf(1, 2, 3, 4, 4), positive(1, 2, 3, 4, 4))
     check(lambda row, m: ops.rollout_row(row, m, True), positive(1, 2, 3), positive(1, 2, 3, 3))
 

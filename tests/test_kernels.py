@@ -146,6 +146,14 @@ def test_layer_norm_backward(dtype: torch.dtype, width: int) -> None:
         compare(ops.layer_norm_backward, grad, x, None, 1, 1e-5, frozen)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_ratio(dtype: torch.dtype) -> None:
+    x, grad = torch.randn(2, 9, 63, dtype=dtype), torch.randn(3, 2, 9, 63, dtype=dtype)
+    x[0, 0] = 0
+    compare(ops.activation_ratio, grad, x, torch.relu(x))
+    compare(ops.activation_ratio, grad, x, torch.nn.functional.gelu(x), "none")
+
+
 @pytest.mark.parametrize("update", ["gradient_relevance", "gradient_attention", "relevance", "attention"])
 def test_attention_update(update: str) -> None:
     attn, grad, rel = torch.rand(2, 3, 5, 7), torch.randn(4, 2, 3, 5, 7), torch.rand(4, 2, 3, 5, 7)
@@ -199,6 +207,7 @@ def test_torch_accepts_the_kernels_registrations() -> None:
         ops.row_digest: (weight, torch.arange(8, dtype=torch.int32)),
         ops.residual_add: (value, value, lane, 0, "official"),
         ops.layer_norm_backward: (lane, value, None, 1, 1e-5),
+        ops.activation_ratio: (lane, value, value),
         ops.attention_relevance: (
             q, q, q, None, heads, heads, row, 0.5, False, 0, "official", "gradient_relevance", True, True
         ),
@@ -223,6 +232,7 @@ def wrong_shapes() -> Iterator[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
         ops.row_digest: (weight, torch.arange(8, dtype=torch.int32)),
         ops.residual_add: (value, value, lane, 0, "official"),
         ops.layer_norm_backward: (lane, value, torch.randn(6), 1, 1e-5),
+        ops.activation_ratio: (lane, value, value),
         ops.attention_relevance: (q, k, k, torch.rand(2, 1, 5, 7), heads, heads, row, *options),
         ops.attention_update: (maps, maps[None], maps[None], "gradient_relevance"),
     }

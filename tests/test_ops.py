@@ -9,7 +9,6 @@ from torch import Tensor
 import fastrel
 from fastrel import demo, ops
 from fastrel.ops.library import CPU_KERNELS, REFERENCES
-from fastrel.ops.steps import gelu_ratio
 from fastrel.reference import gradients
 from fastrel.reference import rules as R
 from tests import golden_files as golden
@@ -100,12 +99,13 @@ def test_layer_norm_backward_by_a_constant_deviation() -> None:
     assert golden.relative_error(ops.layer_norm_backward(grad, x.detach(), weight, 1, 1e-5, True), expected) < 1e-12
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_a_gradient_by_the_ratio_of_gelu(approximate: str) -> None:
+def test_activation_ratio() -> None:
     x, grad = random(5, 8), random(3, 5, 8)
-    y = torch.nn.functional.gelu(x, approximate=approximate)
-    assert golden.relative_error(gelu_ratio(grad, x, approximate), grad * (y / x)) < 1e-12
-    assert torch.equal(gelu_ratio(grad, torch.zeros(5, 8, dtype=torch.float64), approximate), grad * 0.5)
+    y = torch.nn.functional.silu(x)
+    ours = ops.activation_ratio(grad, x, y)
+    assert golden.relative_error(ours, grad * torch.sigmoid(x)) < 1e-12
+    assert not ops.activation_ratio(grad, torch.zeros_like(x), y).any()
+    check(ops.activation_ratio, grad, x, y, "none")
 
 
 def test_nothing_is_divided_by_zero() -> None:

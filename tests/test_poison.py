@@ -155,6 +155,11 @@ def test_layer_norm_backward(dtype: torch.dtype) -> None:
     check(ops.layer_norm_backward, grad, x, weight, 1, 1e-5, True)
 
 
+def test_activation_ratio(dtype: torch.dtype) -> None:
+    x, y, grad = (torch.randn(*s, dtype=dtype) for s in ((3, 19), (3, 19), (2, 3, 19)))
+    check(ops.activation_ratio, grad, x, y)
+
+
 def test_layer_norm_backward_of_huge_activations_is_exact_or_not_finite() -> None:
     """Squares of 1e30 are no float32: a gradient of 0 would look like an answer."""
     x, grad = torch.randn(4, 33) * 1e30, torch.randn(2, 4, 33)

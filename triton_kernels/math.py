@@ -105,18 +105,18 @@ GELU_SLOPES = {("none", False): 1, ("tanh", False): 2, ("none", True): 3, ("tanh
 
 @triton.jit
 def gelu_slope(x, SLOPE: tl.constexpr):
-    """gelu'(x), or gelu(x) / x, numbered as in `GELU_SLOPES`."""
+    """gelu'(x), or gelu(x) / x, 0 where x is 0, numbered as in `GELU_SLOPES`."""
     if SLOPE == 2 or SLOPE == 4:
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         tanh = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * inner))
         ratio = 0.5 * (1.0 + tanh)
         if SLOPE == 4:
-            return ratio
+            return tl.where(x == 0.0, 0.0, ratio)
         return ratio + 0.5 * x * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * x * x)
     else:
         ratio = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         if SLOPE == 3:
-            return ratio
+            return tl.where(x == 0.0, 0.0, ratio)
         return ratio + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
 

@@ -7,7 +7,7 @@ there are many rows, torch's own products are faster (`zplus_products`).
 
 import torch
 from fastrel.triton_kernels import configs, zplus_products
-from fastrel.triton_kernels.gelu import through_gelu
+from fastrel.triton_kernels.activation import through_gelu
 from fastrel.triton_kernels.launch import on_its_device
 from fastrel.triton_kernels.zplus_back import fused
 from fastrel.triton_kernels.zplus_kinds import REDUCED, has_exact_output, kind_of

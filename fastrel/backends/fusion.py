@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fastrel.backends.common import as_the_model_has_it
-from fastrel.ops.steps import add_rows, gelu_backward, gelu_ratio
+from fastrel.ops.steps import add_rows, gelu_backward
 
 aten = torch.ops.aten
 
@@ -27,8 +27,8 @@ def fuse(graph: fx.Graph) -> None:
 class _Fusion:
     def __init__(self, graph: fx.Graph) -> None:
         from fastrel.triton_kernels import (
+            activation,
             attention_relevance,
-            gelu,
             layer_norm_backward,
             residual_add,
             zplus_linear,
@@ -41,7 +41,8 @@ class _Fusion:
             layer_norm_backward.layer_norm_backward,
             layer_norm_backward.layer_norm_backward_beside,
         )
-        self.half_block, self.gelu = layer_norm_backward.half_block, gelu.through_gelu
+        self.half_block = layer_norm_backward.half_block
+        self.ratio, self.gelu = activation.activation_ratio, activation.through_gelu
         self.share, self.share_of_sum = residual_add.residual_add, residual_add.residual_add_of_sum
         self.attention = attention_relevance.attention_relevance
         self.linear, self.reduced = zplus_linear.zplus_linear, zplus_linear.zplus_linear_reduced
@@ -62,8 +63,10 @@ class _Fusion:
                 self._share_of_sum(node)
             elif _is_sum(node):
                 self._norm_beside(node)
-            elif node.target in (gelu_backward, gelu_ratio):
-                self._slope(node)
+            elif node.target is gelu_backward:
+                self._slope(node, *node.args[:2], *(node.args[2:] or ("none",)), frozen=False)
+            elif node.target is self.ratio and node.args[3]:
+                self._slope(node, *node.args[:2], node.args[3], frozen=True)
         for node in list(self.graph.nodes):
             if node.target in self.matmuls:
                 self._gradient_of_more_outputs(node)
@@ -92,13 +95,10 @@ class _Fusion:
                 total.replace_all_uses_with(both)
                 return
 
-    def _slope(self, node: fx.Node) -> None:
+    def _slope(self, node: fx.Node, lane: Any, x: Any, approximate: Any, frozen: bool) -> None:
         """A gradient through gelu: by the layer after it, whose gradient it is, or in a pass of its own."""
-        lane, x, *rest = node.args
-        assert isinstance(lane, fx.Node)
         with self.graph.inserting_before(node):
             x = as_the_model_has_it(x)
-        approximate, frozen = rest[0] if rest else "none", node.target is gelu_ratio
         made: Any = lane.args[0] if lane.target is operator.getitem and len(lane.users) == 1 else None
         if made is None or made.target not in (self.linear, self.reduced) or not isinstance(x, fx.Node) or not _is_given(x):
             node.target, node.args = self.gelu, (lane, x, approximate, frozen)

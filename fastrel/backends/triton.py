@@ -72,6 +72,7 @@ def _fails_on(index: int) -> str | None:
 @functools.cache
 def kernels() -> dict[Any, Any]:
     """Launchers by operator."""
+    from fastrel.triton_kernels.activation import activation_ratio
     from fastrel.triton_kernels.attention_relevance import attention_relevance
     from fastrel.triton_kernels.attention_update import attention_update
     from fastrel.triton_kernels.layer_norm_backward import layer_norm_backward
@@ -88,6 +89,7 @@ def kernels() -> dict[Any, Any]:
         ops.attention_update: attention_update,
         ops.rollout_row: rollout_row,
         ops.layer_norm_backward: layer_norm_backward,
+        ops.activation_ratio: activation_ratio,
         ops.reduced_weight: reduced_weight,
         ops.reduced_matmul: reduced_matmul,
         torch.matmul: matmul,

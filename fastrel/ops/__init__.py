@@ -4,6 +4,7 @@ Lanes (`rel`, `grad`, `row`) carry a leading dimension K, the number of targets 
 An absent lane goes in as None and comes out as an empty tensor, because operators return a fixed number of tensors.
 """
 
+from fastrel.ops.activation_ratio import activation_ratio
 from fastrel.ops.attention import UPDATES, attention_relevance, attention_update, rollout_row
 from fastrel.ops.layer_norm import layer_norm_backward
 from fastrel.ops.residual_add import residual_add
@@ -13,6 +14,7 @@ from fastrel.ops.zplus_linear_reduced import reduced_matmul, reduced_weight, zpl
 
 __all__ = [
     "UPDATES",
+    "activation_ratio",
     "attention_relevance",
     "attention_update",
     "layer_norm_backward",

@@ -1,7 +1,5 @@
 """Steps of reverse graphs that backends look for, written with torch's own operators."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,12 +9,9 @@ def gelu_backward(lane: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
     return torch.ops.aten.gelu_backward(lane, x.expand_as(lane), approximate=approximate)
 
 
-def gelu_ratio(lane: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
-    """lane ⊙ gelu(x) / x: AttnLRP's rule for activation functions. gelu(x) = x Φ(x), so there is nothing to divide."""
-    if approximate == "tanh":
-        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
-        return lane * (0.5 * (1 + inner.tanh()))
-    return lane * (0.5 * (1 + torch.erf(x * math.sqrt(0.5))))
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """gelu(x) again, in the dtype of x."""
+    return torch.nn.functional.gelu(x, approximate=approximate)
 
 
 def add_rows(dense: Tensor, part: Tensor, dim: int, start: int) -> Tensor:

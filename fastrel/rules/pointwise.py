@@ -10,7 +10,7 @@ from fastrel import ops
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph.nodes import arguments, describe
 from fastrel.graph.patterns import ACTIVATIONS, IDENTITIES
-from fastrel.ops.steps import gelu_backward, gelu_ratio
+from fastrel.ops.steps import gelu, gelu_backward
 from fastrel.reference import rules as reference
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
@@ -55,19 +55,22 @@ def activation(t: Context, node: fx.Node, out: Lanes) -> None:
     rest += list(node.kwargs.values())
 
     def grad(lane: Lane) -> Lane:
+        if t.method.attnlrp:
+            return _ratio(t, lane, x, node, (*rest, "none")[0] if node.target is aten.gelu.default else "")
         value = t.value(x, lane.rows)
         if node.target is aten.gelu.default:
-            return Lane(t.emit.call(gelu_ratio if t.method.attnlrp else gelu_backward, lane.node, value, *rest), lane.rows)
-        if t.method.attnlrp:
-            return Lane(t.emit.call(identity_slope, lane.node, value, t.value(node, lane.rows)), lane.rows)
+            return Lane(t.emit.call(gelu_backward, lane.node, value, *rest), lane.rows)
         return Lane(t.emit.call(activation_grad, node.target, lane.node, value, *rest), lane.rows)
 
     t.pass_through(x, out, grad)
 
 
-def identity_slope(lane: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """AttnLRP's rule for activation functions, relevance unchanged: in terms of gradients, lane ⊙ y/x."""
-    return lane * torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
+def _ratio(t: Context, lane: Lane, x: fx.Node, y: fx.Node, gelu_form: str = "") -> Lane:
+    """AttnLRP's rule for y = f(x). 16 bits of a gelu's y are too few: it is computed again."""
+    values = t.value(x, lane.rows), t.value(y, lane.rows)
+    if gelu_form and y.meta["val"].dtype in (torch.float16, torch.bfloat16):
+        values = values[0], t.emit.call(gelu, values[0], gelu_form)
+    return Lane(t.emit.call(ops.activation_ratio, lane.node, *values, gelu_form), lane.rows)
 
 
 @rule(aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
@@ -203,8 +206,7 @@ def _attnlrp_product(t: Context, node: fx.Node, out: Lanes, grad: Lane) -> Lanes
     root = t.facts.roots[node]
     if root is node:
         return out._replace(grad=Lane(t.emit.call(torch.mul, grad.node, 0.5), grad.rows))
-    values = t.value(root, grad.rows), t.value(node, grad.rows)
-    t.give(root, grad=Lane(t.emit.call(identity_slope, grad.node, *values), grad.rows))
+    t.give(root, grad=_ratio(t, grad, root, node))
     return out._replace(grad=None)
 
 

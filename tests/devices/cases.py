@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastrel import ops
 from fastrel.ops.library import REFERENCES
+from fastrel.ops.steps import gelu_backward
 from tests import golden_files as golden
 from tests.devices import arithmetic
 
@@ -50,6 +51,13 @@ def compare(
         if a.numel():
             limit = 1e-10 if a.dtype == torch.float64 else max(2 * golden.relative_error(b.double(), c), least)
             assert golden.relative_error(a.double(), c) <= limit, f"output {i} of {op}"
+
+
+def through_gelu(grad: Tensor, x: Tensor, approximate: str, frozen: bool) -> Tensor:
+    """grad through gelu at x, by its slope or by AttnLRP's."""
+    if not frozen:
+        return gelu_backward(grad, x, approximate)
+    return REFERENCES[ops.activation_ratio](grad, x, torch.nn.functional.gelu(x, approximate=approximate))
 
 
 def attention(dtype: torch.dtype, rules: str, queries: int, keys: int, d: int, mask: str) -> Iterator[tuple[Any, ...]]:

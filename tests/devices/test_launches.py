@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not launched", allow_module_level=True)
 
 import triton.language as tl
-from fastrel.triton_kernels import configs, gelu, layer_norm_backward, zplus_sums
+from fastrel.triton_kernels import activation, configs, layer_norm_backward, zplus_sums
 
 import fastrel
 from benchmarks import roofline
@@ -99,7 +99,8 @@ def fused(n: int, dtype: torch.dtype) -> None:
     for z in zplus_sums.zplus_sums(*(value, part, value, None) * 4, reduced=False):
         linear_(value, part, value, None, lane, lane, "positive", sums=z, formed=True, slope=value, divisor=z)
         linear_(value, part, value, None, lane, on_gpu(1, n, 5, 192), "positive", sums=z, w_grad=wide)
-    gelu.through_gelu(lane, value)
+    activation.through_gelu(lane, value)
+    activation.by_ratio(lane, value, value)
     q, row, options = on_gpu(n, 2, 5, 32, dtype=dtype), on_gpu(1, n, 5), (0.125, False, 0, "positive", "gradient_relevance")
     of_heads = on_gpu(1, n, 2, 5, 32)
     through = kernels[ops.attention_relevance](

@@ -32,7 +32,6 @@ from fastrel import ops
 from fastrel.backends import fusion, triton
 from fastrel.graphed import run
 from fastrel.ops.library import REFERENCES
-from fastrel.ops.steps import gelu_backward, gelu_ratio
 from fastrel.reference.rules import safe_divide
 from tests import golden_files as golden
 from tests import models
@@ -254,7 +253,7 @@ def test_a_gradient_goes_on_through_the_gelu_before_the_layer(dtype: torch.dtype
     rel, grad = torch.rand(3, 2, 5, 13), torch.randn(3, 2, 5, 13)
     how = {"slope": h, "approximate": approximate, "frozen": frozen}
     ours = triton.kernels()[ops.zplus_linear](x, weight, None, None, rel, grad, "positive", **how)
-    wanted = (gelu_ratio if frozen else gelu_backward)(grad.double() @ weight.double(), h.double(), approximate)
+    wanted = cases.through_gelu(grad.double() @ weight.double(), h.double(), approximate, frozen)
     assert golden.relative_error(ours[1].double(), wanted) < 5e-6
     for parts in (1, 2):
         values = (x.bfloat16(), weight.bfloat16())
@@ -399,6 +398,16 @@ def test_layer_norm_backward(guards: Guards, dtype: torch.dtype, width: int) -> 
     for frozen in (False, True):
         compare(guards, ops.layer_norm_backward, grad, x, weight, 1, 1e-5, frozen)
         compare(guards, ops.layer_norm_backward, grad, x, None, 1, 1e-5, frozen)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_ratio(guards: Guards, dtype: torch.dtype) -> None:  # noqa: F811
+    x, grad = torch.randn(2, 9, 63).to(dtype), torch.randn(3, 2, 9, 63)
+    x[0, 0] = 0
+    compare(guards, ops.activation_ratio, grad, x, torch.relu(x))
+    for form in ("none", "tanh"):
+        ours = triton.kernels()[ops.activation_ratio](grad, x, x, form)
+        assert golden.relative_error(ours.double(), cases.through_gelu(grad.double(), x.double(), form, True)) < 1e-6
 
 
 @pytest.mark.parametrize("update", UPDATES)

@@ -49,6 +49,8 @@ struct Kernels {
   void (*combine)(int64_t n, const T* x, const T* c, const T* c_abs, T* out);
   // Residual add, positive rules; u and v repeat every `period` numbers.
   void (*share)(int64_t begin, int64_t end, int64_t period, const T* u, const T* v, const T* rel, T* rel_u, T* rel_v);
+  // g ⊙ y/x, 0 where x is 0; x and y repeat every `period` numbers.
+  void (*activation_ratio)(int64_t begin, int64_t end, int64_t period, const T* grad, const T* x, const T* y, T* out);
   // Residual add, official rules: a = u R ⊘ (u+v), b = v R ⊘ (u+v), and [Σa, Σb, ΣR] in double.
   void (*signed_share)(int64_t n, const T* u, const T* v, const T* rel, T* a, T* b, double* sums);
   void (*scale)(int64_t n, T factor, T* x);

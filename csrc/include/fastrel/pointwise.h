@@ -74,6 +74,18 @@ void share(int64_t begin, int64_t end, int64_t period, const T* u, const T* v, c
 }
 
 template <class T>
+void activation_ratio(int64_t begin, int64_t end, int64_t period, const T* grad, const T* x, const T* y, T* out) {
+  runs(begin, end, period, [&](int64_t first, int64_t count, int64_t at) {
+    const T *__restrict p_x = x + at, *__restrict p_y = y + at, *__restrict p_grad = grad + first;
+    T* __restrict p_out = out + first;
+    for (int64_t i = 0; i < count; ++i) {
+      const T ratio = p_y[i] / (p_x[i] == T(0) ? T(1) : p_x[i]);
+      p_out[i] = p_grad[i] * (p_x[i] == T(0) ? T(0) : ratio);
+    }
+  });
+}
+
+template <class T>
 void signed_share(
     int64_t n, const T* __restrict u, const T* __restrict v, const T* __restrict rel, T* __restrict a, T* __restrict b,
     double* sums) {

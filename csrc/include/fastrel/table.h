@@ -11,8 +11,8 @@ namespace FASTREL_ISA {
 template <class T>
 const Kernels<T>& table() {
   static const Kernels<T> kernels{
-      absolute<T>, ratio<T>, combine<T>, share<T>, signed_share<T>, scale<T>, layer_norm_backward<T>, attention_update<T>,
-      attention_head<T>};
+      absolute<T>, ratio<T>, combine<T>, share<T>, activation_ratio<T>, signed_share<T>, scale<T>,
+      layer_norm_backward<T>, attention_update<T>, attention_head<T>};
   return kernels;
 }
 

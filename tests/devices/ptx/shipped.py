@@ -14,14 +14,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fastrel.triton_kernels import configs, gelu, layer_norm_backward, zplus_sums
+from fastrel.triton_kernels import activation, configs, layer_norm_backward, zplus_sums
 from fastrel.triton_kernels.residual_add import residual_add_of_sum
 from torch import Tensor
 
 from fastrel import ops
 from fastrel.backends import triton
 from fastrel.ops.library import REFERENCES
-from fastrel.ops.steps import gelu_backward, gelu_ratio
 from fastrel.reference.rules import safe_divide
 from tests import golden_files as golden
 from tests.devices import arithmetic, cases
@@ -133,8 +132,14 @@ def _norm(width: int, dtype: torch.dtype, weighted: bool = True, frozen: bool = 
 
 def _gelu(dtype: torch.dtype, approximate: str, frozen: bool) -> None:
     x, grad = torch.randn(3, 171).to(dtype), torch.randn(2, 3, 171)
-    exact = (gelu_ratio if frozen else gelu_backward)(grad.double(), x.double(), approximate)
-    assert golden.relative_error(gelu.through_gelu(grad, x, approximate, frozen).double(), exact) < 5e-6
+    exact = cases.through_gelu(grad.double(), x.double(), approximate, frozen)
+    assert golden.relative_error(activation.through_gelu(grad, x, approximate, frozen).double(), exact) < 5e-6
+
+
+def _ratio(dtype: torch.dtype) -> None:
+    x, y, grad = torch.randn(3, 171).to(dtype), torch.randn(3, 171).to(dtype), torch.randn(2, 3, 171)
+    x[1] = 0
+    compare(ops.activation_ratio, grad, x, y)
 
 
 def _update(update: str, sizes: tuple[int, int]) -> None:
@@ -177,7 +182,7 @@ def _slope(dtype: torch.dtype, approximate: str, frozen: bool) -> None:
     x = torch.nn.functional.gelu(h, approximate=approximate)
     options = {"slope": h, "approximate": approximate, "frozen": frozen}
     _, ours = triton.kernels()[ops.zplus_linear](x, weight, None, None, rel, grad, "positive", **options)
-    exact = (gelu_ratio if frozen else gelu_backward)(grad.double() @ weight.double(), h.double(), approximate)
+    exact = cases.through_gelu(grad.double() @ weight.double(), h.double(), approximate, frozen)
     assert golden.relative_error(ours.double(), exact) < 5e-6
 
 
@@ -325,6 +330,8 @@ def others() -> Iterator[tuple[str, Call]]:
         yield f"residual add, {rules}, bfloat16", Call(lambda rules=rules: _residual(rules, BFLOAT16, (3, 4, 16), 1))
     yield "residual add, official, chunks", Call(lambda: _residual("official", FLOAT32, (2, 20_001)))
     yield "residual add of a sum", Call(_residual_of_sum)
+    for dtype in (FLOAT32, FLOAT16):
+        yield f"ratio of an activation, {dtype}", Call(lambda dtype=dtype: _ratio(dtype))
     yield "half a block of 63", Call(lambda: _half_block(FLOAT32, 63))
     yield "half a block of 768, frozen", Call(lambda: _half_block(FLOAT32, 768, frozen=True))
     yield "layer norm 768, frozen", Call(lambda: _norm(768, FLOAT32, frozen=True))
