@@ -106,7 +106,7 @@ def _block(dtype: torch.dtype, purpose: Any = None, n: int = 197, d: int = 768) 
     for i, ((x, y, bias), w, z) in enumerate(zip(values, prepared, sums, strict=True)):
         lane, given = (
             _empty(1, *y.shape),
-            {"sums": z, "formed": i < 3, **({"slope": x, "divisor": sums[1]} if i == 0 else {})},
+            {"sums": z, "formed": i < 3, **({"slope": x, "frozen": True, "divisor": sums[1]} if i == 0 else {})},
         )
         grad = _empty(1, 1, n, 3 * d) if i == 3 else lane
         if purpose:
@@ -120,8 +120,8 @@ def _half_block(dtype: torch.dtype, width: int = 768) -> None:
     value, lane = _empty(1, 197, width, dtype=dtype), _empty(1, 1, 197, width)
     through, row, weight = _empty(1, 1, 12, 197), _empty(1, 1, 197), _empty(width, dtype=dtype)
     z = _empty(197, width)
-    layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, None, None, z)
-    layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, through, row, z)
+    layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, None, None, z, frozen=True)
+    layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, through, row, z, frozen=True)
 
 
 def _attention(d: int, dtype: torch.dtype, rules: str, masked: bool, batch: int = 2) -> None:
@@ -160,9 +160,11 @@ def launches(float8: bool) -> Iterator[tuple[str, Any]]:
     for rules in ("positive", "official"):
         yield rules, lambda rules=rules: kernels[ops.residual_add](_empty(*x), _empty(*x), _empty(*lane), 0, rules)
     norm, update, rollout = (kernels[op] for op in (ops.layer_norm_backward, ops.attention_update, ops.rollout_row))
-    yield "768", lambda: norm(_empty(*lane), _empty(*x), _empty(768), 1, 1e-6)
+    yield "768", lambda: norm(_empty(*lane), _empty(*x), _empty(768), 1, 1e-6, True)
+    yield "", lambda: kernels[ops.activation_ratio](_empty(*lane), _empty(*x), _empty(*x))
+    yield "frozen", lambda: kernels[ops.activation_ratio](_empty(*lane), _empty(*x), _empty(*x), "none")
     widest = layer_norm_backward.WIDEST
-    yield "widest", lambda: norm(_empty(1, 1, 5, widest), _empty(1, 5, widest), _empty(widest), 1, 1e-6)
+    yield "widest", lambda: norm(_empty(1, 1, 5, widest), _empty(1, 5, widest), _empty(widest), 1, 1e-6, True)
     yield "widest", lambda: _half_block(torch.float32, widest)
     yield "", lambda: update(None, _empty(1, 2, 12, 197, 197), _empty(1, 2, 12, 197, 197), "gradient_relevance")
     yield "", lambda: rollout(_empty(1, 2, 197), _empty(1, 2, 197, 197), True)

@@ -227,8 +227,7 @@ def linear(device: Device, layer: Layer, n: int, width: int, precision: str) -> 
             yield Work("passes", 0.0, n * more * (4 + 2 * parts))
         yield vendor("products", n, ins, parts * more, "bfloat16")
         if layer.after_gelu:
-            yield Work("gelu cast", 0.0, n * ins * (width + 4), triton=False)
-            yield Work("gelu backward", 0.0, n * ins * 12, triton=False)
+            yield Work("gelu", 0.0, n * ins * (width + 8))
         return
     kind, capability = kind_of(width, precision), int(device.target.removeprefix("sm_"))
     few, apart = together(n, precision), more > outs

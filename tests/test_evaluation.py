@@ -634,7 +634,7 @@ def test_a_metric_that_fails_for_all_items_is_an_error_also_beside_another(
     for name in "ab":
         Image.fromarray(np.full((10, 10), 7, np.uint8)).save(folder / f"{name}_mask.png")
     assert main([*command, "--metric", "segmentation"]) == 2
-    assert "none of 2 items could be scored; a.png/thing: transformer_attribution" in capsys.readouterr().err
+    assert "none of 2 items could be scored; a.png/thing: frozen_attribution" in capsys.readouterr().err
 
 
 def test_evaluate_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
