@@ -121,7 +121,9 @@ def _half_block(dtype: torch.dtype, width: int = 768) -> None:
     through, row, weight = _empty(1, 1, 12, 197), _empty(1, 1, 197), _empty(width, dtype=dtype)
     z = _empty(197, width)
     layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, None, None, z, frozen=True)
-    layer_norm_backward.half_block(lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, through, row, z, frozen=True)
+    layer_norm_backward.half_block(
+        lane, value, weight, 1, 1e-6, lane, value, value, lane, lane, through, row, z, frozen=True
+    )
 
 
 def _attention(d: int, dtype: torch.dtype, rules: str, masked: bool, batch: int = 2) -> None:

@@ -1,7 +1,7 @@
 """What `precision` means for the matrix products of an explanation.
 
-Reduced products must not be slower than float32's, and whether they are depends on the processor: int8 runs at 0.01 times the speed
-of float32 where there is no VNNI, bfloat16 at 0.6 times on Intel's AVX-512 BF16 without AMX and at 2 times on AMD's. So it is
+Reduced products must not be slower than float32's, and whether they are depends on the processor: int8 in torch's own products runs at
+0.01 times the speed of float32 where there is no VNNI (there our own do it, on AVX2), bfloat16 at 0.6 times on Intel's AVX-512 BF16 without AMX and at 2 times on AMD's. So it is
 measured, once per process and in milliseconds; FASTREL_INT8 and FASTREL_BF16, 0 or 1, decide otherwise. `fastrel doctor` tells.
 """
 
@@ -130,7 +130,7 @@ def speeds() -> dict[str, float]:
 def _seconds(dtype: str, rows: int, width: int) -> float:
     """The products of a z+ layer, of which one has the weight turned: the shortest of a few."""
     a, b = (torch.ones(shape, dtype=getattr(torch, dtype), device="cpu") for shape in ((rows, width), (width, width)))
-    multiply: Callable[[Tensor, Tensor], Tensor] = torch._int_mm if dtype == "int8" else torch.mm
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.ops.fastrel_cpu.int8_matmul if dtype == "int8" else torch.mm
     best = float("inf")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for _ in range(4):

@@ -160,6 +160,17 @@ def test_activation_ratio(dtype: torch.dtype) -> None:
     check(ops.activation_ratio, grad, x, y)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 17, 3), (4, 16, 4), (7, 33, 70), (13, 48, 66)], ids=str)
+def test_products_of_int8_are_exact(sizes: tuple[int, int, int]) -> None:
+    """Of either sign, with B turned or not, and where all numbers are the largest: pairs of products then nearly fill 16 bits."""
+    rows, columns, depth = sizes
+    for least in (0, -127):
+        a = torch.randint(least, 128, (rows, depth), dtype=torch.int8)
+        for b in (torch.randint(-127, 128, (depth, columns), dtype=torch.int8), torch.full((columns, depth), 127).char().T):
+            for left in (a, torch.full_like(a, 127), torch.full_like(a, -127)):
+                assert torch.equal(torch.ops.fastrel_cpu.int8_matmul(left, b), left.int() @ b.int())
+
+
 def test_layer_norm_backward_of_huge_activations_is_exact_or_not_finite() -> None:
     """Squares of 1e30 are no float32: a gradient of 0 would look like an answer."""
     x, grad = torch.randn(4, 33) * 1e30, torch.randn(2, 4, 33)

@@ -73,6 +73,14 @@ const ReducedKernels& reduced_kernels() {
   return generic::reduced();
 }
 
+bool multiplies_int8() {
+#ifdef FASTREL_X86
+  return level() == 0 || (level() == 2 && __builtin_cpu_supports("avx512vnni"));
+#else
+  return true;
+#endif
+}
+
 const char* instruction_set() {
   const char* names[] = {"generic", "avx2", "avx512"};
   return names[level()];

@@ -15,8 +15,30 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
-void multiply_int8(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__int_mm_out(out.get(), a.get(), b.get()));
+// out [M, N] = a [M, K] b [K, N]: by kernels of ours where the processor has no products of int8 that torch would use.
+void multiply_int8(const Tensor& result, const Tensor& a, const Tensor& b) {
+  if (multiplies_int8()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__int_mm_out(result.get(), a.get(), b.get()));
+    return;
+  }
+  const int64_t M = a.size(0), N = b.size(1), K = a.size(1), panels = (N + kInt8Columns - 1) / kInt8Columns;
+  const int8_t* p_a = data<int8_t>(a);
+  const bool is_signed = std::any_of(p_a, p_a + a.numel(), [](int8_t x) { return x < 0; });
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    reduced_kernels().int8_product(
+        begin, end, M, N, K, p_a, is_signed, data<int8_t>(b), b.stride(0), b.stride(1), out<int32_t>(result));
+  });
+}
+
+// The product alone, for the measurement that decides about it: a [M, K] contiguous, b [K, N].
+Tensor int8_matmul(Tensor a_any, Tensor b) {
+  check_rank("int8_matmul", "a", a_any, 2);
+  check_shape("int8_matmul", "b", b, {a_any.size(1), b.dim() == 2 ? b.size(1) : 0});
+  STD_TORCH_CHECK(
+      a_any.scalar_type() == ScalarType::Char && b.scalar_type() == ScalarType::Char, "fastrel_cpu::int8_matmul multiplies int8");
+  const Tensor a = dense(a_any), result = allocate(a, a.size(0), b.size(1), ScalarType::Int);
+  multiply_int8(result, a, b);
+  return result;
 }
 
 // f(i) for every row, on all threads.
@@ -146,6 +168,7 @@ std::tuple<Tensor, Tensor> zplus_linear_reduced(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastrel_cpu, CPU, m) {
+  m.impl("int8_matmul", TORCH_BOX(&int8_matmul));
   m.impl("reduced_weight", TORCH_BOX(&reduced_weight));
   m.impl("zplus_linear_reduced", TORCH_BOX(&zplus_linear_reduced));
 }

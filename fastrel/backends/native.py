@@ -25,6 +25,7 @@ LIBRARY_VARIABLE = "FASTREL_LIBRARY"
 CUDA_LIBRARY_VARIABLE = "FASTREL_CUDA_LIBRARY"
 
 library.declare("instruction_set() -> str")
+library.declare("int8_matmul(Tensor a, Tensor b) -> Tensor")
 
 
 @functools.cache

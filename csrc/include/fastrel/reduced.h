@@ -5,6 +5,7 @@
 
 #include "digest.h"
 #include "divide.h"
+#include "int8.h"
 #include "kernels.h"
 
 namespace fastrel {
@@ -113,7 +114,13 @@ inline void int8_combine(
 }
 
 inline const ReducedKernels& reduced_table() {
-  static const ReducedKernels kernels{bf16_of, bf16_ratio, bf16_combine, bf16_widen, int8_of, int8_ratio, int8_combine, digest};
+  static const ReducedKernels kernels{bf16_of, bf16_ratio, bf16_combine, bf16_widen, int8_of, int8_ratio, int8_combine,
+#if FASTREL_ISA_LEVEL >= 1
+                                      int8_product,
+#else
+                                      nullptr,
+#endif
+                                      digest};
   return kernels;
 }
 
