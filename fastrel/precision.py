@@ -1,8 +1,9 @@
 """What `precision` means for the matrix products of an explanation.
 
-Reduced products must not be slower than float32's, and whether they are depends on the processor: int8 in torch's own products runs at
-0.01 times the speed of float32 where there is no VNNI (there our own do it, on AVX2), bfloat16 at 0.6 times on Intel's AVX-512 BF16 without AMX and at 2 times on AMD's. So it is
-measured, once per process and in milliseconds; FASTREL_INT8 and FASTREL_BF16, 0 or 1, decide otherwise. `fastrel doctor` tells.
+Reduced products must not be slower than float32's, and whether they are depends on the processor: torch's int8 runs at 0.01 times the
+speed of float32 where there is no VNNI (on AVX2 our own do it, at twice the speed), bfloat16 at 0.6 times on Intel's AVX-512 BF16
+without AMX and at 2 times on AMD's. So it is measured, once per process and in milliseconds; FASTREL_INT8 and FASTREL_BF16, 0 or 1,
+decide otherwise. `fastrel doctor` tells.
 """
 
 from __future__ import annotations
