@@ -146,6 +146,23 @@ def test_sharded_weights_are_put_together(tmp_path: Path) -> None:
         state.read(str(parts))
 
 
+def test_a_folder_of_weights_holds_one_file_or_an_index(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no weights \(.safetensors, .bin, .pth or an index of parts\)"):
+        state.read(str(tmp_path))
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"weight": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(InputError, match=r"holds several files of weights: a.safetensors, b.safetensors; name one"):
+        state.read(str(tmp_path))
+    with pytest.raises(InputError, match="other weights need a model's name"):
+        load(weights=str(tmp_path / "a.safetensors"))
+
+
+def test_pictures_of_several_sizes_make_no_batch() -> None:
+    samples = [{"x": np.zeros((3, 8, side), np.float32)} for side in (8, 16)]
+    with pytest.raises(InputError, match=r"pictures of several sizes \[\(3, 8, 8\), \(3, 8, 16\)\] make no batch"):
+        load().reader.collate(samples)
+
+
 def test_weights_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     for name, content, word in (
         ("x.safetensors", b"rubbish", "no weights that can be read"),
