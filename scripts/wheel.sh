@@ -43,7 +43,7 @@ import re, sys, zipfile
 wheel = zipfile.ZipFile(sys.argv[1])
 (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
 for line in wheel.read(metadata).decode().splitlines():
-    if found := re.fullmatch(r'Requires-Dist: ([^; ]+) ?(?:; extra == "(?:text|evaluate|batch)")?', line):
+    if found := re.fullmatch(r'Requires-Dist: ([^; ]+) ?(?:; extra == "(?:text|evaluate|batch|serve)")?', line):
         print(found[1])
 PYTHON
 )
@@ -57,7 +57,7 @@ tried() {
   esac
   "$python" -m venv "$venv"
   # shellcheck disable=SC2086
-  UV_CACHE_DIR=$work/cache "$work/uv/bin/uv" pip install --quiet --python "$venv" "${options[@]}" "$wheel" $needs "pytest>=8" "pytest-xdist>=3.8" "hypothesis>=6" 2> "$work/uv.log" || {
+  UV_CACHE_DIR=$work/cache "$work/uv/bin/uv" pip install --quiet --python "$venv" "${options[@]}" "$wheel" $needs "pytest>=8" "pytest-xdist>=3.8" "hypothesis>=6" "psutil>=6" 2> "$work/uv.log" || {
     cat "$work/uv.log" >&2
     [ "$version" != "$pinned" ] || fail "no environment with torch $version"
     missing+=("$version")
@@ -73,9 +73,11 @@ tried() {
     grep -E "^ +(torch|cpp) " doctor.txt
     grep -q "C++ kernels: prebuilt, $venv" doctor.txt || fail "no kernels with torch $version"
     bare "$venv/bin/fastrel" demo --out demo > /dev/null
-    # Whole explanations against the official code, and models of every library; FASTREL_WHEEL_TESTS=tests/test_kernels.py tries every
-    # kernel, too.
-    bare "$venv/bin/python" -m pytest -n 0 -p no:cacheprovider tests/test_golden.py tests/test_models_loading.py tests/test_metrics.py ${FASTREL_WHEEL_TESTS-}
+    # Whole explanations against the official code, models of every library, tables of results, the service;
+    # FASTREL_WHEEL_TESTS=tests/test_kernels.py tries every kernel, too.
+    bare "$venv/bin/python" -m pytest -n 0 -p no:cacheprovider tests/test_golden.py tests/test_models_loading.py tests/test_metrics.py \
+      tests/test_batch.py::test_new_items_are_added_and_errors_tried_again_on_request \
+      tests/test_serving.py::test_overlays_and_arrow_by_accept ${FASTREL_WHEEL_TESTS-}
   )
   rm -rf "$venv" "$work/cache"
 }

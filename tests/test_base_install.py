@@ -12,6 +12,8 @@ import pytest
 
 import fastrel
 
+pytestmark = pytest.mark.slow
+
 #: Runs commands where the packages of extras are not to be found. torch asks of some whether they are there, so they are absent as
 #: not installed, not broken. Each command has a process of its own, forked where torch and timm are loaded, which takes longest.
 WITHOUT_EXTRAS = """

@@ -11,11 +11,12 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
-from fastrel import demo, methods
+from fastrel import build, demo, methods
+from fastrel.backends import native
 from fastrel.cli import main
 from fastrel.commands.outputs import Outputs
 from fastrel.data import files, inputs
-from fastrel.demo.score import score
+from fastrel.demo.score import METHODS, score
 from fastrel.errors import InputError
 from tests import hostile, tiny
 
@@ -127,6 +128,11 @@ def test_text_becomes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["explain", "--text", "a", "--model", "/nowhere", "--out", "o.html"], "cannot load '/nowhere'"),
         (["explain", "--text", " ", "--model", "/nowhere", "--out", "o.html"], "--text is empty"),
         (["explain", "x.png", "--text", "a", "--out", "o"], "give images or --text, not both"),
+        (["verify", "--text", "a"], "the embedded model is a model of pictures; give --image or nothing, not --text"),
+        (
+            ["export", "--text", "a", "--out", "o.pt2"],
+            "the embedded model is a model of pictures: --text is none of its inputs",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(
@@ -152,6 +158,36 @@ def test_doctor_reports_versions_devices_and_backends(capsys: pytest.CaptureFixt
     assert "torch         available" in printed
     for backend in ("cpp", "triton", "cuda"):
         assert f"{backend:<14}" in printed
+
+
+def test_build_says_where_the_kernels_lie_or_why_there_are_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(part: object) -> Path:
+        raise build.BuildError("no C++ compiler found")
+
+    monkeypatch.setattr(build, "cache", lambda part: Path("/somewhere/_C.so"))
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(native, "instruction_set", lambda: "avx2")
+    assert main(["build"]) == 0
+    assert capsys.readouterr().out == "/somewhere/_C.so (avx2)\n"
+    monkeypatch.setattr(native, "load", lambda: "another torch")
+    assert main(["build"]) == 2
+    assert "were built but cannot be loaded: another torch" in capsys.readouterr().err
+    monkeypatch.setattr(build, "cache", no_compiler)
+    assert main(["build"]) == 2
+    assert "could not be built: no C++ compiler found" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo_scores_the_maps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes, cells = demo.held_out()
+    monkeypatch.setattr("fastrel.demo.score.held_out", lambda: (scenes[:3], cells[:3]))
+    assert main(["demo", "--score"]) == 0
+    head, _, *rows, _, last = capsys.readouterr().out.splitlines()
+    assert head.startswith("| method | energy in the object's cell |")
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in METHODS]
+    assert last.startswith(f"{(cells[:3] >= 0).sum()} objects in 3 held-out scenes")
 
 
 def test_compare_has_a_row_per_class_and_a_column_per_method(tmp_path: Path) -> None:

@@ -559,6 +559,7 @@ def test_the_perturbation_curve_is_that_of_the_metric(tmp_path: Path) -> None:
     assert (out / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_scores_of_pixels_that_go_are_those_of_the_metrics(tmp_path: Path) -> None:
     import fastrel
     from fastrel import demo, metrics

@@ -539,6 +539,7 @@ def test_contributions_keep_nan_and_give_tokens_that_are_not_seen_nothing() -> N
     assert contributions.contributions(causal, *rest)[0, 2, :3].isnan().all()
 
 
+@pytest.mark.slow
 def test_alti_says_which_blocks_it_cannot_take_apart() -> None:
     x = torch.randn(1, 5, 8)
     with pytest.raises(fastrel.UnsupportedModelError, match="no output layer reads the heads' values side by side"):

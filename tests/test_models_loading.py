@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fastrel.cli import main
 from fastrel.data.preprocessing import Preprocessing
 from fastrel.errors import InputError
 from fastrel.explainer import Explainer
-from fastrel.models import Loaded, load, state, zero_shot
+from fastrel.models import Loaded, load, matching, state, zero_shot
 from tests import hostile, tiny
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8))
@@ -54,6 +55,25 @@ def test_timm_by_name_with_weights_of_any_number_of_classes(tmp_path: Path) -> N
         load("vit_tiny_patch16_224", weights=str(tmp_path / "part.safetensors"))
 
 
+def test_a_folder_of_timm_and_a_name_on_its_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 1}
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes)
+    timm.models.save_for_hf(theirs, tmp_path, model_config={"label_names": ["cat", "dog", "zebra"]}, model_args=sizes)
+    loaded = load(str(tmp_path))
+    assert (loaded.class_names, loaded.source["family"]) == (("cat", "dog", "zebra"), "timm")
+    assert torch.equal(loaded.model.head.weight, theirs.head.weight)  # type: ignore[arg-type, union-attr]
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        load(str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="no pretrained weights for 'timm/vit'"):
+        load("timm/vit")
+    with pytest.raises(InputError, match="timm cannot make 'hf-hub:timm/vit'"):
+        load("timm/vit", random=True)
+
+
 def test_torchvision_by_name() -> None:
     loaded = load("torchvision/vit_b_16", random=True)
     assert loaded.class_names[0] == "tench"
@@ -61,6 +81,36 @@ def test_torchvision_by_name() -> None:
     assert load("vit_b_16", random=True).source == loaded.source
     with pytest.raises(InputError, match="no classifier 'vit_nonsense'"):
         load("torchvision/vit_nonsense")
+
+
+def test_torchvision_with_weights_of_any_number_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is small; to be loaded it need not be one that can be explained."""
+    from torchvision import models
+
+    theirs = models.get_model("mobilenet_v3_small", num_classes=7)
+    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    loaded = load("torchvision/mobilenet_v3_small", weights=str(tmp_path / "w.safetensors"))
+    assert loaded.class_names == tuple("0123456")
+    assert torch.equal(loaded.model.classifier[3].weight, theirs.classifier[3].weight)  # type: ignore[index, union-attr]
+
+    def offline(*given: object, **options: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(models, "get_model", offline)
+    with pytest.raises(InputError, match=r"no pretrained weights for 'mobilenet_v3_small' \(no network\); pass --weights"):
+        load("mobilenet_v3_small")
+
+
+def test_scores_of_pairs_are_found_by_their_names() -> None:
+    """Of models that compare (CLIP), of those that say whether they match (BLIP, ViLT), and of no others."""
+    scores = torch.tensor([[1.0, 4.0], [2.0, 3.0]])
+    name, score = matching.score_of(SimpleNamespace(logits_per_image=scores))
+    assert (name, score(SimpleNamespace(logits_per_image=scores)).tolist()) == ("similarity", [1.0, 3.0])
+    for field in ("itm_score", "logits"):
+        name, score = matching.score_of(SimpleNamespace(**{field: scores}))
+        assert (name, score(SimpleNamespace(**{field: scores})).tolist()) == ("match", [3.0, 1.0])
+    with pytest.raises(InputError, match="holds neither logits_per_image nor scores"):
+        matching.score_of(SimpleNamespace(logits=torch.zeros(2, 3)))
 
 
 def test_a_folder_of_hugging_face_with_pictures(tmp_path: Path) -> None:
@@ -94,6 +144,23 @@ def test_sharded_weights_are_put_together(tmp_path: Path) -> None:
     sorted(parts.glob("*.safetensors"))[0].unlink()
     with pytest.raises(InputError, match=r"its parts model-00001-of-.* are missing"):
         state.read(str(parts))
+
+
+def test_a_folder_of_weights_holds_one_file_or_an_index(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no weights \(.safetensors, .bin, .pth or an index of parts\)"):
+        state.read(str(tmp_path))
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"weight": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(InputError, match=r"holds several files of weights: a.safetensors, b.safetensors; name one"):
+        state.read(str(tmp_path))
+    with pytest.raises(InputError, match="other weights need a model's name"):
+        load(weights=str(tmp_path / "a.safetensors"))
+
+
+def test_pictures_of_several_sizes_make_no_batch() -> None:
+    samples = [{"x": np.zeros((3, 8, side), np.float32)} for side in (8, 16)]
+    with pytest.raises(InputError, match=r"pictures of several sizes \[\(3, 8, 8\), \(3, 8, 16\)\] make no batch"):
+        load().reader.collate(samples)
 
 
 def test_weights_that_are_no_weights_are_refused(tmp_path: Path) -> None:

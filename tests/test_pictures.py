@@ -200,6 +200,33 @@ def test_tables_of_paths_and_of_texts(tmp_path: Path) -> None:
         names([str(tmp_path / "t.csv")], "image", "picture")
 
 
+def test_tables_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "t.parquet").write_bytes(b"no table")
+    with pytest.raises(InputError, match=r"t.parquet' is no Parquet file that can be read"):
+        names([str(tmp_path / "t.parquet")], "text", "text")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(InputError, match=r"state.json' cannot be read"):
+        names([str(tmp_path)], "text", "text")
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    (tmp_path / "data.arrow").write_bytes(b"no stream")
+    with pytest.raises(InputError, match=r"data.arrow' is no Arrow stream that can be read"):
+        names([str(tmp_path)], "text", "text")
+
+
+def test_an_archive_that_ends_too_early_and_cells_that_hold_no_picture_are_named(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a.tar").write_bytes(b"12345")
+    with pytest.raises(InputError, match="the archive ends 2 bytes too early"):
+        inputs.Slice(str(tmp_path / "a.tar"), 3, 4).load()
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": None}]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="column 'image' holds NoneType, not a picture's bytes or path"):
+        inputs.Cell(str(tmp_path / "t.parquet"), "image", 0).load()
+    with pytest.raises(InputError, match=r"t.parquet' has no row 1"):
+        inputs.Cell(str(tmp_path / "t.parquet"), "image", 1).load()
+
+
 def test_pictures_inside_parquet_files_and_data_sets_on_disk(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "x.png").write_bytes(b"outside")

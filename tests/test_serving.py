@@ -19,10 +19,12 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -85,6 +87,22 @@ def test_the_wire_gives_back_what_it_got() -> None:
     assert (arrays["body"], arrays["none"].shape) == (b"\0{", (0, 2))
     answer = Answer.from_bytes(Answer(408, "late", {"expired": True}).to_bytes())
     assert (answer.status, answer.error, answer.header) == (408, "late", {"expired": True})
+
+
+def test_a_text_has_its_relevance_beside_its_tokens_in_arrow() -> None:
+    about: Any = SimpleNamespace(class_names=("no", "yes"), probabilities="sigmoid", weights="w", options={"method": "m"})
+    arrays = {
+        "logits": np.array([0.0, 2.0], np.float32),
+        "classes": np.array([1, 0]),
+        "ok": np.array([True, True]),
+        "map": np.arange(6, dtype=np.float32).reshape(2, 3),
+    }
+    answer = Answer(header={"tokens": ["[CLS]", "a", "[SEP]"]}, arrays=arrays)
+    table = pa.ipc.open_stream(answers.rendered(answer, about, answers.ARROW, 0.75)).read_all()
+    assert table["target_name"].to_pylist() == ["yes", "no"]
+    assert table["probability"].to_pylist() == pytest.approx([1 / (1 + np.exp(-2)), 0.5])
+    assert table["relevance"].to_pylist() == [[0, 1, 2], [3, 4, 5]]
+    assert table["tokens"].to_pylist() == [["[CLS]", "a", "[SEP]"]] * 2
 
 
 def test_one_batch_holds_requests_with_different_targets_and_none_changes_another(artefact: fastrel.Artefact) -> None:
@@ -160,8 +178,6 @@ def test_an_explanation_as_json_is_that_of_the_artefact(server: Server, artefact
 
 
 def test_overlays_and_arrow_by_accept(server: Server, artefact: fastrel.Artefact) -> None:
-    import pyarrow as pa
-
     body = picture(2)
     status, content, headers = server.request("POST", "/explain?target=3&target=4", body, {"Accept": "image/png,*/*;q=0.1"})
     assert (status, headers["Content-Type"]) == (200, "image/png")

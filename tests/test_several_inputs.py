@@ -54,6 +54,7 @@ def normalised(m: Any, a: Tensor, b: Tensor) -> Tensor:
     return (F.normalize(m.encoder(a).mean(1), dim=-1) * F.normalize(m.encoder(b).mean(1), dim=-1)).sum(-1)
 
 
+@pytest.mark.slow
 def test_cosine_similarity_is_a_product_of_units() -> None:
     """Also on the second path, which once took the generic rule for it."""
     first, second = ids(2, 7), ids(2, 5, seed=2)

@@ -74,6 +74,7 @@ def test_pictures_with_texts_have_both_maps(tmp_path: Path, clip: str) -> None:
     np.testing.assert_allclose(one["pixel_values.patches"], found["map"][0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_pairs_are_verified(bert: str, clip: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--model", bert, "--text", "a clever film", "--text-pair", "a film"]) == 0
     assert main(["verify", "--model", clip, "--text", "a clever film"]) == 0

@@ -71,6 +71,7 @@ def test_py_typed_lets_a_checker_find_misspellings(checker: str, tmp_path: Path)
     assert re.findall(pattern, done.stdout, re.MULTILINE) == wrong, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_import_fastrel_gives_its_packages_when_they_are_asked_for() -> None:
     code = """
         import sys, fastrel

@@ -154,6 +154,7 @@ def test_weights_in_reduced_precision_are_kept_until_they_change(wide_vit: Any, 
         assert weights.kept_bytes() == kept
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_kept_weights_have_a_limit_and_a_way_to_do_without(wide_vit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = wide_vit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,13 +82,6 @@ def choose(call: Call, allowed: list[Backend]) -> tuple[Backend, list[str]]:
             return candidate, against
         against += [f"{candidate.name} {reason}" for reason in reasons]
     return BACKENDS["torch"], against
-
-
-def function_for(op: Any, operands: Sequence[Any], *options: str) -> Callable[..., Any]:
-    """What computes an operator for such operands best."""
-    floats = [x for x in operands if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    call = Call(op, options, floats[0].dtype, mixed=len({x.dtype for x in floats}) > 1)
-    return choose(call, candidates("auto", floats[0].device))[0].kernels()[op]
 
 
 def lower(

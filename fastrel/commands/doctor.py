@@ -51,10 +51,9 @@ def recommendations() -> dict[str, str]:
     cores = available_cores()
     set_to = os.environ.get("OMP_NUM_THREADS")
     now = torch.get_num_threads()
-    threads = (
-        f"{cores} {'core' if cores == 1 else 'cores'}: for latency OMP_NUM_THREADS={cores} and one worker, for throughput "
-    )
-    threads += f"OMP_NUM_THREADS=1 and {cores} workers; now {now} threads{f', OMP_NUM_THREADS={set_to}' if set_to else ''}"
+    one, many = f"OMP_NUM_THREADS={cores} and one worker", f"OMP_NUM_THREADS=1 and {cores} workers"
+    threads = f"1 core: {one}" if cores == 1 else f"{cores} cores: for latency {one}, for throughput {many}"
+    threads += f"; now {now} {'thread' if now == 1 else 'threads'}{f', OMP_NUM_THREADS={set_to}' if set_to else ''}"
     if now > cores:
         threads += ", more than there are cores: they will wait for each other"
     found = {"threads": threads}

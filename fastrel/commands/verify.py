@@ -55,7 +55,8 @@ def _samples(options: argparse.Namespace, loaded: Loaded) -> tuple[tuple[Tensor,
     samples: list[Sample]
     if loaded.kind == "image":
         if options.text is not None:
-            raise InputError(f"{options.model!r} is a model of pictures; give --image or nothing, not --text")
+            name = options.model or "the embedded model"
+            raise InputError(f"{name} is a model of pictures; give --image or nothing, not --text")
         image = pictures.noise() if options.image is None else pictures.read(options.image).image
         (one,) = loaded.reader(image)
         samples = [one, {name: np.ascontiguousarray(x[..., ::-1]) for name, x in one.items()}]

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import nn
 
 from fastrel.data.preprocessing import Prepare, Preprocessing, Wrapped
-from fastrel.errors import InputError
+from fastrel.errors import InputError, first_line
 from fastrel.models import state
 from fastrel.models.loaded import Loaded
 from fastrel.models.readers import Pictures
@@ -62,21 +62,30 @@ def preprocessing(model: nn.Module) -> Prepare:
 
 def _build(name: str, request: Request) -> nn.Module:
     if request.random:
-        return timm.create_model(name, pretrained=False)
+        return _architecture(name)
     if request.weights is None:
         try:
             return timm.create_model(name, pretrained=True)
         except Exception as error:  # no network, no such weights, a broken cache: whatever the hub's client raises
-            raise InputError(f"no pretrained weights for {request.name!r} ({error}); pass --weights FILE") from error
+            said = first_line(error)
+            raise InputError(f"no pretrained weights for {request.name!r} ({said}); pass --weights FILE") from error
     found = state.read(request.weights)
-    plain = timm.create_model(name, pretrained=False)
+    plain = _architecture(name)
     config: Any = plain.pretrained_cfg
     head = config.get("classifier")
     head = head[0] if isinstance(head, (list, tuple)) else head
     count = len(found[f"{head}.weight"]) if f"{head}.weight" in found else None
-    model = plain if count in (None, plain.num_classes) else timm.create_model(name, pretrained=False, num_classes=count)
+    model = plain if count in (None, plain.num_classes) else _architecture(name, num_classes=count)
     state.fill(model, found, request.name)
     return model
+
+
+def _architecture(name: str, **options: Any) -> nn.Module:
+    """Without weights; of a name on the hub the configuration is there."""
+    try:
+        return timm.create_model(name, pretrained=False, **options)
+    except Exception as error:  # as above
+        raise InputError(f"timm cannot make {name!r}: {first_line(error)}") from error
 
 
 def _class_names(model: Any) -> tuple[str, ...]:

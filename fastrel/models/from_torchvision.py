@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastrel.data.preprocessing import Prepare, Preprocessing, Wrapped
-from fastrel.errors import InputError
+from fastrel.errors import InputError, first_line
 from fastrel.models import state
 from fastrel.models.loaded import Loaded
 from fastrel.models.readers import Pictures
@@ -51,7 +51,8 @@ def _build(models: Any, name: str, weights: Any, names: tuple[str, ...], request
         try:
             return models.get_model(name, weights=weights), names
         except Exception as error:  # no network, a broken cache: whatever the download raises
-            raise InputError(f"no pretrained weights for {request.name!r} ({error}); pass --weights FILE") from error
+            said = first_line(error)
+            raise InputError(f"no pretrained weights for {request.name!r} ({said}); pass --weights FILE") from error
     found = state.read(request.weights)
     head = [value for key, value in found.items() if key.endswith(".weight") and value.dim() == 2][-1:]
     count = len(head[0]) if head else len(names)

@@ -11,7 +11,6 @@ from mosec import Worker
 from mosec.errors import ValidationError
 
 from fastrel.artefact import metadata
-from fastrel.artefact.metadata import Metadata
 from fastrel.artefact.reading import ReadsTexts, reader
 from fastrel.data import pictures
 from fastrel.errors import InputError
@@ -24,14 +23,8 @@ class Decoding:
     """From what the front admitted to work for the explain stage; what cannot be read is refused here, and reaches no batch."""
 
     def __init__(self, service: Service) -> None:
-        self._about = metadata.read(service.artefact)
-        self._read: Any = reader(service.artefact, self._about)
+        self._read: Any = reader(service.artefact, metadata.read(service.artefact))
         self._max_pixels = service.max_pixels
-
-    @property
-    def about(self) -> Metadata:
-        """What the artefact says about itself."""
-        return self._about
 
     def __call__(self, data: bytes | bytearray) -> Work:
         """Decode one request.
