@@ -1,12 +1,16 @@
 """Build what `fastrel demo` ships: a small ViT trained on scenes of several objects, samples and a held-out set.
 
     apt-get install dataset-fashion-mnist
-    python scripts/make_scenes.py train --steps 4500 --batch 64                       # fastrel/demo/model.safetensors
-    python scripts/make_scenes.py train --steps 5000 --batch 64 --resume --seed 1     # about 20 minutes each on 2 cores
-    python scripts/make_scenes.py data                              # fastrel/demo/scenes.npz and scene*.png
+    python scripts/make_scenes.py train        # fastrel/demo/model.safetensors; half an hour on one core that has bfloat16
+    python scripts/make_scenes.py data         # fastrel/demo/scenes.npz and scene*.png
 
 A scene is a 2 x 2 mosaic of photographs from Fashion-MNIST (MIT licence), each of another class, some cells left empty,
 each object moved at random within its cell. The model says for each class whether it is present (multi-label).
+
+What it is trained on is what maps show afterwards, no map: the classes of a scene, read from the class token; and *where they are*, as
+in LV-ViT (Jiang et al., NeurIPS 2021): each patch token, read by the same head, names the class of its cell where something is to be seen,
+and none elsewhere. Patches are left out at random, a quarter of the scenes is seen cell by cell, and the cells of training scenes
+are drawn each for itself, so that what lies in one says nothing about another.
 """
 
 import argparse
@@ -161,6 +165,7 @@ def train(steps: int, batch: int, seed: int, state: Path) -> None:
             )
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, state)
     save_file({name: t.half() for name, t in model.state_dict().items()}, DEMO / "model.safetensors")
+    state.unlink()
 
 
 def data(count: int, samples: int) -> None:
@@ -177,10 +182,10 @@ def data(count: int, samples: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train", "data"])
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--state", type=Path, default=Path("scenes.pt"), help="where an interrupted training goes on from")
+    parser.add_argument("--state", type=Path, default=Path("make_scenes.pt"), help="where an interrupted training goes on from")
     parser.add_argument("--count", type=int, default=200, help="held-out scenes")
     parser.add_argument("--samples", type=int, default=4)
     options = parser.parse_args()
