@@ -185,7 +185,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--state", type=Path, default=Path("make_scenes.pt"), help="where an interrupted training goes on from")
+    parser.add_argument(
+        "--state", type=Path, default=Path("make_scenes.pt"), help="where an interrupted training goes on from"
+    )
     parser.add_argument("--count", type=int, default=200, help="held-out scenes")
     parser.add_argument("--samples", type=int, default=4)
     options = parser.parse_args()
