@@ -8,9 +8,9 @@ A scene is a 2 x 2 mosaic of photographs from Fashion-MNIST (MIT licence), each 
 each object moved at random within its cell. The model says for each class whether it is present (multi-label).
 
 What it is trained on is what maps show afterwards, no map: the classes of a scene, read from the class token; and *where they are*, as
-in LV-ViT (Jiang et al., NeurIPS 2021): each patch token, read by the same head, names the class of its cell where something is to be seen,
-and none elsewhere. Patches are left out at random, a quarter of the scenes is seen cell by cell, and the cells of training scenes
-are drawn each for itself, so that what lies in one says nothing about another.
+in LV-ViT (Jiang et al., NeurIPS 2021): each patch token, read by the same head, names the class of its cell where something is to be
+seen, and none elsewhere. Patches are left out at random, a quarter of the scenes is seen cell by cell, and the cells of training
+scenes are drawn each for itself, so that what lies in one says nothing about another.
 """
 
 import argparse
