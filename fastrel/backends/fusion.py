@@ -64,9 +64,11 @@ class _Fusion:
             elif _is_sum(node):
                 self._norm_beside(node)
             elif node.target is gelu_backward:
-                self._slope(node, *node.args[:2], *(node.args[2:] or ("none",)), frozen=False)
-            elif node.target is self.ratio and node.args[3]:
-                self._slope(node, *node.args[:2], node.args[3], frozen=True)
+                lane, x, *rest = node.args
+                self._slope(node, lane, x, rest[0] if rest else "none", frozen=False)
+            elif node.target is self.ratio and node.args[3:] and node.args[3]:
+                lane, x, _, form = node.args
+                self._slope(node, lane, x, form, frozen=True)
         for node in list(self.graph.nodes):
             if node.target in self.matmuls:
                 self._gradient_of_more_outputs(node)
