@@ -21,19 +21,22 @@ EXACT = 1e-10
 
 
 def reference_trace(
-    name: str, params: dict[str, torch.Tensor], given: models.Inputs, target: torch.Tensor, rules: str = "positive"
+    name: str, params: dict[str, torch.Tensor], given: models.Inputs, target: torch.Tensor, frozen: bool
 ) -> reference.Trace:
     if name == "timm_vit":
         image = given["x"].clone().requires_grad_()
-        return reference.trace(lambda tape: reference.vit(tape, params, image, heads=3), target, rules)
+        return reference.trace(lambda tape: reference.vit(tape, params, image, heads=3), target, frozen=frozen)
     embedding, mask = bert_embedding(params, given["input_ids"]), given["attention_mask"]
-    return reference.trace(lambda tape: reference.bert(tape, params, embedding, mask, heads=4, eps=1e-12), target, rules)
+    return reference.trace(
+        lambda tape: reference.bert(tape, params, embedding, mask, heads=4, eps=1e-12), target, frozen=frozen
+    )
 
 
+@pytest.mark.parametrize("method", ["frozen_attribution", "transformer_attribution"])
 @pytest.mark.parametrize("name", ["timm_vit", "hf_bert", "hf_bert_eager"])
-def test_positive_equals_the_reference_block_by_block(name: str) -> None:
-    explainer, given, target = models.explainer(name), models.inputs(name), torch.tensor([1, 5, 0])
-    expected = reference_trace(name, explainer.model.state_dict(), given, target)
+def test_positive_equals_the_reference_block_by_block(name: str, method: str) -> None:
+    explainer, given, target = models.explainer(name).using(method), models.inputs(name), torch.tensor([1, 5, 0])
+    expected = reference_trace(name, explainer.model.state_dict(), given, target, method == "frozen_attribution")
     blocks = explainer.trace(**given, target=target)
     assert len(blocks) == len(expected.blocks)
     for i, (ours, theirs) in enumerate(zip(blocks, expected.blocks, strict=True)):
@@ -55,7 +58,7 @@ def test_positive_equals_the_reference_block_by_block(name: str) -> None:
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_gradients_equal_autograd(name: str) -> None:
     """∂y_c/∂V, which the gradient lane passes on, from the maps' gradients against autograd on the eager model."""
-    explainer, given = models.explainer(name), models.inputs(name, batch=2)
+    explainer, given = models.explainer(name).using("transformer_attribution"), models.inputs(name, batch=2)
     target = torch.tensor([2, 4])
     expected = attention_gradients(explainer.model, given, target)
     blocks = explainer.trace(**given, target=target)

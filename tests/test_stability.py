@@ -144,7 +144,10 @@ def test_the_map_does_not_depend_on_batch_padding_or_threads(subject: Subject) -
 
 
 def test_noise_floor_tells_the_rule_sets_apart() -> None:
-    model, given = demo.load_model(), {"x": demo.to_input(demo.held_out()[0][48:56])}  # two of which divide by next to nothing
+    model, given = (
+        demo.load_model(),
+        {"x": demo.to_input(demo.held_out()[0][48:56])},
+    )  # two of which divide by next to nothing
     prediction = fastrel.Explainer(model).predict(**given)
     quiet = prediction.explain()
     assert (quiet.noise_floor() < 1e-5).all()
