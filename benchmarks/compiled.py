@@ -130,7 +130,7 @@ def _attention(d: int, dtype: torch.dtype, rules: str, masked: bool, batch: int 
     q = _empty(batch, 197, 12, d, dtype=dtype).transpose(1, 2)
     lane = _empty(1, batch, 197, 12, d).transpose(2, 3)
     mask = _empty(batch, 1, 1, 197, dtype=dtype) if masked else None
-    options = (d**-0.5, False, 0, rules, "gradient_relevance", masked, True)
+    options = (d**-0.5, False, 0, rules, "gradient_relevance", masked, True, rules == "positive")
     kernel = triton_backend.kernels()[ops.attention_relevance]
     kernel(q, q, q, mask, lane, lane, _empty(1, batch, 197), *options)
 
@@ -212,7 +212,9 @@ def by_constants(variant: Variant) -> str:
     """What a variant was made for, apart from sizes that follow from those of the tensors."""
     names = [param.name for param in variant.kernel.params]
     constants = {names[i]: str(value) for (i,), value in variant.constants if variant.kernel.params[i].is_constexpr}
-    kept = sorted((name, value) for name, value in constants.items() if name not in ("TOPS", "CHUNKS", "BLOCK", "HEADS"))
+    kept = sorted(
+        (name, value) for name, value in constants.items() if name not in ("TOPS", "CHUNKS", "BLOCK", "HEADS", "SHARE")
+    )
     return repr((variant.kernel.fn.__name__, kept, sorted(variant.options)))
 
 

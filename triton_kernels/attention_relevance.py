@@ -135,8 +135,7 @@ def attention_relevance(
         **values, rel_ptr=q if rel is None else rel, targets=targets,
         **_strides("rel", (0, 0, 0, 0) if rel is None else rel.stride(), ("target", *ROWS)), **options, **blocking,
     )  # fmt: skip
-    values["share"] = 0.5 if halves else 1.0
-    options["UPDATE"] = UPDATES[update]
+    options |= {"UPDATE": UPDATES[update], "SHARE": 0.5 if halves else 1.0}
     sums = empty(targets, batch, heads, queries) if row is not None and normalize else none
     mask_sums = empty(targets, batch, heads, 3, queries) if mask is not None and wants_rel and official else none
     # What a sweep computes: lanes that go in, and M. Else than in TF32 under the positive rules, all lanes at once would spill.

@@ -123,7 +123,7 @@ def attention_rows_kernel(
 @triton.jit
 def queries_sweep(
     tile, part, parts, q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, rel_q_ptr, grad_q_ptr, sum_ptr,
-    mask_sum_ptr, heads, queries, keys, d, scale, share, query_start, lane_row,
+    mask_sum_ptr, heads, queries, keys, d, scale, SHARE: tl.constexpr, query_start, lane_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
     REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, SUMS: tl.constexpr,
@@ -178,7 +178,7 @@ def queries_sweep(
     at = ((t * (parts // heads) + b) * queries * heads + h) * d
     if GRAD_IN:
         at_grad = (t * (parts // heads) + b) * queries * lane_row + h * d
-        store_rows(grad_q_ptr + at_grad, i, queries, d, D, lane_row, grad_q * (share * share))
+        store_rows(grad_q_ptr + at_grad, i, queries, d, D, lane_row, grad_q * (SHARE * SHARE))
     if REL_IN and OFFICIAL:
         store_rows(rel_q_ptr + at, i, queries, d, D, heads * d, rel_q * b_q * 0.5)
         if MASK != 0:
@@ -193,7 +193,7 @@ def queries_sweep(
 @triton.jit
 def keys_sweep(
     tile, part, parts, q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, row_ptr, rel_k_ptr, rel_v_ptr,
-    grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, share, query_start, lane_row,
+    grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, SHARE: tl.constexpr, query_start, lane_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
     REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, ROW: tl.constexpr,
@@ -237,7 +237,7 @@ def keys_sweep(
         if GRAD_IN:
             grad_v = tl.dot(tl.trans(operand(attn, tl.float32, PRECISION)), b_grad, grad_v, input_precision=PRECISION)
             b_delta = tl.load(delta_ptr + own + i, mask=i < queries, other=0.0)  # [BM]
-            weighted = attn * (grad_attn - b_delta[:, None]) * scale
+            weighted = attn * (grad_attn - b_delta[:, None]) * (scale * SHARE * SHARE if PRECISION == "ieee" else scale)
             grad_k = tl.dot(tl.trans(operand(weighted, tl.float32, PRECISION)), b_q, grad_k, input_precision=PRECISION)
         if REL_IN:
             rel_v = tl.dot(tl.trans(operand(attn, tl.float32, PRECISION)), b_s, rel_v, input_precision=PRECISION)
@@ -247,8 +247,10 @@ def keys_sweep(
     at = (sample * keys * heads + h) * d
     if GRAD_IN:
         at_grad = sample * keys * lane_row + h * d
-        store_rows(grad_k_ptr + at_grad, j, keys, d, D, lane_row, grad_k * (share * share))
-        store_rows(grad_v_ptr + at_grad, j, keys, d, D, lane_row, grad_v * share)
+        store_rows(
+            grad_k_ptr + at_grad, j, keys, d, D, lane_row, grad_k if PRECISION == "ieee" else grad_k * (SHARE * SHARE)
+        )
+        store_rows(grad_v_ptr + at_grad, j, keys, d, D, lane_row, grad_v * SHARE)
     if REL_IN:
         store_rows(rel_v_ptr + at, j, keys, d, D, heads * d, rel_v * b_relevant * (0.5 if OFFICIAL else 1.0))
         if OFFICIAL:
@@ -264,7 +266,7 @@ def attention_queries_kernel(
     grad_q_ptr,  # the same, lane_row numbers from token to token
     sum_ptr,  # [targets, batch, heads, queries]
     mask_sum_ptr,  # [targets, batch, heads, 3, queries]
-    heads, queries, keys, d, scale, share, query_start, lane_row,
+    heads, queries, keys, d, scale, SHARE: tl.constexpr, query_start, lane_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
     REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, SUMS: tl.constexpr,
@@ -276,7 +278,7 @@ def attention_queries_kernel(
     queries_sweep(
         tl.program_id(0) % tiles, part, parts, q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr,
         delta_ptr, grad_ptr, rel_q_ptr, grad_q_ptr, sum_ptr,
-        mask_sum_ptr, heads, queries, keys, d, scale, share, query_start, lane_row,
+        mask_sum_ptr, heads, queries, keys, d, scale, SHARE, query_start, lane_row,
         q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
         mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
         REL, GRAD, GRAD_IN, REL_IN, SUMS, MASK, CAUSAL, OFFICIAL, UPDATE, PRECISION, BLOCK_M, BLOCK_N, D,
@@ -290,7 +292,7 @@ def attention_keys_kernel(
     rel_k_ptr, rel_v_ptr,  # [targets, batch, keys, heads, d]
     grad_k_ptr, grad_v_ptr,  # the same, lane_row numbers from token to token
     through_ptr,  # [targets, batch, heads, keys]
-    heads, queries, keys, d, scale, share, query_start, lane_row,
+    heads, queries, keys, d, scale, SHARE: tl.constexpr, query_start, lane_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
     REL: tl.constexpr, GRAD: tl.constexpr, GRAD_IN: tl.constexpr, REL_IN: tl.constexpr, ROW: tl.constexpr,
@@ -302,7 +304,7 @@ def attention_keys_kernel(
     keys_sweep(
         tl.program_id(0) % tiles, part, parts, q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr,
         delta_ptr, grad_ptr, row_ptr, rel_k_ptr, rel_v_ptr,
-        grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, share, query_start, lane_row,
+        grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, SHARE, query_start, lane_row,
         q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
         mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
         REL, GRAD, GRAD_IN, REL_IN, ROW, MASK, CAUSAL, OFFICIAL, UPDATE, PRECISION, BLOCK_M, BLOCK_N, D,
@@ -313,7 +315,7 @@ def attention_keys_kernel(
 def attention_lanes_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, row_ptr,
     rel_k_ptr, rel_v_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr, through_ptr,  # as the sweeps alone have them
-    heads, queries, keys, d, scale, share, query_start, q_lane_row, k_lane_row,
+    heads, queries, keys, d, scale, SHARE: tl.constexpr, query_start, q_lane_row, k_lane_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
     REL: tl.constexpr, GRAD: tl.constexpr, ROW: tl.constexpr,
@@ -333,7 +335,7 @@ def attention_lanes_kernel(
         queries_sweep(
             tile, part, parts, q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr, grad_ptr, lse_ptr,
             grad_q_ptr, lse_ptr,
-            lse_ptr, heads, queries, keys, d, scale, share, query_start, q_lane_row,
+            lse_ptr, heads, queries, keys, d, scale, SHARE, query_start, q_lane_row,
             q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
             mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
             False, GRAD, True, False, False, MASK, CAUSAL, OFFICIAL, UPDATE, PRECISION, Q_M, Q_N, D,
@@ -342,7 +344,7 @@ def attention_lanes_kernel(
         keys_sweep(
             tile - of_queries, part, parts, q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr, delta_ptr,
             grad_ptr, row_ptr, rel_k_ptr, rel_v_ptr,
-            grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, share, query_start, k_lane_row,
+            grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, SHARE, query_start, k_lane_row,
             q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
             mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
             REL, GRAD, True, not APART, ROW, MASK, CAUSAL, OFFICIAL, UPDATE, PRECISION, K_M, K_N, D,
@@ -351,7 +353,7 @@ def attention_lanes_kernel(
         keys_sweep(
             tile - of_queries - of_keys, part, parts, q_ptr, k_ptr, v_ptr, mask_ptr, lse_ptr, s_ptr,
             delta_ptr, grad_ptr, row_ptr, rel_k_ptr, rel_v_ptr,
-            grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, share, query_start, k_lane_row,
+            grad_k_ptr, grad_v_ptr, through_ptr, heads, queries, keys, d, scale, SHARE, query_start, k_lane_row,
             q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
             mask_batch, mask_head, mask_row, mask_col, grad_target, grad_batch, grad_head, grad_row,
             REL, False, False, True, False, MASK, CAUSAL, OFFICIAL, UPDATE, PRECISION, R_M, R_N, D,
