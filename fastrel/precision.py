@@ -131,7 +131,8 @@ def speeds() -> dict[str, float]:
 def _seconds(dtype: str, rows: int, width: int) -> float:
     """The products of a z+ layer, of which one has the weight turned: the shortest of a few."""
     a, b = (torch.ones(shape, dtype=getattr(torch, dtype), device="cpu") for shape in ((rows, width), (width, width)))
-    multiply: Callable[[Tensor, Tensor], Tensor] = torch.ops.fastrel_cpu.int8_matmul if dtype == "int8" else torch.mm
+    of_int8 = torch._int_mm if native.load() else torch.ops.fastrel_cpu.int8_matmul
+    multiply: Callable[[Tensor, Tensor], Tensor] = of_int8 if dtype == "int8" else torch.mm
     best = float("inf")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for _ in range(4):

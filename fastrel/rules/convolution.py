@@ -11,6 +11,7 @@ from fastrel.reference.convolution import convolution as conv_relevance
 from fastrel.reference.convolution import pixel_convolution, transposed_convolution
 from fastrel.reference.operators import pooling as pool_relevance
 from fastrel.rules.generic import divided_row, vjp
+from fastrel.rules.reduce import pooled_evidence
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes
@@ -105,7 +106,14 @@ def pooling(t: Context, node: fx.Node, out: Lanes) -> None:
             dense = t.emit.call(divided_row, dense, *full) if windows else dense
             return Lane(t.emit.call(pool_row, node.target, dense, list(sizes), kwargs, *options))
 
-        row = out.row.map(back)
+        over = list(range(2, x.meta["val"].dim()))
+        whole = not windows and all(node.meta["val"].shape[dim] == 1 for dim in over)  # all tokens at once, as a mean
+        shares = pooled_evidence(t, x, grad, rel, over) if whole else None
+
+        def back_by_evidence(lane: Lane) -> Lane:
+            return Lane(t.emit.call(torch.mul, t.dense(lane, node, is_row=True).node, shares))
+
+        row = out.row.map(back_by_evidence if shares else back)
     t.give(x, grad, rel, row)
 
 

@@ -64,9 +64,23 @@ def other_norm(t: Context, node: fx.Node, out: Lanes) -> None:
             scale = None if weight is None else t.value(weight)
             dense = t.dense(lane, node).node
             return Lane(t.emit.call(frozen_rms_norm_backward, dense, t.value(x), scale, len(shape), eps))
+        if t.method.attnlrp and node.target is aten.group_norm.default:
+            _, groups, weight, _, eps, _ = arguments(node, None, None, 1e-5, True, count=6)
+            scale = None if weight is None else t.value(weight)
+            return Lane(t.emit.call(frozen_group_norm_backward, t.dense(lane, node).node, t.value(x), groups, scale, eps))
         return Lane(t.emit.call(vjp, node.target, t.dense(lane, node).node, 0, None, tuple(node.kwargs.items()), *values))
 
     t.pass_through(x, out, grad)
+
+
+def frozen_group_norm_backward(grad: Tensor, x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Tensor:
+    """AttnLRP's rule for grad [K, B, C, *]: the gradient with the standard deviation of a group of channels taken as a constant."""
+    parts = x.unflatten(1, (groups, -1))
+    over = list(range(2, parts.dim()))
+    rstd = (parts.var(over, correction=0, keepdim=True) + eps).rsqrt()
+    g = grad if weight is None else grad * weight.reshape(-1, *(1,) * (x.dim() - 2))
+    g = g.unflatten(2, (groups, -1))
+    return ((g - g.mean([dim + 1 for dim in over], keepdim=True)) * rstd).flatten(2, 3)
 
 
 def frozen_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: float) -> Tensor:

@@ -43,7 +43,7 @@ def mean(t: Context, node: fx.Node, out: Lanes) -> None:
                 tokens = t.emit.arith("mul", tokens, shape[dim])
         return Lane(t.emit.call(spread, _widened(t, node, lane, over, keep, is_row=True), tokens, *sizes))
 
-    shares = _evidence(t, x, grad, rel, over)
+    shares = pooled_evidence(t, x, grad, rel, over)
 
     def spread_by_evidence(lane: Lane) -> Lane:
         return Lane(t.emit.call(torch.mul, _widened(t, node, lane, over, keep, is_row=True), shares))
@@ -51,7 +51,7 @@ def mean(t: Context, node: fx.Node, out: Lanes) -> None:
     t.give(x, grad, rel, out.row and out.row.map(spread_by_evidence if shares else spread_row))
 
 
-def _evidence(t: Context, x: fx.Node, grad: Lane | None, rel: Lane | None, over: list[int]) -> fx.Node | None:
+def pooled_evidence(t: Context, x: fx.Node, grad: Lane | None, rel: Lane | None, over: list[int]) -> fx.Node | None:
     """The shares [K, *] of tokens that are pooled, if the method reads them by evidence; x's own lanes are dense."""
     features = t.features(x)
     tokens = [dim for dim in over if dim not in features]
@@ -82,7 +82,7 @@ def total(t: Context, node: fx.Node, out: Lanes) -> None:
         values: Any = fx.map_arg(node.args, t.value)
         lane = t.dense(out.grad, node).node
         grad = Lane(t.emit.call(vjp, node.target, lane, 0, None, tuple(node.kwargs.items()), *values))
-    shares = _evidence(t, x, grad, rel, over)
+    shares = pooled_evidence(t, x, grad, rel, over)
     t.give(x, grad, rel, out.row and _row_by_weight(t, node, x, out.row, over, keep, shares))
 
 
