@@ -68,10 +68,11 @@ def _samples(
     if row is not None:
         kept, through = rollout_row(row, attention_update(attn, grad_attn, rel_attn, update), normalize)
     if grad is not None and grad_attn is not None and inputs:
-        share = 0.5 if halves else 1.0
-        grad_v = (attn.mT @ grad).mul_(share) if halves else attn.mT @ grad
+        grad_v = attn.mT @ grad
         delta = (grad * (attn @ v)).sum(-1, keepdim=True)
         through_scores = grad_attn.sub_(delta).mul_(attn)
-        factor = scale * share * share
+        factor = scale
+        if halves:
+            grad_v, factor = grad_v.mul_(0.5), 0.25 * scale
         grad_q, grad_k = (through_scores @ k).mul_(factor), (through_scores.mT @ q).mul_(factor)
     return none, none, rel_v, grad_q, grad_k, grad_v, kept, through

@@ -75,10 +75,9 @@ const ReducedKernels& reduced_kernels() {
 
 bool multiplies_int8() {
 #ifdef FASTREL_X86
-  return level() == 0 || (level() == 2 && __builtin_cpu_supports("avx512vnni"));
-#else
-  return true;
+  if (level() == 2 && __builtin_cpu_supports("avx512vnni")) return true;
 #endif
+  return !reduced_kernels().int8_product;
 }
 
 const char* instruction_set() {

@@ -23,10 +23,11 @@ void multiply_int8(const Tensor& result, const Tensor& a, const Tensor& b) {
   }
   const int64_t M = a.size(0), N = b.size(1), K = a.size(1), panels = (N + kInt8Columns - 1) / kInt8Columns;
   const int8_t* p_a = data<int8_t>(a);
-  const bool is_signed = std::any_of(p_a, p_a + a.numel(), [](int8_t x) { return x < 0; });
+  int8_t signs = 0;  // in one pass without branches, which is vectorised
+  for (int64_t i = 0; i < M * K; ++i) signs |= p_a[i];
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     reduced_kernels().int8_product(
-        begin, end, M, N, K, p_a, is_signed, data<int8_t>(b), b.stride(0), b.stride(1), out<int32_t>(result));
+        begin, end, M, N, K, p_a, signs < 0, data<int8_t>(b), b.stride(0), b.stride(1), out<int32_t>(result));
   });
 }
 

@@ -1,14 +1,14 @@
 """AttnLRP's rule for activation functions y = f(x), relevance unchanged: in terms of gradients, the slope y/x."""
 
-import torch
 from torch import Tensor
 
 from fastrel.ops.library import define
+from fastrel.reference.gradients import slope
 
 
 def _reference(grad: Tensor, x: Tensor, y: Tensor, gelu: str = "") -> Tensor:
     """grad [K, *] ⊙ y/x, 0 where x [*] is 0. gelu: the name of its form where f is gelu: y/x is then known from x alone."""
-    return grad * torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
+    return grad * slope(x, y)
 
 
 def _fake(grad: Tensor, x: Tensor, y: Tensor, gelu: str = "") -> Tensor:

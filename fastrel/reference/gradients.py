@@ -15,10 +15,14 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y if bias is None else y + bias
 
 
+def slope(x: Tensor, y: Tensor) -> Tensor:
+    """y/x, 0 where x is 0."""
+    return torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
+
+
 def activation(x: Tensor, y: Tensor) -> Tensor:
-    """y = f(x) with the slope y/x, 0 where x is 0."""
-    slope = torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x)).detach()
-    return y.detach() + slope * (x - x.detach())
+    """y = f(x) with the slope y/x."""
+    return y.detach() + slope(x, y).detach() * (x - x.detach())
 
 
 def half(x: Tensor) -> Tensor:

@@ -67,20 +67,20 @@ def other_norm(t: Context, node: fx.Node, out: Lanes) -> None:
         if t.method.attnlrp and node.target is aten.group_norm.default:
             _, groups, weight, _, eps, _ = arguments(node, None, None, 1e-5, True, count=6)
             scale = None if weight is None else t.value(weight)
-            return Lane(t.emit.call(frozen_group_norm_backward, t.dense(lane, node).node, t.value(x), groups, scale, eps))
+            parts = t.emit.call(torch.unflatten, t.value(x), 1, [groups, -1])
+            grouped = t.emit.call(by_group, t.dense(lane, node).node, groups, scale)
+            dims = x.meta["val"].dim() - 1
+            through = t.emit.call(ops.layer_norm_backward, grouped, parts, None, dims, eps, True)
+            return Lane(t.emit.call(torch.flatten, through, 2, 3))
         return Lane(t.emit.call(vjp, node.target, t.dense(lane, node).node, 0, None, tuple(node.kwargs.items()), *values))
 
     t.pass_through(x, out, grad)
 
 
-def frozen_group_norm_backward(grad: Tensor, x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Tensor:
-    """AttnLRP's rule for grad [K, B, C, *]: the gradient with the standard deviation of a group of channels taken as a constant."""
-    parts = x.unflatten(1, (groups, -1))
-    over = list(range(2, parts.dim()))
-    rstd = (parts.var(over, correction=0, keepdim=True) + eps).rsqrt()
-    g = grad if weight is None else grad * weight.reshape(-1, *(1,) * (x.dim() - 2))
-    g = g.unflatten(2, (groups, -1))
-    return ((g - g.mean([dim + 1 for dim in over], keepdim=True)) * rstd).flatten(2, 3)
+def by_group(grad: Tensor, groups: int, weight: Tensor | None) -> Tensor:
+    """grad [K, B, C, *] times the weight of its channel, [K, B, groups, C / groups, *]."""
+    scaled = grad if weight is None else grad * weight.reshape(-1, *(1,) * (grad.dim() - 3))
+    return scaled.unflatten(2, (groups, -1))
 
 
 def frozen_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, dims: int, eps: float) -> Tensor:

@@ -100,7 +100,7 @@ def fused(n: int, dtype: torch.dtype) -> None:
         linear_(value, part, value, None, lane, lane, "positive", sums=z, formed=True, slope=value, divisor=z)
         linear_(value, part, value, None, lane, on_gpu(1, n, 5, 192), "positive", sums=z, w_grad=wide)
     activation.through_gelu(lane, value)
-    activation.by_ratio(lane, value, value)
+    activation.activation_ratio(lane, value, value)
     q, row, options = on_gpu(n, 2, 5, 32, dtype=dtype), on_gpu(1, n, 5), (0.125, False, 0, "positive", "gradient_relevance")
     of_heads = on_gpu(1, n, 2, 5, 32)
     through = kernels[ops.attention_relevance](

@@ -238,13 +238,13 @@ void attention_head(const AttentionHead<T>& h, std::vector<T>& memory) {
         gemm(keys, d, m, b.attn, int64_t(1), padded, b.packed_grad, b.sum_grad_v + sums, width, more);
       }
       if (h.grad_q) {
+        const T scale = h.scale * h.share * h.share;
         for (int64_t i = 0; i < m; ++i) {
           T* g = b.grad_attn + i * padded;
           const T* a = b.attn + i * padded;
           Vec<T> total{};
           for (int64_t j = 0; j < padded; j += kLanes<T>) total += load(a + j) * load(g + j);
           const Vec<T> mean = splat(sum<T>(total));
-          const T scale = h.scale * h.share * h.share;
           for (int64_t j = 0; j < padded; j += kLanes<T>) store(g + j, load(a + j) * (load(g + j) - mean) * scale);
         }
         gemm(m, d, keys, b.grad_attn, padded, int64_t(1), b.keys, b.share, width, false);

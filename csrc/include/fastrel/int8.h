@@ -14,8 +14,6 @@
 namespace fastrel {
 namespace FASTREL_ISA {
 
-constexpr int64_t kInt8Panel = kInt8Columns;
-
 #if FASTREL_ISA_LEVEL >= 1
 
 typedef char Bytes __attribute__((vector_size(32)));
@@ -44,10 +42,10 @@ FASTREL_INLINE Bytes four_of(const int8_t* a, int64_t count) {
 
 // ROWS rows of A times a panel.
 template <int ROWS, bool SIGNED>
-FASTREL_INLINE void int8_block(int64_t K, const int8_t* a, const int8_t* panel, int32_t (*sums)[kInt8Panel]) {
+FASTREL_INLINE void int8_block(int64_t K, const int8_t* a, const int8_t* panel, int32_t (*sums)[kInt8Columns]) {
   Ints acc[ROWS][2] = {};
   const auto step = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
-    const Bytes left = bytes_at(panel + k * kInt8Panel), right = bytes_at(panel + k * kInt8Panel + 32);
+    const Bytes left = bytes_at(panel + k * kInt8Columns), right = bytes_at(panel + k * kInt8Columns + 32);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       const Bytes x = four_of(a + i * K + k, count);
@@ -64,8 +62,8 @@ FASTREL_INLINE void int8_block(int64_t K, const int8_t* a, const int8_t* panel, 
 // Columns n … n + width of B into a panel [K / 4, 16, 4], zeros behind them.
 inline void int8_pack(int64_t K, int64_t width, const int8_t* b, int64_t row, int64_t col, int8_t* panel) {
   int64_t k = 0;
-  if (col == 1 && width == kInt8Panel) {
-    for (; k + 4 <= K; k += 4, b += 4 * row, panel += 4 * kInt8Panel) {
+  if (col == 1 && width == kInt8Columns) {
+    for (; k + 4 <= K; k += 4, b += 4 * row, panel += 4 * kInt8Columns) {
       Row r[4];
       for (int i = 0; i < 4; ++i) std::memcpy(&r[i], b + i * row, sizeof r[i]);
       const Row low01 = __builtin_shuffle(r[0], r[1], Row{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
@@ -79,21 +77,21 @@ inline void int8_pack(int64_t K, int64_t width, const int8_t* b, int64_t row, in
       std::memcpy(panel, packed, sizeof packed);
     }
   } else if (row == 1) {
-    for (; k + 4 <= K; k += 4, b += 4, panel += 4 * kInt8Panel)
-      for (int64_t j = 0; j < kInt8Panel; ++j) {
+    for (; k + 4 <= K; k += 4, b += 4, panel += 4 * kInt8Columns)
+      for (int64_t j = 0; j < kInt8Columns; ++j) {
         int32_t four = 0;
         if (j < width) std::memcpy(&four, b + j * col, sizeof four);
         std::memcpy(panel + 4 * j, &four, sizeof four);
       }
   }
-  for (; k < K; k += 4, b += 4 * row, panel += 4 * kInt8Panel)
-    for (int64_t j = 0; j < kInt8Panel; ++j)
+  for (; k < K; k += 4, b += 4 * row, panel += 4 * kInt8Columns)
+    for (int64_t j = 0; j < kInt8Columns; ++j)
       for (int64_t i = 0; i < 4; ++i) panel[4 * j + i] = j < width && k + i < K ? b[i * row + j * col] : int8_t(0);
 }
 
 template <bool SIGNED>
 void int8_panel(int64_t M, int64_t width, int64_t K, const int8_t* a, const int8_t* panel, int32_t* c, int64_t ldc) {
-  int32_t sums[4][kInt8Panel];
+  int32_t sums[4][kInt8Columns];
   int64_t i = 0;
   const auto give = [&](int64_t count) {
     for (int64_t r = 0; r < count; ++r) std::memcpy(c + (i + r) * ldc, sums[r], width * sizeof(int32_t));
@@ -107,9 +105,9 @@ void int8_panel(int64_t M, int64_t width, int64_t K, const int8_t* a, const int8
 inline void int8_product(
     int64_t begin, int64_t end, int64_t M, int64_t N, int64_t K, const int8_t* a, bool is_signed, const int8_t* b, int64_t row,
     int64_t col, int32_t* c) {
-  std::vector<int8_t> panel((K + 3) / 4 * 4 * kInt8Panel);
-  for (int64_t n = begin * kInt8Panel; n < std::min(N, end * kInt8Panel); n += kInt8Panel) {
-    const int64_t width = std::min(kInt8Panel, N - n);
+  std::vector<int8_t> panel((K + 3) / 4 * 4 * kInt8Columns);
+  for (int64_t n = begin * kInt8Columns; n < std::min(N, end * kInt8Columns); n += kInt8Columns) {
+    const int64_t width = std::min(kInt8Columns, N - n);
     int8_pack(K, width, b + n * col, row, col, panel.data());
     (is_signed ? int8_panel<true> : int8_panel<false>)(M, width, K, a, panel.data(), c + n, N);
   }

@@ -77,7 +77,7 @@ struct ReducedKernels {
       int64_t n, const float* signed_sum, const float* bias, const int32_t* magnitude, float x_scale, const float* w_scales,
       const float* rel, float* scratch, int8_t* out);
   void (*int8_combine)(int64_t n, const float* x, const int32_t* c, const int32_t* c_abs, float scale, float* out);
-  // Panels begin … end of A [M, K] B [K, N] in int32, A's signs asked for; null where the processor multiplies int8 by itself.
+  // Panels begin … end of A [M, K] B [K, N] in int32, A's signs asked for; null where there is no such kernel.
   void (*int8_product)(
       int64_t begin, int64_t end, int64_t M, int64_t N, int64_t K, const int8_t* a, bool is_signed, const int8_t* b, int64_t row,
       int64_t col, int32_t* c);
@@ -90,7 +90,7 @@ const Kernels<T>& kernels();
 const ReducedKernels& reduced_kernels();
 const char* instruction_set();
 
-// Whether the processor has products of int8 (VNNI, or what a generic build knows nothing of) and they may be used.
+// Whether products of int8 are left to torch: where the processor has them (VNNI), and where there are none of ours.
 bool multiplies_int8();
 
 // Columns of a panel of `int8_product`.
