@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import fastrel
 from fastrel import reference, rules
 from fastrel.reference.rollout import gradient_relevance, rollout
+from fastrel.reference.rules import Rules
 from fastrel.transform.lanes import Lane
 from tests import golden_files as golden
 from tests import models
@@ -21,14 +22,14 @@ EXACT = 1e-10
 
 
 def reference_trace(
-    name: str, params: dict[str, torch.Tensor], given: models.Inputs, target: torch.Tensor, frozen: bool
+    name: str, params: dict[str, torch.Tensor], given: models.Inputs, target: torch.Tensor, rules: Rules, frozen: bool
 ) -> reference.Trace:
     if name == "timm_vit":
         image = given["x"].clone().requires_grad_()
-        return reference.trace(lambda tape: reference.vit(tape, params, image, heads=3), target, frozen=frozen)
+        return reference.trace(lambda tape: reference.vit(tape, params, image, heads=3), target, rules, frozen)
     embedding, mask = bert_embedding(params, given["input_ids"]), given["attention_mask"]
     return reference.trace(
-        lambda tape: reference.bert(tape, params, embedding, mask, heads=4, eps=1e-12), target, frozen=frozen
+        lambda tape: reference.bert(tape, params, embedding, mask, heads=4, eps=1e-12), target, rules, frozen
     )
 
 
@@ -36,7 +37,8 @@ def reference_trace(
 @pytest.mark.parametrize("name", ["timm_vit", "hf_bert", "hf_bert_eager"])
 def test_positive_equals_the_reference_block_by_block(name: str, method: str) -> None:
     explainer, given, target = models.explainer(name).using(method), models.inputs(name), torch.tensor([1, 5, 0])
-    expected = reference_trace(name, explainer.model.state_dict(), given, target, method == "frozen_attribution")
+    frozen = method == "frozen_attribution"
+    expected = reference_trace(name, explainer.model.state_dict(), given, target, "positive", frozen)
     blocks = explainer.trace(**given, target=target)
     assert len(blocks) == len(expected.blocks)
     for i, (ours, theirs) in enumerate(zip(blocks, expected.blocks, strict=True)):
@@ -183,7 +185,7 @@ def reference_map(
     """The map over all blocks by the reference with the official rules."""
     params = {key: x.to(dtype) for key, x in model.state_dict().items()}
     given = {key: x.to(dtype) if x.is_floating_point() else x for key, x in given.items()}
-    result = reference_trace(name, params, given, target, "official")
+    result = reference_trace(name, params, given, target, "official", frozen=False)
     return rollout([gradient_relevance(b.gradient, b.relevance) for b in result.blocks])[:, 0]
 
 

@@ -71,7 +71,7 @@ def test_a_person_drops_a_picture_and_clicks_a_class(browser: Any, tmp_path: Pat
     browser.find_element(By.ID, "file").send_keys(str(file))
     wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#pictures img")) == 3)
     captions = [one.text for one in browser.find_elements(By.CSS_SELECTOR, "#pictures figcaption")]
-    assert captions == ["as the model sees it", "transformer attribution", "gradient attention"]
+    assert captions == ["as the model sees it", "frozen attribution", "gradient attention"]
     buttons = browser.find_elements(By.CSS_SELECTOR, "#classes button")
     assert len(buttons) == 5
     assert [one.get_attribute("aria-pressed") for one in buttons] == ["true"] + ["false"] * 4
