@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from fastrel import methods
 from fastrel.comparison import difference
@@ -22,6 +22,7 @@ from fastrel.errors import FastrelError, first_line
 from fastrel.explanation import Explanation
 from fastrel.graph.ambient import plainly
 from fastrel.graph.patterns import is_talking_heads_value
+from fastrel.leaves import FrozenLeaves, Leaves
 from fastrel.maps import TokenMap
 from fastrel.noise import NOISY
 from fastrel.options import Options
@@ -169,6 +170,7 @@ def verify(engine: Engine, options: Options, args: Sequence[Any], kwargs: dict[s
       worst map);
     - gradient: the engine's gradient lane times the value where a map is read, summed over features, against torch.autograd
       through the captured forward graph (L2, relative to the sums of absolute terms);
+    - gradient by AttnLRP: the same of the gradient that the method has, if it is this one, with the rules as custom gradients;
     - rows: a block adds I + M to the rollout, so that with M = A, whose rows sum to 1, it at most doubles it: by how much
       more it grew;
     - exactness: the maps against the same in float64 by the plain PyTorch backend (relative L2 without the highest token);
@@ -306,23 +308,43 @@ def _maps_apart(ours: BlockTrace, theirs: Tensor) -> float:
 
 def _gradient(subject: _Subject) -> Iterator[Check]:
     """The gradient lane times the value, where a map is read, against autograd."""
-    base = methods.METHODS["input_x_gradient"]
+    yield _gradient_apart(subject, "gradient", "input_x_gradient", Leaves)
+
+
+def _frozen_gradient(subject: _Subject) -> Iterator[Check]:
+    """The same of AttnLRP's gradient, where the method has it."""
+    if subject.options.method.attnlrp:
+        yield _gradient_apart(subject, "gradient by AttnLRP", "attnlrp", FrozenLeaves)
+
+
+def _gradient_apart(subject: _Subject, name: str, method: str, kind: type[Leaves]) -> Check:
+    changes: dict[str, Any] = {"base": methods.METHODS[method], "start_layer": subject.options.method.start_layer}
     try:
-        ours = subject.explain(base=base, start_layer=subject.options.method.start_layer)
-        options = replace(subject.options, base=base, start_layer=subject.options.method.start_layer)
-        program = subject.program_of(options)
+        ours, program = subject.explain(**changes), subject.program_of(replace(subject.options, **changes))
     except FastrelError as error:
-        yield Check("gradient", float("nan"), None, f"not checked: {first_line(error)}")
-        return
+        return Check(name, float("nan"), None, f"not checked: {first_line(error)}")
     worst = 0.0
     for where, own in _by_value(program.maps, ours.maps.values()):
-        leaf = _Leaf(subject.call, where.nodes)
-        relative = [_samples_first(subject, where, x) for x in leaf.times_gradient(subject, where.features)]
+        found = _times_gradient(subject, kind(subject.call.captured, where.nodes), where.features)
         own = own if own.dim() == 3 else own[:, None]
-        expected, size = (x.reshape(own.shape[1], own.shape[0], -1).transpose(0, 1) for x in relative)
+        expected, size = (
+            _samples_first(subject, where, x).reshape(own.shape[1], own.shape[0], -1).transpose(0, 1) for x in found
+        )
         # Relative to the terms: their sum is nearly 0 before a layer norm.
         worst = max(worst, float((own.double() - expected).norm() / size.norm().clamp_min(1e-300)))
-    yield Check("gradient", worst, subject.limit(1e-9, 1e-3, 2e-2), "against torch.autograd")
+    return Check(name, worst, subject.limit(1e-9, 1e-3, 2e-2), "against torch.autograd")
+
+
+def _times_gradient(subject: _Subject, run: Leaves, features: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Gradient of the target times the values that are leaves, and its absolute values, summed over features: [K, B, …] each."""
+    with plainly(grad=True):
+        outputs = list(run.run(*subject.call.values))
+        scores = _scores(subject, outputs, pytree.tree_unflatten(outputs, subject.call.captured.out_spec))
+        grads = [torch.autograd.grad(score.sum(), run.found, retain_graph=True) for score in scores.unbind(1)]
+    product = torch.stack([torch.stack([g * x for g, x in zip(parts, run.found, strict=True)]).sum(0) for parts in grads])
+    product = product.detach().double()
+    dims = [dim + 1 for dim in features]
+    return (product.sum(dims), product.abs().sum(dims)) if dims else (product, product.abs())
 
 
 def _samples_first(subject: _Subject, where: Map, x: Tensor) -> Tensor:
@@ -339,42 +361,6 @@ def _by_value(wheres: Sequence[Map], maps: Iterable[TokenMap]) -> Iterator[tuple
     for _, pairs in itertools.groupby(zip(wheres, maps, strict=True), lambda pair: pair[0].nodes):
         found = list(pairs)
         yield found[0][0], torch.cat([one.relevance for _, one in found], -1)
-
-
-class _Leaf(fx.Interpreter):
-    """Runs the captured graph with some values as leaves of autograd."""
-
-    def __init__(self, call: Call, names: Sequence[str]) -> None:
-        graph: fx.Graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in call.captured.graph.nodes:
-            if node.op != "output":
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(fx.map_arg(tuple(call.captured.outputs), copies.__getitem__))
-        super().__init__(fx.GraphModule(nn.Module(), graph))
-        self.names = {copy.name for node, copy in copies.items() if node.name in names}
-        self.leaves, self.spec = list[Tensor](), call.captured.out_spec
-
-    def run_node(self, n: fx.Node) -> Any:
-        """As usual, but for these values."""
-        value = super().run_node(n)
-        if n.name in self.names:
-            value = value.detach().clone().requires_grad_()
-            self.leaves.append(value)
-        return value
-
-    def times_gradient(self, subject: _Subject, features: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Gradient of the target times the value, and its absolute values, summed over features: [K, B, …] each."""
-        with plainly(grad=True):
-            outputs = list(self.run(*subject.call.values))
-            scores = _scores(subject, outputs, pytree.tree_unflatten(outputs, self.spec))
-            grads = [torch.autograd.grad(score.sum(), self.leaves, retain_graph=True) for score in scores.unbind(1)]
-        product = torch.stack(
-            [torch.stack([g * x for g, x in zip(parts, self.leaves, strict=True)]).sum(0) for parts in grads]
-        )
-        product = product.detach().double()
-        dims = [dim + 1 for dim in features]
-        return (product.sum(dims), product.abs().sum(dims)) if dims else (product, product.abs())
 
 
 def _scores(subject: _Subject, outputs: list[Any], output: Any) -> Tensor:
@@ -466,6 +452,7 @@ _CHECKS: tuple[Callable[[_Subject], Iterator[Check]], ...] = (
     _finite,
     _relevance,
     _gradient,
+    _frozen_gradient,
     _rows,
     _exactness,
     _batch,

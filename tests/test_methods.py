@@ -152,7 +152,7 @@ def frozen_layer_norm(x: Tensor, shape: object, weight: Tensor, bias: Tensor, ep
 
 
 def identity_gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    return gradients.activation(x, GELU(x))
+    return gradients.activation(GELU, x)
 
 
 def halved_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:

@@ -86,6 +86,10 @@ ACTIVATIONS = {
     aten.erfc.default,
 }
 
+DIVISIONS = {aten.div.Tensor, aten.div.Scalar}
+
+PRODUCTS = {aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar} | DIVISIONS
+
 ARITHMETIC = {
     aten.add.Tensor,
     aten.add_.Tensor,
@@ -93,12 +97,7 @@ ARITHMETIC = {
     aten.sub.Tensor,
     aten.sub.Scalar,
     aten.rsub.Scalar,
-    aten.mul.Tensor,
-    aten.mul_.Tensor,
-    aten.mul.Scalar,
-    aten.div.Tensor,
-    aten.div.Scalar,
-}
+} | PRODUCTS
 
 
 #: Operators that read no more of their second argument than its shape and dtype.

@@ -72,7 +72,7 @@ class Tape:
 
     def activation(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """An activation function: relevance passes unchanged."""
-        return self.identity((lambda t: gradients.activation(t, f(t))) if self._frozen else f, x)
+        return self.identity((lambda t: gradients.activation(f, t)) if self._frozen else f, x)
 
     def _half(self, x: Tensor) -> Tensor:
         return gradients.half(x) if self._frozen else x

@@ -1,5 +1,6 @@
 """Pointwise nodes: activation functions, residual adds, scalings and gates."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch import Tensor, fx
 from fastrel import ops
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph.nodes import arguments, describe
-from fastrel.graph.patterns import ACTIVATIONS, IDENTITIES
+from fastrel.graph.patterns import ACTIVATIONS, DIVISIONS, IDENTITIES, PRODUCTS
+from fastrel.graph.zero import value_at_zero, vanishes
 from fastrel.ops.steps import gelu, gelu_backward
 from fastrel.reference import rules as reference
+from fastrel.reference.gradients import secant
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes, Row
@@ -48,16 +51,24 @@ def activation_grad(op: Any, lane: Tensor, x: Tensor, *args: Any) -> Tensor:
     return lane * slope
 
 
+def secant_grad(op: Any, lane: Tensor, x: Tensor, *args: Any) -> Tensor:
+    """lane ⊙ (op(x) − op(0))/x, for lanes [K, *] of a pointwise op of x [*]."""
+    return lane * secant(lambda value: op(value, *args), x)
+
+
 @rule(*ACTIVATIONS)
 def activation(t: Context, node: fx.Node, out: Lanes) -> None:
-    """Relevance passes unchanged; the gradient is multiplied by the slope."""
+    """Relevance passes unchanged; the gradient is multiplied by the slope, by AttnLRP's rules that of the line from f(0) to f(x); where
+    f(0) is not finite (logarithm, reciprocal) there is none, and the slope is the ordinary one."""
     x, *rest = arguments(node, count=len(node.args))
     rest += list(node.kwargs.values())
 
     def grad(lane: Lane) -> Lane:
-        if t.method.attnlrp:
+        value, at_zero = t.value(x, lane.rows), value_at_zero(node)
+        if t.method.attnlrp and at_zero == 0:
             return _ratio(t, lane, x, node, (*rest, "none")[0] if node.target is aten.gelu.default else "")
-        value = t.value(x, lane.rows)
+        if t.method.attnlrp and math.isfinite(at_zero):
+            return Lane(t.emit.call(secant_grad, node.target, lane.node, value, *rest), lane.rows)
         if node.target is aten.gelu.default:
             return Lane(t.emit.call(gelu_backward, lane.node, value, *rest), lane.rows)
         return Lane(t.emit.call(activation_grad, node.target, lane.node, value, *rest), lane.rows)
@@ -161,11 +172,11 @@ def _give_broadcast(t: Context, x: fx.Node, node: fx.Node, lanes: Lanes) -> None
     t.give(x, shrink(lanes.grad), shrink(lanes.rel), row)
 
 
-@rule(aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+@rule(*PRODUCTS)
 def mul(t: Context, node: fx.Node, out: Lanes) -> None:
     """u · v. Constant factors and scales of norms pass relevance unchanged; of two activations (a gate) each takes half."""
     u, v = arguments(node, count=2)
-    divide = node.target in (aten.div.Tensor, aten.div.Scalar)
+    divide = node.target in DIVISIONS
     both = t.is_active(u) and t.is_active(v)
     scales = [t.facts.is_scale(x) for x in (u, v)] if both else [False, False]
     scaled = both and scales[0] != scales[1]
@@ -202,10 +213,12 @@ def mul(t: Context, node: fx.Node, out: Lanes) -> None:
 
 
 def _attnlrp_product(t: Context, node: fx.Node, out: Lanes, grad: Lane) -> Lanes:
-    """AttnLRP's rules for a gate, half to each factor, and for x·σ(x), an activation function like others."""
+    """AttnLRP's rules for a gate, half to each factor, and for x·σ(x), an activation function like others where it is 0 at 0."""
     root = t.facts.roots[node]
     if root is node:
         return out._replace(grad=Lane(t.emit.call(torch.mul, grad.node, 0.5), grad.rows))
+    if not vanishes(node, root):
+        return out
     t.give(root, grad=_ratio(t, grad, root, node))
     return out._replace(grad=None)
 
