@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastrel
 from fastrel.reference import gradients
+from fastrel.rules import pointwise
 from tests import golden_files as golden
 
 MLPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -108,3 +109,30 @@ def test_a_secant_is_the_mean_slope_and_has_a_gradient() -> None:
     expected = torch.where(x == 0, 1.0, torch.expm1(x) / torch.where(x == 0, 1.0, x))
     torch.testing.assert_close(gradients.secant(torch.exp, x), expected, rtol=1e-10, atol=0)
     assert torch.autograd.gradcheck(partial(gradients.secant, torch.sigmoid), x[[0, 1, 6]].detach().requires_grad_())
+
+
+class Mixed(Gated):
+    """Keys mixed by a learned matrix."""
+
+    def __init__(self) -> None:
+        super().__init__("silu gate")
+        self.mix = nn.Parameter(torch.randn(7, 7))
+
+    def read(self, x: Tensor, rules: bool) -> Tensor:
+        """The logits of embeddings."""
+        for block in self.blocks:
+            q, k, v = block["qkv"](F.layer_norm(x, (8,))).chunk(3, -1)  # type: ignore[index]
+            x = x + (q @ (self.mix.expand(len(x), 7, 7) @ k).mT / 8**0.5).softmax(-1) @ v
+        return self.head(x.mean(1))
+
+
+def test_a_product_with_a_constant_takes_the_whole_gradient() -> None:
+    report = fastrel.Explainer(Mixed().double().eval(), backend="torch").verify(IDS, target=1)
+    assert report.ok, report
+
+
+def test_verify_sees_a_wrong_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    ratio = pointwise.ops.activation_ratio
+    monkeypatch.setattr(pointwise.ops, "activation_ratio", lambda *args: ratio(*args) * 1.01)
+    report = fastrel.Explainer(Gated("silu gate").double().eval(), backend="torch").verify(IDS, target=1)
+    assert [check.name for check in report.checks if not check.ok] == ["gradient by AttnLRP"]

@@ -295,7 +295,8 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
             queries = t.facts.queries(left) or left
             update = t.emit.call(ops.attention_update, *maps, t.method.update)
             _roll(t, node, queries, right, rows, out.row, update, heads)
-    if grad and t.method.attnlrp:  # half to each operand; what the map adds to the rollout is of the whole
+    if grad and t.method.attnlrp and t.is_active(left) and t.is_active(right):
+        # Half to each operand; what the map adds to the rollout is of the whole.
         grad_a, grad_b = (t.emit.call(torch.mul, lane, 0.5) for lane in (grad_a, grad_b))
     ends = is_attention and not carries_scores(t.rules)
     if out.row and block is None:
