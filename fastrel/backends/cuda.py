@@ -26,6 +26,7 @@ for _schema in (
     "zplus_combine(Tensor x, Tensor c, Tensor c_abs) -> Tensor",
     "residual_add(Tensor u, Tensor v, Tensor rel, int batch_dim, str rules) -> (Tensor, Tensor)",
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, int dims, float eps, bool frozen=False) -> Tensor",
+    'activation_ratio(Tensor grad, Tensor x, Tensor y, str gelu="") -> Tensor',
     "attention_update(Tensor? attn, Tensor? grad, Tensor? rel, str update) -> Tensor",
     "rollout_row(Tensor row, Tensor m, bool normalize) -> (Tensor, Tensor)",
     "attention_softmax_(Tensor(a!) products, Tensor? mask, float scale, bool causal, int query_start) -> Tensor(a!)",
@@ -49,7 +50,7 @@ _like("attention_softmax_", lambda products, *_: products)
 _like("attention_sums", lambda attn, *_: attn.new_empty(attn.shape[:3]))
 _like("attention_through_", lambda through, *_: through)
 _like("attention_score_lanes_", lambda *_: None)
-for _op in (ops.residual_add, ops.layer_norm_backward, ops.attention_update, ops.rollout_row):
+for _op in (ops.residual_add, ops.layer_norm_backward, ops.activation_ratio, ops.attention_update, ops.rollout_row):
     _like(_op._schema.name.removeprefix("fastrel::"), FAKES[_op])
 
 
@@ -81,6 +82,7 @@ def kernels() -> dict[Any, Any]:
         ops.attention_update: passes.attention_update.default,
         ops.rollout_row: passes.rollout_row.default,
         ops.layer_norm_backward: passes.layer_norm_backward.default,
+        ops.activation_ratio: passes.activation_ratio.default,
     }
 
 

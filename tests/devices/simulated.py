@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastrel import ops
 from fastrel.backends import fusion, triton
 from fastrel.graphed import run
+from fastrel.ops import steps
 from fastrel.ops.attention import attention_probabilities
 from fastrel.ops.library import REFERENCES
 from fastrel.ops.zplus_linear_reduced import FLOOR
@@ -79,7 +80,7 @@ def float8_layer(
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, rel: Tensor, grad: Tensor, row: Tensor | None, scale: float,
-    is_causal: bool, query_start: int, rules: str, update: str, normalize: bool, inputs: bool,
+    is_causal: bool, query_start: int, rules: str, update: str, normalize: bool, inputs: bool, halves: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """16-bit q, k, v under the positive rules, in TF32: what the sweeps round, where they do."""
     assert rules == "positive"
@@ -97,7 +98,15 @@ def attention(
     if not inputs:
         return (none,) * 6 + (kept, through)
     narrow, weighted = tf32(attn).mT, tf32(attn * (grad_attn - delta) * scale)
-    return none, none, relevant * (narrow @ s), weighted @ k, weighted.mT @ q, narrow @ grad, kept, through
+    of_scores, of_values = (0.25, 0.5) if halves else (1.0, 1.0)  # powers of two: nothing is rounded
+    grads = (of_scores * (weighted @ k), of_scores * (weighted.mT @ q), of_values * (narrow @ grad))
+    return none, none, relevant * (narrow @ s), *grads, kept, through
+
+
+def activation_ratio(grad: Tensor, x: Tensor, y: Tensor, gelu: str = "") -> Tensor:
+    """A slope in float32; gelu's from x alone, not from a y of 16 bits."""
+    x = x.float()
+    return REFERENCES[ops.activation_ratio](grad, x, steps.gelu(x, gelu) if gelu else y.float())
 
 
 def operators() -> dict[Any, Callable[..., Any]]:
@@ -142,6 +151,8 @@ def explained(model: nn.Module, image: Tensor, target: int, precision: str = "fl
             node.target = lambda lane, weight: (lanes(lane) if weight.dtype == torch.bfloat16 else lane) @ weight.float()
         if op in simulated:
             node.target = simulated[op]
+        elif op is ops.activation_ratio:
+            node.target = activation_ratio
         elif op in (ops.residual_add, ops.layer_norm_backward):
             node.target = _widened(REFERENCES[op])
         elif op in REFERENCES and op is not ops.reduced_weight:

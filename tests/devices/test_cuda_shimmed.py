@@ -123,6 +123,22 @@ def test_layer_norm_backward(dtype: torch.dtype, width: int) -> None:
         compare(ops.layer_norm_backward, grad, x, None, 1, 1e-5, frozen)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_ratio(dtype: torch.dtype) -> None:
+    x, grad = torch.randn(2, 4, 63, dtype=dtype), torch.randn(3, 2, 4, 63, dtype=dtype)
+    x[0, 0] = 0
+    compare(ops.activation_ratio, grad, x, torch.relu(x))
+    for form in ("none", "tanh"):
+        compare(ops.activation_ratio, grad, x, torch.nn.functional.gelu(x, approximate=form), form)
+        # Its slope is known from x alone, and bounded where y/x is a quotient of denormal numbers.
+        from_x = cuda.passes.activation_ratio(grad, x, torch.full_like(x, torch.nan), form)
+        assert torch.equal(from_x, cuda.passes.activation_ratio(grad, x, x, form))
+    with pytest.raises(RuntimeError, match="knows no form other of gelu"):
+        cuda.passes.activation_ratio(grad, x, x, "other")
+    with pytest.raises(RuntimeError, match="y must have shape"):
+        cuda.passes.activation_ratio(grad, x, x[:1], "")
+
+
 @pytest.mark.parametrize("update", cases.UPDATES)
 def test_attention_update(update: str) -> None:
     attn, grad, rel = torch.rand(2, 3, 5, 7), torch.randn(4, 2, 3, 5, 7), torch.rand(4, 2, 3, 5, 7)
@@ -150,6 +166,8 @@ def test_what_is_not_a_number_is_not_hidden(bad: float) -> None:
     u[1, 2] = bad
     for rules in cases.RULES:
         assert not all(part.isfinite().all() for part in kernels[ops.residual_add](u, v, lane, 0, rules)), rules
+    for form in ("", "none", "tanh"):
+        assert not kernels[ops.activation_ratio](lane, u, u, form)[0, 1, 2].isfinite(), form
     maps = torch.rand(1, 2, 4, 4)
     maps[0, 0, 1, 1] = bad
     assert not kernels[ops.attention_update](None, maps, maps, "gradient_relevance").isfinite().all()
@@ -190,6 +208,7 @@ def test_torch_accepts_the_passes_registrations() -> None:
         (passes.zplus_combine, (lane, lane, lane)),
         (passes.residual_add, (row, row, row[None], 0, "official")),
         (passes.layer_norm_backward, (row[None], row, None, 1, 1e-5)),
+        (passes.activation_ratio, (row[None], row, row, "none")),
         (passes.attention_update, (None, lane, lane, "gradient_relevance")),
         (passes.rollout_row, (row[None], torch.rand(1, 3, 3), True)),
         (passes.attention_softmax_, (attn.clone(), None, 0.5, False, 0)),

@@ -34,6 +34,25 @@ __global__ void combine_kernel(int64_t n, int64_t period, const T* x, const T* c
   }
 }
 
+// What AttnLRP's rule multiplies a gradient by on its way through y = f(x): y/x, which gelu's forms give from x alone.
+enum class Slope { kRatio, kGelu, kGeluTanh };
+
+template <class T>
+__device__ T slope_of(Slope slope, T x, T y) {
+  if (x == T(0)) return T(0);
+  if (slope == Slope::kRatio) return y / x;
+  const T inner = slope == Slope::kGelu ? error_function(x * T(0.70710678118654752))
+                                        : hyperbolic_tangent(T(0.79788456080286536) * (x + T(0.044715) * x * x * x));
+  return T(0.5) * (T(1) + inner) + (x - x);  // ∞/∞ is not a number
+}
+
+// grad ⊙ y/x, 0 where x is 0; x and y repeat every `period` numbers.
+template <class T>
+__global__ void activation_ratio_kernel(
+    int64_t n, int64_t period, Slope slope, const T* grad, const T* x, const T* y, T* out) {
+  FASTREL_EACH(i, n) out[i] = grad[i] * slope_of(slope, x[i % period], y[i % period]);
+}
+
 // Residual add, positive rules.
 template <class T>
 __global__ void share_kernel(int64_t n, int64_t period, const T* u, const T* v, const T* rel, T* rel_u, T* rel_v) {
