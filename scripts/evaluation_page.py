@@ -22,7 +22,7 @@ def main(results: Path) -> None:
             plot = next(folder / own for own in ("curves.png", "scores.png") if (folder / own).exists())
             shutil.copy(plot, FIGURES / f"{name}-{plot.name}")
             table = (folder / "results.md").read_text().strip()
-            section.write([table, "", f"![The scores of this table](figures/{name}-{plot.name})"])
+            section.write([table, "", f"![The {plot.stem} of this table](figures/{name}-{plot.name})"])
         elif single.exists() and single.stat().st_size:
             table = single.read_text()
             section.write([table[table.index("|") :].strip()])
