@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.graph import axes as axes_
+from fastrel.graph import mixing
 from fastrel.graph.nodes import describe
 from fastrel.graph.patterns import (
     ACTIVATIONS,
@@ -156,6 +157,16 @@ class Facts:
         """Whether a value is what an attention block makes of its values, mixing tokens by a map."""
         return node.target is aten.scaled_dot_product_attention.default or self._mixes_tokens(node)
 
+    def is_mixed_value(self, node: fx.Node) -> bool:
+        """Whether a product is A·V with A no softmax over keys, but any other map over tokens, or one mixed over heads."""
+        if is_attention_value(node):
+            return is_talking_heads_value(node)
+        return is_talking_heads_value(node) or mixing.is_map_value(node, self.axes)
+
+    def contraction(self, x: fx.Node) -> fx.Node | None:
+        """The product kᵀ v over tokens of which a value is made linearly; None where there is none."""
+        return mixing.contraction(x, self.axes)
+
     def queries(self, attn: fx.Node) -> fx.Node | None:
         """The queries Q [*, Tq, d] of an attention map [*, Tq, Tk] made of scores QKᵀ; None where none are found: these were turned
         or have other dimensions."""
@@ -198,7 +209,9 @@ class Facts:
 
     def _mixes_tokens(self, node: fx.Node) -> bool:
         """Whether a product is A·V with A a map over tokens: maps over channels are no attention blocks of the method."""
-        if (not is_attention_value(node) and not is_talking_heads_value(node)) or self._is_factorised(node):
+        if not is_attention_value(node) and not is_talking_heads_value(node):
+            return mixing.is_map_value(node, self.axes)
+        if self._is_factorised(node):
             return False
         maps, values = (self.axes.get(x) for x in node.args[:2])  # type: ignore[arg-type]
         over_tokens = values is not None and len(values) > 1 and not axes_.is_feature(values[-2])
