@@ -101,7 +101,9 @@ def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
             merged = (x.shape[0], x.shape[1])
         scale = facts.scale and name in BROADCASTS and (name != "getitem" or y.numel() == x.numel())
         kept = {"pairs": pair, "scaled": facts.scaled and pair is not None}
-        tape.know(y, keys=key, mixed=facts.mixed and key is not None, scale=scale, merged=merged, origin=facts.origin, **kept)
+        tape.know(
+            y, keys=key, mixed=facts.mixed and key is not None, scale=scale, merged=merged, origin=facts.origin, **kept
+        )
     return result
 
 

@@ -52,7 +52,8 @@ class Facts:
 
     `root`: the activation of which alone it is a pointwise function. `keys`: of an attention map, its dimension of keys, counted from
     the end; `mixed`: over heads. `pairs`: the same of a product of two activations and what is made of it entry by entry, scores or
-    maps that are no softmax; `scaled`: nothing but scaled since. `scale`: one number per token, made of all its features. `merged`: what its first dimension was.
+    maps that are no softmax; `scaled`: nothing but scaled since. `scale`: one number per token, made of all its features. `merged`:
+    what its first dimension was.
     """
 
     tensor: Tensor  # kept, so that no other tensor gets its id
@@ -209,7 +210,9 @@ class Tape:
         places = {one.keys if one.pairs is None else one.pairs for one in found} - {None}
         if len(places) == 1:
             numbers = all(not isinstance(x, Tensor) or x.numel() == 1 or is_activation(x) for x in args)
-            scaled = len(found) == 1 and found[0].scaled and (copies or (name in ("mul", "rmul", "div", "truediv") and numbers))
+            scaled = (
+                len(found) == 1 and found[0].scaled and (copies or (name in ("mul", "rmul", "div", "truediv") and numbers))
+            )
             known = dataclasses.replace(self.facts(out), seen=out.requires_grad, pairs=places.pop(), scaled=scaled)
             self._facts[id(out)] = known
 

@@ -163,9 +163,15 @@ class Facts:
             return is_talking_heads_value(node)
         return is_talking_heads_value(node) or mixing.is_map_value(node, self.axes)
 
-    def contraction(self, x: fx.Node) -> fx.Node | None:
-        """The product kᵀ v over tokens of which a value is made linearly; None where there is none."""
-        return mixing.contraction(x, self.axes)
+    def unknown_mixing(self, node: fx.Node) -> str | None:
+        """What to say of a product that brings sums over tokens back to each of them in a form whose map is not known; else None."""
+        sums = mixing.brought_back(node, self.axes)
+        if sums is None or self._attends(node):
+            return None
+        return (
+            f"{describe(node)} brings to each token what {describe(sums)} summed over all of them: linear attention in a form whose "
+            "map is not found; write it as q @ (k.mT @ v), or as (q @ k.mT) @ v"
+        )
 
     def queries(self, attn: fx.Node) -> fx.Node | None:
         """The queries Q [*, Tq, d] of an attention map [*, Tq, Tk] made of scores QKᵀ; None where none are found: these were turned
@@ -302,6 +308,11 @@ class Stretch:
                 f"start_layer {start_layer} is out of range: the model has {len(found)} attention blocks, "
                 f"so use {-len(found)} to {len(found) - 1}"
             )
+        if start_layer % len(found) == 0:  # down to the input, also below the first block
+            relevant = _upstream(leaves)
+            for why in (facts.unknown_mixing(node) for node in facts.nodes if node in relevant and node in facts.active):
+                if why is not None:
+                    raise UnsupportedModelError(why)
         blocks = {node: i for i, node in enumerate(found) if i >= start_layer % len(found)}
         above = frozenset(_downstream(facts.nodes, set(blocks), facts.active))
         return cls(tuple(leaves), blocks, len(found), frozenset(facts.active) if everything else above, above)

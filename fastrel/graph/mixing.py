@@ -16,7 +16,6 @@ from fastrel.graph.patterns import ARITHMETIC, IDENTITIES, is_softmax_over_keys,
 aten = torch.ops.aten
 
 Labelled = Mapping[fx.Node, axes_.Axes]
-Insert = Callable[..., fx.Node]
 
 PRODUCTS = {aten.matmul.default, aten.bmm.default}
 _TURNS = {aten.transpose.int, aten.permute.default}
@@ -74,7 +73,21 @@ def _operands(node: fx.Node, axes: Labelled) -> tuple[axes_.Axes, axes_.Axes] | 
     return pair if all(len(one) > 1 for one in pair) else None  # type: ignore[return-value]
 
 
-def contraction(x: fx.Node, axes: Labelled) -> fx.Node | None:
+def brought_back(node: fx.Node, axes: Labelled) -> fx.Node | None:
+    """The product kᵀ v over tokens of which one operand of a product is made linearly, when the other holds tokens along a dimension
+    that the product keeps; None where there is none."""
+    if (pair := _operands(node, axes)) is None:
+        return None
+    (a, b), (of_a, of_b) = node.args, pair
+    found: fx.Node | None = None
+    if holds_tokens(of_a[-2]) and not holds_tokens(of_a[-1]):
+        found = _contraction(b, axes)  # type: ignore[arg-type]
+    if found is None and holds_tokens(of_b[-1]) and not holds_tokens(of_b[-2]):
+        found = _contraction(a, axes)  # type: ignore[arg-type]
+    return found
+
+
+def _contraction(x: fx.Node, axes: Labelled) -> fx.Node | None:
     """The product kᵀ v over tokens that a value without tokens of its own is made of, linearly; None where there is none."""
     seen, todo = {x}, [x]
     while todo:
@@ -96,24 +109,23 @@ def linear_attention(graph: fx.Graph, axes: Labelled) -> bool:
             continue
         (a, b), (of_a, of_b) = node.args, pair
         with graph.inserting_before(node):
-            insert = partial(insert_like, node)
+            insert = partial(insert_like, node, aten.matmul.default)
             result: fx.Node | None = None
-            if holds_tokens(of_a[-2]) and not holds_tokens(of_a[-1]):
-                result = _regrouped(insert, b, axes, lambda k, v, by, a=a: _twice(insert, by(_twice(insert, a, k)), v))
-            elif holds_tokens(of_b[-1]) and not holds_tokens(of_b[-2]):
-                result = _regrouped(insert, a, axes, lambda v, k, by, b=b: _twice(insert, v, by(_twice(insert, k, b))))
+            if holds_tokens(of_a[-2]) and not holds_tokens(of_a[-1]) and (parts := _factors(node, b, axes)):
+                k, v, scaled = parts
+                result = insert(scaled(insert(a, k)), v)
+            elif holds_tokens(of_b[-1]) and not holds_tokens(of_b[-2]) and (parts := _factors(node, a, axes)):
+                v, k, scaled = parts
+                result = insert(v, scaled(insert(k, b)))
         if result is not None:
             replace(node, result)
             found = True
     return found
 
 
-def _twice(insert: Insert, a: fx.Node, b: fx.Node) -> fx.Node:
-    return insert(aten.matmul.default, a, b)
-
-
-def _regrouped(insert: Insert, x: Any, axes: Labelled, make: Callable[..., fx.Node]) -> fx.Node | None:
-    """`make(k, v, by)` of a value x = by(k v), k v a product over tokens, `by` what scales it; None where x is none."""
+def _factors(node: fx.Node, x: Any, axes: Labelled) -> tuple[fx.Node, fx.Node, Callable[[fx.Node], fx.Node]] | None:
+    """k, v and what scales their product k v over tokens to make x, an operand of `node`; None where x is none."""
+    insert = partial(insert_like, node)
     scales: list[tuple[Any, Any]] = []
     spread: list[int] = []
     turned = False
@@ -138,12 +150,12 @@ def _regrouped(insert: Insert, x: Any, axes: Labelled, make: Callable[..., fx.No
     for dim in reversed(spread):
         k, v = (insert(aten.unsqueeze.default, y, dim) for y in (k, v))
 
-    def by(scores: fx.Node) -> fx.Node:
+    def scaled(scores: fx.Node) -> fx.Node:
         for target, factor in reversed(scales):
             scores = insert(target, scores, factor)
         return scores
 
-    return make(k, v, by)
+    return k, v, scaled
 
 
 def _scale(x: fx.Node, axes: Labelled) -> tuple[Any, Any] | None:

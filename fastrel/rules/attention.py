@@ -262,9 +262,7 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
     a, b = t.value(left, rows), t.value(right)
     rel_a = rel_b = grad_a = grad_b = None
     if rel:
-        share = (
-            _left_right if not is_attention else reference.mixed_attention_value if mixed else reference.attention_value
-        )
+        share = _left_right if not is_attention else reference.mixed_attention_value if mixed else reference.attention_value
         call = t.emit.call(share, a, b, rel.node, t.rules)
         rel_a, rel_b = t.emit.parts(call, 2)
     if grad:
@@ -339,13 +337,10 @@ def _pass_row(t: Context, node: fx.Node, operands: tuple[fx.Node, ...], row: Row
     right, left = operands
     if t.is_active(left) and t.is_active(right) and node.meta["val"].dim() == 2:
         return _pairs_row(t, node, left, right, row)
-    for x, other in (operands, operands[::-1]):
+    if (why := t.facts.unknown_mixing(node)) is not None:
+        raise UnsupportedModelError(why)
+    for x in operands:
         if t.is_active(x) and t.row_shape(x) == t.row_shape(node):
-            if t.is_active(other) and (sums := t.facts.contraction(other)) is not None:
-                raise UnsupportedModelError(
-                    f"{describe(node)} brings to each token what {describe(sums)} summed over all of them: linear attention in a form "
-                    "whose map is not found; write it as q @ (k.mT @ v), or as (q @ k.mT) @ v"
-                )
             return t.give(x, row=row)
     mixes = t.is_active(left) and not axes_.is_feature(t.axes(left)[-1])
     why = ": it mixes them by a matrix that is no softmax, as approximations of attention do (Nyström's)" if mixes else ""

@@ -41,7 +41,10 @@ def linear(t: Context, node: fx.Node, out: Lanes) -> None:
 
 
 def _row(t: Context, node: fx.Node, weight: fx.Node, row: Row | None, turned: bool = False) -> Row | None:
-    """The row as it is; of a layer over tokens, each token's is divided among those that it is made of, by |W|. `turned`: W [in, out]."""
+    """The row as it is; of a layer over tokens, each token's is divided among those that it is made of, by |W|.
+
+    `turned`: the weight is [in, out].
+    """
     if row is None or axes_.is_feature(t.axes(node)[-1]):
         return row
 
