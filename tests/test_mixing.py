@@ -213,10 +213,17 @@ def in_columns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q @ torch.cat((sums[..., :2], 2 * sums[..., 2:]), -1)
 
 
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal linear attention by running sums."""
+    sums = (elu(k)[..., :, None] * v[..., None, :]).cumsum(2)
+    return (elu(q)[..., None, :] @ sums).squeeze(-2)
+
+
 @pytest.mark.parametrize("below", [False, True])
-def test_sums_over_tokens_that_come_back_in_an_unknown_form_are_refused(below: bool) -> None:
-    with pytest.raises(fastrel.UnsupportedModelError, match=r"summed over all of them.*write it as"):
-        explainer(of_heads(in_columns), below)(ids(), target=1)
+@pytest.mark.parametrize("attend", [in_columns, causal])
+def test_sums_over_tokens_that_come_back_in_an_unknown_form_are_refused(attend: Attend, below: bool) -> None:
+    with pytest.raises(fastrel.UnsupportedModelError, match=r"summed over.*write it as|it moves or mixes tokens"):
+        explainer(of_heads(attend), below)(ids(), target=1)
 
 
 def test_what_lies_below_the_first_block_that_is_asked_for_is_not_refused() -> None:

@@ -169,8 +169,8 @@ class Facts:
         if sums is None or self._attends(node):
             return None
         return (
-            f"{describe(node)} brings to each token what {describe(sums)} summed over all of them: linear attention in a form whose "
-            "map is not found; write it as q @ (k.mT @ v), or as (q @ k.mT) @ v"
+            f"{describe(node)} brings to each token what {describe(sums)} summed over them: linear attention in a form whose map "
+            "is not found; write it as q @ (k.mT @ v), or as (q @ k.mT) @ v"
         )
 
     def queries(self, attn: fx.Node) -> fx.Node | None:

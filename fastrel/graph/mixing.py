@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fastrel.graph import axes as axes_
-from fastrel.graph.nodes import insert_like, replace
+from fastrel.graph.nodes import arguments, insert_like, replace
 from fastrel.graph.patterns import ARITHMETIC, IDENTITIES, is_softmax_over_keys, reads
 
 aten = torch.ops.aten
@@ -69,36 +69,40 @@ def contracts_tokens(node: fx.Node, axes: Labelled) -> bool:
 def _operands(node: fx.Node, axes: Labelled) -> tuple[axes_.Axes, axes_.Axes] | None:
     if node.target not in PRODUCTS:
         return None
-    pair = tuple(axes.get(x, ()) for x in node.args)  # type: ignore[call-overload]
-    return pair if all(len(one) > 1 for one in pair) else None  # type: ignore[return-value]
+    a, b = (axes.get(x, ()) for x in node.args)  # type: ignore[arg-type]
+    return (a, b) if len(a) > 1 and len(b) > 1 else None
 
 
 def brought_back(node: fx.Node, axes: Labelled) -> fx.Node | None:
     """The product kᵀ v over tokens of which one operand of a product is made linearly, when the other holds tokens along a dimension
-    that the product keeps; None where there is none."""
+    that the product keeps, or the running sum over tokens of which one is made; None where there is none."""
     if (pair := _operands(node, axes)) is None:
         return None
-    (a, b), (of_a, of_b) = node.args, pair
-    found: fx.Node | None = None
-    if holds_tokens(of_a[-2]) and not holds_tokens(of_a[-1]):
-        found = _contraction(b, axes)  # type: ignore[arg-type]
-    if found is None and holds_tokens(of_b[-1]) and not holds_tokens(of_b[-2]):
-        found = _contraction(a, axes)  # type: ignore[arg-type]
-    return found
+    (a, b), (of_a, of_b) = node.args, pair  # type: ignore[misc]
+    for x, kept, summed in ((b, of_a[-2], of_a[-1]), (a, of_b[-1], of_b[-2])):
+        brings = holds_tokens(kept) and not holds_tokens(summed)
+        for found in _linearly_made_of(x, axes):
+            if (brings and contracts_tokens(found, axes)) or _runs_over_tokens(found, axes):
+                return found
+    return None
 
 
-def _contraction(x: fx.Node, axes: Labelled) -> fx.Node | None:
-    """The product kᵀ v over tokens that a value without tokens of its own is made of, linearly; None where there is none."""
+def _linearly_made_of(x: Any, axes: Labelled) -> Iterator[fx.Node]:
+    """A value, what it is made of linearly, and what this is made of, as far as it is linear."""
     seen, todo = {x}, [x]
     while todo:
-        node = todo.pop()
-        if contracts_tokens(node, axes):
-            return node
+        node: fx.Node = todo.pop()
+        yield node
         if node.target in _LINEAR:
             new = [y for y in reads(node) if y in axes and y not in seen]
             seen.update(new)
             todo += new
-    return None
+
+
+def _runs_over_tokens(node: fx.Node, axes: Labelled) -> bool:
+    """Whether a value is a running sum over tokens."""
+    whole = axes.get(node.args[0]) if node.target is aten.cumsum.default else None  # type: ignore[arg-type]
+    return whole is not None and holds_tokens(whole[node.args[1]])  # type: ignore[index]
 
 
 def linear_attention(graph: fx.Graph, axes: Labelled) -> bool:
@@ -107,7 +111,8 @@ def linear_attention(graph: fx.Graph, axes: Labelled) -> bool:
     for node in list(graph.nodes):
         if (pair := _operands(node, axes)) is None:
             continue
-        (a, b), (of_a, of_b) = node.args, pair
+        a, b = node.args
+        of_a, of_b = pair
         with graph.inserting_before(node):
             insert = partial(insert_like, node, aten.matmul.default)
             result: fx.Node | None = None
@@ -181,8 +186,8 @@ def ones_beside_values(graph: fx.Graph, axes: Labelled) -> bool:
         if not is_map_value(product, axes) or (values := _without_ones(product.args[1], axes)) is None:
             continue
         ndim, width = len(order), product.meta["val"].shape[-1]
-        dim, start, stop, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-        if order[int(dim) % ndim] != ndim - 1 or not isinstance(width, int):
+        _, dim, start, stop, step = arguments(node, 0, None, None, 1, count=5)
+        if order[dim % ndim] != ndim - 1 or not isinstance(width, int):
             continue
         columns = range(width)[slice(start, stop, step)]
         with graph.inserting_before(node):

@@ -261,10 +261,10 @@ def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: 
     *names, result = named
     if len(operands) > 2:
         kept = "".join(c for c in dict.fromkeys(names[0] + names[1]) if c in "".join((*names[2:], result)))
-        first = _einsum(insert, f"{names[0]},{names[1]}->{kept}", operands[:2], active=active)
-        if first is None:
+        begun = _einsum(insert, f"{names[0]},{names[1]}->{kept}", operands[:2], active=active)
+        if begun is None:
             return None
-        return _einsum(insert, f"{','.join((kept, *names[2:]))}->{result}", (first, *operands[2:]), active=active)
+        return _einsum(insert, f"{','.join((kept, *names[2:]))}->{result}", (begun, *operands[2:]), active=active)
     if len(operands) == 1:
         return _summed(insert, operands[0], names[0], result, result)
     (a, left), (b, right) = zip(operands, names, strict=True)
