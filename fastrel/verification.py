@@ -21,7 +21,6 @@ from fastrel.engine import Call, Engine
 from fastrel.errors import FastrelError, first_line
 from fastrel.explanation import Explanation
 from fastrel.graph.ambient import plainly
-from fastrel.graph.patterns import is_talking_heads_value
 from fastrel.leaves import FrozenLeaves, Leaves
 from fastrel.maps import TokenMap
 from fastrel.noise import NOISY
@@ -394,8 +393,8 @@ def _rows(subject: _Subject) -> Iterator[Check]:
         else ""
     )
     limit: float | None = subject.limit(1e-9, 1e-4, 2e-2)
-    if any(map(is_talking_heads_value, subject.call.captured.facts.nodes)):
-        limit, meaning = None, f"{meaning}; where heads are mixed, rows need not sum to 1"
+    if any(map(subject.call.captured.facts.is_mixed_value, subject.call.captured.facts.nodes)):
+        limit, meaning = None, f"{meaning}; where maps are no softmax, rows need not sum to 1"
     yield Check("rows", max(excess, 0.0), limit, meaning)
 
 

@@ -100,6 +100,8 @@ class propagation(TorchFunctionMode):
         if writes:
             return kinds.write(tape, name, func, args, kwargs)
         result = _call(tape, name, func, found, args, kwargs)
+        if name in names.UNCHANGED or name in names.ARITHMETIC:
+            tape.keep_pairs(result, name, args, name in names.COPIES)
         if in_place:
             tape.overwrite(args[0], result if isinstance(result, Tensor) else None)
         for x in activations(result):

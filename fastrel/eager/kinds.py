@@ -82,22 +82,28 @@ def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         result = args[0].reshape(*args[1:])
     if name in FILLS and len(found := activations(args)) == 1 and found[0].shape == result.shape:
         facts = tape.facts(found[0])
-        return tape.know(result, keys=facts.keys, mixed=facts.mixed, scale=facts.scale)
+        return tape.know(result, keys=facts.keys, mixed=facts.mixed, scale=facts.scale, pairs=facts.pairs)
     if not isinstance(args[0], Tensor) or not activations(args[0]):
         return result
     x, facts = args[0], tape.facts(args[0])
     results = [result] if isinstance(result, Tensor) else list(result)
     keys: list[int | None] = [None] * len(results)
-    if facts.keys and name not in PICKS:
-        keys = _moved_keys(func, x, facts.keys, args[1:], kwargs)
-    for y, key in zip(results, keys, strict=True):
+    place = facts.keys or facts.pairs
+    if place and name not in PICKS:
+        keys = _moved_keys(func, x, place, args[1:], kwargs)
+    pairs = [None] * len(keys) if facts.keys else keys
+    keys = keys if facts.keys else [None] * len(keys)
+    for y, key, pair in zip(results, keys, pairs, strict=True):
         if not activations(y):
             continue
         merged = facts.merged if y.dim() == 3 and len(y) == len(x) else None
         if y.dim() == 3 and x.dim() == 4 and y.shape == (x.shape[0] * x.shape[1], *x.shape[2:]):
             merged = (x.shape[0], x.shape[1])
         scale = facts.scale and name in BROADCASTS and (name != "getitem" or y.numel() == x.numel())
-        tape.know(y, keys=key, mixed=facts.mixed and key is not None, scale=scale, merged=merged, origin=facts.origin)
+        kept = {"pairs": pair, "scaled": facts.scaled and pair is not None}
+        tape.know(
+            y, keys=key, mixed=facts.mixed and key is not None, scale=scale, merged=merged, origin=facts.origin, **kept
+        )
     return result
 
 

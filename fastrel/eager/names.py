@@ -21,6 +21,11 @@ OVER_FEATURES = {
     "softmax", "log_softmax", "layer_norm", "group_norm", "rms_norm", "batch_norm", "instance_norm", "normalize",
 }  # fmt: skip
 
+#: Functions of two operands, entry by entry.
+ARITHMETIC = {
+    "add", "radd", "sub", "subtract", "rsub", "mul", "rmul", "multiply", "div", "truediv", "divide", "true_divide",
+}  # fmt: skip
+
 #: Functions that only move numbers: autograd's own backward sends relevance back to where they came from.
 MOVES = {
     "view", "reshape", "reshape_as", "view_as", "ravel", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t",
@@ -43,7 +48,7 @@ WRITES = {"setitem", "copy", "masked_fill", "index_put", "index_copy", "scatter"
 BROADCASTS = {"expand", "expand_as", "unsqueeze", "getitem"}
 
 #: Moves that put numbers in the place of some entries.
-FILLS = {"masked_fill", "where"}
+FILLS = {"masked_fill", "where", "tril", "triu"}
 
 #: Averages over windows, windows added up, interpolation.
 POOLING = {

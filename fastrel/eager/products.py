@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,7 +83,13 @@ def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
         return _attention_value(tape, b.mT, a.mT, of_b).mT.contiguous()
     if not is_activation(b):
         return functional.layers(a, b, tape.rules)
-    return functional.matmul(a, b, tape.rules)
+    if any(x.pairs is not None and x.scaled for x in (of_a, of_b)):
+        raise UnsupportedModelError("a product of three activations, of which nothing tells which two make a map")
+    if of_a.pairs == -1:
+        return _attention_value(tape, a, b, replace(of_a, mixed=True))
+    if of_b.pairs == -2 and of_a.pairs is None:
+        return _attention_value(tape, b.mT, a.mT, replace(of_b, mixed=True)).mT.contiguous()
+    return tape.know(functional.matmul(a, b, tape.rules), pairs=-1, scaled=True)
 
 
 @handles("grouped_mm", "grouped_mm_fallback")

@@ -51,7 +51,9 @@ class Facts:
     """What is known of a value.
 
     `root`: the activation of which alone it is a pointwise function. `keys`: of an attention map, its dimension of keys, counted from
-    the end; `mixed`: over heads. `scale`: one number per token, made of all its features. `merged`: what its first dimension was.
+    the end; `mixed`: over heads. `pairs`: the same of a product of two activations and what is made of it entry by entry, scores or
+    maps that are no softmax; `scaled`: nothing but scaled since. `scale`: one number per token, made of all its features. `merged`:
+    what its first dimension was.
     """
 
     tensor: Tensor  # kept, so that no other tensor gets its id
@@ -59,6 +61,8 @@ class Facts:
     root: Tensor
     keys: int | None = None
     mixed: bool = False
+    pairs: int | None = None
+    scaled: bool = False
     scale: bool = False
     merged: tuple[int, int] | None = None
     whole: Tensor | None = None  # of a part of a weight, that weight
@@ -197,6 +201,20 @@ class Tape:
         """`value`, a function of the activation of which x is one."""
         root = self.facts(x).root
         return self.know(functional.identity(value, root), root=root)
+
+    def keep_pairs(self, out: Any, name: str, args: Any, copies: bool) -> None:
+        """`out`, made entry by entry, holds scores, or maps that are no softmax, where an operand does."""
+        if not isinstance(out, Tensor) or self.facts(out).keys is not None:
+            return
+        found = [self.facts(x) for x in activations(args) if x.shape == out.shape]
+        places = {one.keys if one.pairs is None else one.pairs for one in found} - {None}
+        if len(places) == 1:
+            numbers = all(not isinstance(x, Tensor) or x.numel() == 1 or is_activation(x) for x in args)
+            scaled = (
+                len(found) == 1 and found[0].scaled and (copies or (name in ("mul", "rmul", "div", "truediv") and numbers))
+            )
+            known = dataclasses.replace(self.facts(out), seen=out.requires_grad, pairs=places.pop(), scaled=scaled)
+            self._facts[id(out)] = known
 
     def keep_map(self, out: Tensor, x: Tensor, factor: Any) -> Tensor:
         """`out`, x times a factor, still is an attention map where x is one and the factor the same for all keys, or a mask."""

@@ -369,7 +369,38 @@ def _unfold(node: fx.Node, labels: Labels) -> Axes | None:
 @axes_of(aten.linear.default)
 def _linear(node: fx.Node, labels: Labels) -> Axes | None:
     x, shape = labels.of(node.args[0]), labels.shape(node)
-    return _widest(node, labels) if x is None else (*x[:-1], ((shape[-1], "feature"),))
+    return _widest(node, labels) if x is None else (*x[:-1], _made_by_layer(node, x, shape[-1]))
+
+
+#: What may stand between a layer over tokens and the transpose that puts its results where the tokens were.
+_BEFORE_TURNING = {
+    aten.linear.default,
+    aten.gelu.default,
+    aten.relu.default,
+    aten.silu.default,
+    aten.dropout.default,
+    aten.clone.default,
+    aten.contiguous.default,
+}
+
+
+def _made_by_layer(node: fx.Node, x: Axes, size: int) -> Axis:
+    """What a layer makes of the last dimension: features; tokens, where it is one over tokens (of [*, D, T]) and turned back after."""
+    over = len(x) > 1 and size_of(x[-1]) > 1 and all(role == "token" for _, role in x[-1]) and _has_features(x[-2])
+    return ((size, "token" if over and _is_turned_back(node) else "feature"),)
+
+
+def _is_turned_back(node: fx.Node) -> bool:
+    while len(readers := [user for user in node.users if isinstance(user.meta.get("val"), Tensor)]) == 1:
+        node = readers[0]
+        ndim = node.meta["val"].dim()
+        if node.target is aten.transpose.int:
+            return {dim % ndim for dim in node.args[1:]} == {ndim - 2, ndim - 1}  # type: ignore[operator]
+        if node.target is aten.permute.default:
+            return [dim % ndim for dim in node.args[1][-2:]] == [ndim - 1, ndim - 2]  # type: ignore
+        if node.target not in _BEFORE_TURNING:
+            return False
+    return False
 
 
 @axes_of(aten.scaled_dot_product_attention.default)
@@ -395,7 +426,7 @@ def _product(node: fx.Node, labels: Labels) -> Axes | None:
     if other and len(other) == len(x) and is_feature(x[-1]) and is_feature(x[-2]) and not is_feature(other[-2]):
         # A map over tokens that a linear layer made (outlook attention): its rows are tokens where its columns are.
         x = (*x[:-2], other[-2] if size_of(other[-2]) == shape[-2] else x[-2], x[-1])
-    return (*x[:-1], other[-1]) if other and len(other) == len(x) else (*x[:-1], ((shape[-1], "feature"),))
+    return (*x[:-1], other[-1] if other and len(other) == len(x) else _made_by_layer(node, x, shape[-1]))
 
 
 @axes_of(*RESHAPES)

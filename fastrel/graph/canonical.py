@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fastrel.graph import axes as axes_
-from fastrel.graph import parts
+from fastrel.graph import mixing, parts
 from fastrel.graph.nodes import arguments, insert_call, insert_like, replace
 from fastrel.graph.patterns import IDENTITIES, is_attention_value, is_softmax_over_keys
 from fastrel.graph.softmax import softmax_of
@@ -260,6 +260,9 @@ def weighted_sums_as_products(graph: fx.Graph, axes: Labelled) -> bool:
     return found
 
 
+rewrite(mixing.linear_attention)
+
+
 @rewrite
 def maps_on_the_left(graph: fx.Graph, axes: Labelled) -> bool:
     """V Aᵀ becomes (A Vᵀ)ᵀ; whether there was any."""
@@ -269,7 +272,7 @@ def maps_on_the_left(graph: fx.Graph, axes: Labelled) -> bool:
             continue
         v, turned = node.args
         with graph.inserting_before(node):
-            attn = _turned_back(graph, turned, axes)
+            attn = _turned_back(graph, v, turned, axes)
         if attn is None:
             continue
         with graph.inserting_before(node):
@@ -282,24 +285,26 @@ def maps_on_the_left(graph: fx.Graph, axes: Labelled) -> bool:
     return found
 
 
-def _turned_back(graph: fx.Graph, turned: Any, axes: Labelled) -> fx.Node | None:
-    """A of a value Aᵀ, be it a transpose or a softmax of columns; None where that is no map over tokens."""
+def _turned_back(graph: fx.Graph, v: Any, turned: Any, axes: Labelled) -> fx.Node | None:
+    """A of a product V Aᵀ, be its right operand a transpose, a softmax of columns or another map; None where that is no map over
+    tokens."""
     if not isinstance(turned, fx.Node) or turned not in axes:
         return None
     ndim = turned.meta["val"].dim()
-    if turned.target is aten.transpose.int:
+    if turned.target is aten.transpose.int and {dim % ndim for dim in turned.args[1:]} == {ndim - 2, ndim - 1}:
         attn: Any = turned.args[0]
-        return (
-            attn if {dim % ndim for dim in turned.args[1:]} == {ndim - 2, ndim - 1} and is_softmax_over_keys(attn) else None
-        )
+        if is_softmax_over_keys(attn):
+            return attn
     if turned.target is not aten.softmax.int or turned.args[1] % ndim != ndim - 2:
-        return None
+        return insert_call(graph, aten.transpose.int, turned, -2, -1) if mixing.is_value_map(v, turned, axes) else None
     if any(axes_.is_feature(axis) for axis in axes[turned][-2:]):
         return None
     scores = insert_call(graph, aten.transpose.int, turned.args[0], -2, -1)
     return insert_call(graph, aten.softmax.int, scores, -1)
 
 
+rewrite(mixing.ones_beside_values)
+rewrite(mixing.normalised_afterwards)
 rewrite(parts.heads_one_by_one)
 
 
@@ -350,7 +355,8 @@ def heads_in_dimension_one(graph: fx.Graph, axes: Labelled) -> bool:
     """
     found = False
     for node in list(graph.nodes):
-        if not is_attention_value(node) or node.args[0] not in axes or node.args[0].meta["val"].dim() < 4:
+        is_map = is_attention_value(node) or mixing.is_map_value(node, axes)
+        if not is_map or node.args[0] not in axes or node.args[0].meta["val"].dim() < 4:
             continue
         lead = axes[node.args[0]][:-2]
         plain = len(lead) == 2 and axes_.is_feature(lead[1]) and not any(role == "feature" for _, role in lead[0])

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.graph import axes as axes_
+from fastrel.graph import mixing
 from fastrel.graph.nodes import describe
 from fastrel.graph.patterns import (
     ACTIVATIONS,
@@ -156,6 +157,22 @@ class Facts:
         """Whether a value is what an attention block makes of its values, mixing tokens by a map."""
         return node.target is aten.scaled_dot_product_attention.default or self._mixes_tokens(node)
 
+    def is_mixed_value(self, node: fx.Node) -> bool:
+        """Whether a product is A·V with A no softmax over keys, but any other map over tokens, or one mixed over heads."""
+        if is_attention_value(node):
+            return is_talking_heads_value(node)
+        return is_talking_heads_value(node) or mixing.is_map_value(node, self.axes)
+
+    def unknown_mixing(self, node: fx.Node) -> str | None:
+        """What to say of a product that brings sums over tokens back to each of them in a form whose map is not known; else None."""
+        sums = mixing.brought_back(node, self.axes)
+        if sums is None or self._attends(node):
+            return None
+        return (
+            f"{describe(node)} brings to each token what {describe(sums)} summed over them: linear attention in a form whose map "
+            "is not found; write it as q @ (k.mT @ v), or as (q @ k.mT) @ v"
+        )
+
     def queries(self, attn: fx.Node) -> fx.Node | None:
         """The queries Q [*, Tq, d] of an attention map [*, Tq, Tk] made of scores QKᵀ; None where none are found: these were turned
         or have other dimensions."""
@@ -198,7 +215,9 @@ class Facts:
 
     def _mixes_tokens(self, node: fx.Node) -> bool:
         """Whether a product is A·V with A a map over tokens: maps over channels are no attention blocks of the method."""
-        if (not is_attention_value(node) and not is_talking_heads_value(node)) or self._is_factorised(node):
+        if not is_attention_value(node) and not is_talking_heads_value(node):
+            return mixing.is_map_value(node, self.axes)
+        if self._is_factorised(node):
             return False
         maps, values = (self.axes.get(x) for x in node.args[:2])  # type: ignore[arg-type]
         over_tokens = values is not None and len(values) > 1 and not axes_.is_feature(values[-2])
@@ -289,6 +308,11 @@ class Stretch:
                 f"start_layer {start_layer} is out of range: the model has {len(found)} attention blocks, "
                 f"so use {-len(found)} to {len(found) - 1}"
             )
+        if start_layer % len(found) == 0:  # down to the input, also below the first block
+            relevant = _upstream(leaves)
+            for why in (facts.unknown_mixing(node) for node in facts.nodes if node in relevant and node in facts.active):
+                if why is not None:
+                    raise UnsupportedModelError(why)
         blocks = {node: i for i, node in enumerate(found) if i >= start_layer % len(found)}
         above = frozenset(_downstream(facts.nodes, set(blocks), facts.active))
         return cls(tuple(leaves), blocks, len(found), frozenset(facts.active) if everything else above, above)

@@ -253,11 +253,18 @@ def _tensor_split(insert: Any, x: fx.Node, how: Any, dim: int = 0, **_: Any) -> 
 
 @_spelling(aten.einsum.default)
 def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: Any, **_: Any) -> fx.Node | None:
-    """Of one operand sums; of two a matrix product, or a linear layer where one is a constant matrix."""
+    """Of one operand sums; of two a matrix product, a linear layer where one is a constant matrix, or a product entry by entry; of
+    more, of the first two and then of the others."""
     named = _named_dimensions(equation, operands)
-    if named is None or len(operands) > 2:
+    if named is None:
         return None
     *names, result = named
+    if len(operands) > 2:
+        kept = "".join(c for c in dict.fromkeys(names[0] + names[1]) if c in "".join((*names[2:], result)))
+        begun = _einsum(insert, f"{names[0]},{names[1]}->{kept}", operands[:2], active=active)
+        if begun is None:
+            return None
+        return _einsum(insert, f"{','.join((kept, *names[2:]))}->{result}", (begun, *operands[2:]), active=active)
     if len(operands) == 1:
         return _summed(insert, operands[0], names[0], result, result)
     (a, left), (b, right) = zip(operands, names, strict=True)
@@ -269,7 +276,8 @@ def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: 
     rows, columns = ([c for c in result if c in own and c not in other] for own, other in ((left, right), (right, left)))
     summed = [c for c in left if c in right and c not in result]
     if not summed:
-        return None
+        u, v = (_beside(insert, x, own, result) for x, own in ((a, left), (b, right)))
+        return insert(aten.mul.Tensor, u, v)
     sizes = {**dict(zip(right, b.meta["val"].shape, strict=True)), **dict(zip(left, a.meta["val"].shape, strict=True))}
     if not batch and not active(b) and columns:
         turned = _ordered(insert, b, right, [*columns, *summed])
@@ -297,6 +305,14 @@ def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: 
         place = first + (len(rows) > 0 if names_ is columns else 0)
         whole = whole and _parted(insert, whole, place, [sizes[c] for c in names_])
     return whole and _ordered(insert, whole, [*batch, *rows, *columns], list(result))
+
+
+def _beside(insert: Any, x: fx.Node, names: str, result: str) -> fx.Node:
+    """x with its dimensions where a result has them, and size 1 for those that it lacks."""
+    x = _ordered(insert, x, names, [c for c in result if c in names])
+    for i, c in enumerate(result):
+        x = x if c in names else insert(aten.unsqueeze.default, x, i)
+    return x
 
 
 def _weighted_sum(insert: Any, x: tuple[fx.Node, str], weights: tuple[fx.Node, str], result: str) -> fx.Node:

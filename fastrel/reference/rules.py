@@ -102,7 +102,8 @@ def attention_value(attn: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positi
 
 
 def mixed_attention_value(attn: Tensor, v: Tensor, rel: Tensor, rules: Rules = "positive") -> tuple[Tensor, Tensor]:
-    """A'·V with maps A' mixed over heads, whose entries have both signs: the rule of `query_key`, R_A = R_Q, R_V = R_K.
+    """A'·V with maps A' that are no softmax, or mixed over heads, whose entries may have both signs: the rule of `query_key`, R_A =
+    R_Q, R_V = R_K. Where A' >= 0 it is that of `attention_value`.
 
     positive: relevance of A' ends there as well, so that V takes all of it: R_V = 2 R_K.
     """

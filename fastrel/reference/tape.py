@@ -46,15 +46,21 @@ class Tape:
         self.record([y], [q, k], lambda rel: R.query_key(q, k, rel, self.rules))
         return y
 
-    def attention_value(self, attn: Tensor, v: Tensor) -> Tensor:
-        """A·V."""
+    def attention_value(self, attn: Tensor, v: Tensor, signed: bool = False) -> Tensor:
+        """A·V; `signed`: with a map that is no softmax, whose entries may have both signs."""
         y = attn @ self._half(v)
-        self.record([y], [attn, v], lambda rel: R.attention_value(attn, v, rel, self.rules))
+        rule = R.mixed_attention_value if signed else R.attention_value
+        self.record([y], [attn, v], lambda rel: rule(attn, v, rel, self.rules))
         return y
 
     def softmax(self, scores: Tensor) -> Tensor:
-        """Attention maps from scores. What eq. (13) reads is the whole gradient of a map; the half of it that A V leaves goes on."""
-        y = self._half(scores.softmax(-1))
+        """Attention maps from scores."""
+        return self.map(lambda t: t.softmax(-1), scores)
+
+    def map(self, f: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
+        """Maps that any function makes of scores. What eq. (13) reads is the whole gradient of a map; the half of it that A V leaves
+        goes on."""
+        y = self._half(f(scores))
         self.record([y], [scores], lambda rel: [R.softmax(rel, self.rules)])
         return y
 

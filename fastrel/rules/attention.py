@@ -11,7 +11,7 @@ from fastrel import ops
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments, describe
-from fastrel.graph.patterns import IDENTITIES, SOFTMAXES, is_attention_value, is_talking_heads_value
+from fastrel.graph.patterns import IDENTITIES, SOFTMAXES, is_attention_value
 from fastrel.ops.attention import attention_probabilities, attention_scores, carries_scores
 from fastrel.ops.library import REFERENCES
 from fastrel.reference import rules as reference
@@ -251,8 +251,8 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
         return times_parameter(t, node, left, right, None, out)
     if not t.is_active(right) and right.meta["val"].dim() == 1:
         return _times_vector(t, node, left, right, out)
-    talking = is_talking_heads_value(node)
-    is_attention = is_attention_value(node) or talking
+    mixed = t.facts.is_mixed_value(node)
+    is_attention = is_attention_value(node) or mixed
     if not t.is_active(right) and not is_attention and left.meta["val"].dim() == ndim:
         return times_parameters(t, node, left, right, out)
     if not left.meta["val"].dim() == right.meta["val"].dim() == ndim:
@@ -262,9 +262,7 @@ def matmul(t: Context, node: fx.Node, out: Lanes) -> None:
     a, b = t.value(left, rows), t.value(right)
     rel_a = rel_b = grad_a = grad_b = None
     if rel:
-        share = (
-            _left_right if not is_attention else reference.mixed_attention_value if talking else reference.attention_value
-        )
+        share = _left_right if not is_attention else reference.mixed_attention_value if mixed else reference.attention_value
         call = t.emit.call(share, a, b, rel.node, t.rules)
         rel_a, rel_b = t.emit.parts(call, 2)
     if grad:
@@ -340,6 +338,8 @@ def _pass_row(t: Context, node: fx.Node, operands: tuple[fx.Node, ...], row: Row
     right, left = operands
     if t.is_active(left) and t.is_active(right) and node.meta["val"].dim() == 2:
         return _pairs_row(t, node, left, right, row)
+    if (why := t.facts.unknown_mixing(node)) is not None:
+        raise UnsupportedModelError(why)
     for x in operands:
         if t.is_active(x) and t.row_shape(x) == t.row_shape(node):
             return t.give(x, row=row)

@@ -49,6 +49,11 @@ def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
             formula = transposed_convolution if turned else conv_relevance
             rel = Lane(t.emit.call(formula, value, kernel, dense, t.rules, *options))
     if out.row:
+        channels = t.axes(x)[1]
+        if options[3] == 1 and not pixels and channels and all(role == "token" for _, role in channels):
+            raise UnsupportedModelError(
+                f"{describe(node)} mixes tokens, which lie along its channels; write it as a linear layer"
+            )
         sizes, window = list(t.shape(x)), list(weight.meta["val"].shape[2:])
         for dim, size in enumerate(window, 2):  # features that stay what they are are one number of a row
             sizes[dim] = t.row_shape(x)[dim] if size == 1 else sizes[dim]

@@ -7,13 +7,14 @@ from torch import Tensor, fx
 
 from fastrel import ops
 from fastrel.errors import UnsupportedModelError
+from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments, describe
 from fastrel.reference import rules as reference
 from fastrel.reference.operators import layer
 from fastrel.rules.generic import vjp
 from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
-from fastrel.transform.lanes import Lane, Lanes
+from fastrel.transform.lanes import Lane, Lanes, Row
 
 aten = torch.ops.aten
 
@@ -36,7 +37,29 @@ def linear(t: Context, node: fx.Node, out: Lanes) -> None:
     grad = rel = None
     if t.wants(x):
         grad, rel = _back(t, node, x, t.value(weight), t.value(bias) if isinstance(bias, fx.Node) else None, out)
-    t.give(x, grad, rel, out.row)
+    t.give(x, grad, rel, _row(t, node, weight, out.row))
+
+
+def _row(t: Context, node: fx.Node, weight: fx.Node, row: Row | None, turned: bool = False) -> Row | None:
+    """The row as it is; of a layer over tokens, each token's is divided among those that it is made of, by |W|.
+
+    `turned`: the weight is [in, out].
+    """
+    if row is None or axes_.is_feature(t.axes(node)[-1]):
+        return row
+
+    def back(lane: Lane) -> Lane:
+        w = t.emit.call(aten.t.default, t.value(weight)) if turned else t.value(weight)
+        return Lane(t.emit.call(divided_by_weights, t.dense(lane, node, is_row=True).node, w))
+
+    return row.map(back)
+
+
+def divided_by_weights(row: Tensor, weight: Tensor) -> Tensor:
+    """A row [K, *, out] in parts |W_oi| / Σ_i |W_oi| to what a layer W [out, in] reads, [K, *, in]."""
+    size = weight.abs()
+    total = size.sum(1, keepdim=True)
+    return row @ (size / total.where(total > 0, 1.0))
 
 
 @rule(aten.addmm.default)
@@ -54,7 +77,7 @@ def times_parameter(t: Context, node: fx.Node, x: fx.Node, weight: fx.Node, bias
     if t.wants(x):
         turned = t.emit.call(aten.t.default, t.value(weight))
         grad, rel = _back(t, node, x, turned, t.value(bias) if bias is not None else None, out)
-    t.give(x, grad, rel, out.row)
+    t.give(x, grad, rel, _row(t, node, weight, out.row, turned=True))
 
 
 def times_parameters(t: Context, node: fx.Node, x: fx.Node, weight: fx.Node, out: Lanes) -> None:

@@ -95,7 +95,7 @@ class Context:
     def value(self, x: fx.Node, rows: Rows | None = None, ndim: int | None = None) -> fx.Node:
         """The forward value of x, saved for the reverse pass; only `rows` of it where given (counted in `ndim` dims)."""
         saved = self.emit.saved(x)
-        if rows is None:
+        if rows is None or not isinstance(x.meta["val"], torch.Tensor):
             return saved
         own = x.meta["val"].dim()
         dim = rows.dim - ((own if ndim is None else ndim) - own)
