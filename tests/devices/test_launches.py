@@ -26,6 +26,7 @@ from benchmarks import roofline
 from fastrel import backends, ops
 from fastrel.backends import triton
 from fastrel.backends.common import Call
+from fastrel.ops import steps
 from tests import models
 from tests.devices import recorder
 from tests.devices.programs import Launches, lowered
@@ -400,14 +401,35 @@ def test_without_triton_a_cpu_explanation_is_none_the_worse() -> None:
 
 
 def test_nothing_is_compiled_for_an_operator_that_the_backend_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking whether the CUDA passes are there runs nvcc for minutes; for `reduced_weight` they have no use."""
+    """Asking whether the CUDA passes are there runs nvcc for minutes; for `row_digest` they have no use."""
     asked = []
     passes = dataclasses.replace(backends.BACKENDS["cuda"], unavailable=lambda: asked.append(1) or "not here")
-    call = Call(ops.reduced_weight, ("bfloat16",), torch.float32)
+    call = Call(ops.row_digest, (), torch.float32)
     chosen, _ = backends.choose(call, [passes, backends.BACKENDS["torch"]])
     assert (chosen.name, asked) == ("torch", [])
     backends.choose(Call(ops.residual_add, ("positive",), torch.float32), [passes, backends.BACKENDS["torch"]])
     assert asked == [1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_values_reach_the_cuda_passes_without_casts(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, precision: str
+) -> None:
+    """And torch's products their operands; what is made of a weight is made once."""
+    monkeypatch.setattr(backends.cuda, "unavailable", lambda: None)
+    monkeypatch.setitem(backends.BACKENDS, "cuda", dataclasses.replace(backends.BACKENDS["cuda"], unavailable=lambda: None))
+    model, given = _vit(dtype)
+    with recorded(90) as seen:
+        program, values = lowered(model, given, DEVICE, precision=precision, backend="cuda")
+        launches = Launches(seen, program, values, DEVICE)
+        launches.explain(2)
+        launches.explain(2)
+        assert [name for name in seen.operators if "to_copy" in name] == []
+        # q, k and v are laid out head by head for torch's batched products, and widened on the way.
+        assert seen.operators.count("aten.copy_.default") <= 3 * 12
+    assert not [node for node in program.reverse.graph.nodes if node.target is torch.ops.aten.to.dtype]
+    assert not [node for node in program.reverse.graph.nodes if node.target in (steps.gelu, torch.nn.functional.gelu)]
 
 
 def test_16_bit_values_reach_the_kernels_without_casts() -> None:
