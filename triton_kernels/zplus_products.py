@@ -162,14 +162,12 @@ def linear(
 
 
 def reduced_weight(weight: Tensor, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastrel::reduced_weight` for these kernels, which have no use for |W|: W stands in its place."""
-    none = weight.new_empty(0)
+    """`fastrel::reduced_weight` for these kernels, which have no use for |W|: W in bfloat16 stands in its place."""
     if purpose != "float8":
         narrow = weight.bfloat16()
-        return narrow, narrow, none
+        return narrow, narrow, weight.new_empty(0)
     scales = weight.float().abs().amax(1).clamp_min(LEAST_SCALE) / FLOAT8_MAX
-    narrow = (weight.float() / scales.unsqueeze(1)).to(torch.float8_e4m3fn)
-    return narrow, narrow, scales
+    return (weight.float() / scales.unsqueeze(1)).to(torch.float8_e4m3fn), weight.bfloat16(), scales
 
 
 @on_its_device

@@ -140,7 +140,14 @@ def test_another_number_of_rows_compiles_nothing(seen: Recorded) -> None:
     assert [kernel.kernel.fn.__name__ for kernel in seen.kernels] == []
     # From so many rows on torch multiplies, with its passes; float32 has larger tiles; and sweeps are launched one by one.
     every_operator(4096)
-    others = {"sides_kernel", "shares_kernel", "combine_kernel", "attention_queries_kernel", "attention_keys_kernel"}
+    others = {
+        "scaled_rows_kernel",
+        "sides_kernel",
+        "shares_kernel",
+        "combine_kernel",
+        "attention_queries_kernel",
+        "attention_keys_kernel",
+    }
     assert {kernel.kernel.fn.__name__ for kernel in seen.kernels} == others | {"zplus_shares_kernel", "zplus_back_kernel"}
     seen.kernels.clear()
     every_operator(5001)
@@ -178,8 +185,9 @@ def test_what_a_layer_multiplies_in_is_what_its_operator_says(seen: Recorded, na
     """Not what dtypes suggest: values computed again are float32 beside a 16-bit weight, or both are 16-bit."""
     dtype, purpose, expected = DOTS[name]
     for x_dtype in {dtype, torch.float32}:
-        x, w = on_gpu(5, 64, dtype=x_dtype), on_gpu(64, 64, dtype=dtype)
-        lane, y = on_gpu(1, 5, 64), on_gpu(5, 64, dtype=dtype)
+        rows = configs.FLOAT8_ROWS if purpose == "float8" else 5
+        x, w = on_gpu(rows, 64, dtype=x_dtype), on_gpu(64, 64, dtype=dtype)
+        lane, y = on_gpu(1, rows, 64), on_gpu(rows, 64, dtype=dtype)
         kernels = triton.kernels()
         if purpose:
             parts = kernels[ops.reduced_weight](w, purpose)
@@ -192,9 +200,18 @@ def test_what_a_layer_multiplies_in_is_what_its_operator_says(seen: Recorded, na
     )
 
 
+def test_few_rows_are_multiplied_in_bfloat16_not_in_float8(seen: Recorded) -> None:
+    """Rounding rows to float8 is a launch of its own, which a batch of one has not the time for; so is every Z."""
+    for n, dot in ((configs.FLOAT8_ROWS - 1, "bf16"), (configs.FLOAT8_ROWS, "fp8e4nv")):
+        seen.launches.clear()
+        reduced(n, "float8")
+        assert {x.arguments["DOT"].name for x in seen.launches if x.name.startswith("zplus")} == {dot}
+        assert ("scaled_rows_kernel" in {x.name for x in seen.launches}) == (dot != "bf16")
+
+
 def test_float8_sums_are_promoted_to_float32(seen: Recorded) -> None:
     """Hopper adds float8 products in 14 bits until told otherwise."""
-    reduced(5, "float8")
+    reduced(configs.FLOAT8_ROWS, "float8")
     variants = [k for k in seen.kernels if k.kernel.fn.__name__.startswith("zplus")]
     assert len(variants) == 2
     for variant in variants:
@@ -332,7 +349,7 @@ def _vit(dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Tensor]]:
 BUDGET = 250
 
 
-@pytest.mark.parametrize("precision", ["float32", "mixed"])
+@pytest.mark.parametrize("precision", ["float32", "mixed", "low"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_explanation_keeps_to_its_launches(precision: str, dtype: torch.dtype) -> None:
     model, given = _vit(dtype)
