@@ -191,6 +191,19 @@ def test_layer_norm_backward(dtype: torch.dtype, width: int) -> None:
         compare(ops.layer_norm_backward, grad, x, None, 1, 1e-5, frozen)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_whose_squares_overflow_has_no_gradient(dtype: torch.dtype) -> None:
+    """As in plain PyTorch: 0 would look like an answer."""
+    x = torch.randn(3, 70).to(dtype)
+    x[1] *= 1e200 if dtype == torch.float64 else 1e25
+    grad = torch.randn(1, 3, 70, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for frozen in (False, True):
+        ours = cuda.kernels()[ops.layer_norm_backward](grad, x, None, 1, 1e-5, frozen)
+        plain = REFERENCES[ops.layer_norm_backward](grad, x.to(grad.dtype), None, 1, 1e-5, frozen)
+        assert torch.equal(ours.isnan(), plain.isnan())
+        assert ours.isnan().any(-1).flatten().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activation_ratio(dtype: torch.dtype) -> None:
     x, grad = torch.randn(2, 4, 63, dtype=dtype), torch.randn(3, 2, 4, 63, dtype=dtype)

@@ -416,6 +416,20 @@ def test_layer_norm_backward(guards: Guards, dtype: torch.dtype, width: int) -> 
         compare(guards, ops.layer_norm_backward, grad, x, None, 1, 1e-5, frozen)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_norm_whose_squares_overflow_has_no_gradient(dtype: torch.dtype, frozen: bool) -> None:
+    """As in plain PyTorch: 0 would look like an answer."""
+    x, lane = torch.randn(3, 70).to(dtype), torch.randn(1, 3, 70)
+    x[1] *= 1e25
+    norm = triton.kernels()[ops.layer_norm_backward]
+    both = layer_norm_backward.half_block(lane, x, None, 1, 1e-5, None, x, x, lane, None, frozen=frozen)
+    for ours in (norm(lane, x, None, 1, 1e-5, frozen), both[0]):
+        plain = REFERENCES[ops.layer_norm_backward](lane, x.float(), None, 1, 1e-5, frozen)
+        assert torch.equal(ours.isnan(), plain.isnan())
+        assert ours.isnan().any(-1).flatten().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activation_ratio(guards: Guards, dtype: torch.dtype) -> None:  # noqa: F811
     x, grad = torch.randn(2, 9, 63).to(dtype), torch.randn(3, 2, 9, 63)

@@ -157,7 +157,9 @@ __global__ void layer_norm_backward_kernel(
   const T mean = block_sum(sum) / T(width);
   sum = 0;
   for (int64_t c = threadIdx.x; c < width; c += blockDim.x) sum += (own[c] - mean) * (own[c] - mean);
-  const T rstd = T(1) / sqrt(block_sum(sum) / T(width) + eps);
+  const T variance = block_sum(sum) / T(width);
+  // Squares that overflow would make the gradient 0, which looks like an answer.
+  const T rstd = variance <= Limits<T>::most ? T(1) / sqrt(variance + eps) : T(NAN);
   T sum_g = 0, sum_gx = 0;
   for (int64_t c = threadIdx.x; c < width; c += blockDim.x) {
     const T scaled = weight ? g[c] * weight[c] : g[c];
