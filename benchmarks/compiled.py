@@ -101,7 +101,7 @@ def _block(dtype: torch.dtype, purpose: Any = None, n: int = 197, d: int = 768) 
     prepared = [kernels[ops.reduced_weight](w, purpose) if purpose else (w,) for w in weights]
     values = [(_empty(1, n, ins, dtype=dtype), _empty(1, n, outs, dtype=dtype), _empty(outs, dtype=dtype))
               for ins, outs in sizes]  # fmt: skip
-    parts = [x for (x, y, bias), w in zip(values, prepared, strict=True) for x in (x, w[0], y, bias)]
+    parts = [x for (x, y, bias), w in zip(values, prepared, strict=True) for x in (x, w[1 if purpose else 0], y, bias)]
     sums = zplus_sums.zplus_sums(*parts, reduced=bool(purpose))
     for i, ((x, y, bias), w, z) in enumerate(zip(values, prepared, sums, strict=True)):
         lane, given = (
@@ -147,8 +147,8 @@ def launches(float8: bool) -> Iterator[tuple[str, Any]]:
             yield f"{name} mixed block", lambda dtype=dtype: _block(dtype, "bfloat16")
             yield name, lambda dtype=dtype: _half_block(dtype)
             if float8:
-                yield f"{name} low", lambda dtype=dtype: _linear(197, dtype, "float8")
-                yield f"{name} low block", lambda dtype=dtype: _block(dtype, "float8")
+                yield f"{name} low", lambda dtype=dtype: _linear(12608, dtype, "float8")
+                yield f"{name} low block", lambda dtype=dtype: _block(dtype, "float8", n=12608)
     yield "float32 official", lambda: _linear(197, torch.float32, rules="official")
     yield "float32 many rows", lambda: _linear(12608, torch.float32)
     for dtype in (torch.float32, torch.float16):

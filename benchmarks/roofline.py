@@ -178,9 +178,9 @@ PEAKS = {"float32": "tf32x3", "split": "bfloat16", "bfloat16": "bfloat16", "floa
 LABELS = {"float32": "float32", "split": "bfloat16", "bfloat16": "bfloat16 mixed", "float8": "bfloat16 low"}
 
 
-def together(n: int, precision: str) -> bool:
+def together(n: int) -> bool:
     """Whether Z of a block's layers is formed in one launch."""
-    return n < configs.MANY_ROWS and precision != "low"
+    return n < configs.MANY_ROWS
 
 
 def shares(device: Device, layer: Layer, n: int, width: int, precision: str) -> Work:
@@ -190,7 +190,7 @@ def shares(device: Device, layer: Layer, n: int, width: int, precision: str) -> 
     stored, weight, value = _widths(kind, width, precision)
     moved = value * n * layer.ins + weight * layer.outs * layer.ins + n * layer.outs * (width + stored)
     label, kernel = f"{LABELS[kind]} block", "zplus_sums_kernel"
-    if not together(n, precision):
+    if not together(n):
         moved += 4 * n * layer.outs
         label, kernel = (
             {"float32": "float32 many rows", "split": "bfloat16 ieee"}.get(kind, LABELS[kind]),
@@ -230,7 +230,7 @@ def linear(device: Device, layer: Layer, n: int, width: int, precision: str) -> 
             yield Work("gelu", 0.0, n * ins * (width + 8))
         return
     kind, capability = kind_of(width, precision), int(device.target.removeprefix("sm_"))
-    few, apart = together(n, precision), more > outs
+    few, apart = together(n), more > outs
     stored, weight, _ = _widths(kind, width, precision)
     if not few:
         if kind == "float8":
@@ -322,7 +322,9 @@ def attention_by_library(model: Model, batch: int) -> Iterator[Work]:
 def reverse(device: Device, model: Model, batch: int, width: int, precision: str) -> Iterator[Work]:
     """One block of the reverse pass; lanes are float32. Launches and what they move as recorded (tests/devices/test_launches.py)."""
     n, d = batch * model.tokens, model.features
-    if together(n, precision):
+    if precision == "low" and n < configs.FLOAT8_ROWS:
+        precision = "mixed"
+    if together(n):
         one = [shares(device, layer, n, width, precision) for layer in layers(model)]
         yield replace(
             one[0],
@@ -335,7 +337,7 @@ def reverse(device: Device, model: Model, batch: int, width: int, precision: str
     for layer in layers(model):
         yield from linear(device, layer, n, width, precision)
     yield from attention(device, model, batch, width)
-    divisor = 4 if together(n, precision) else 0
+    divisor = 4 if together(n) else 0
     for through in (0, 4 * n * (model.heads + 2)):
         yield Work("half block", 0.0, n * d * (3 * width + 28 + divisor) + through)
 

@@ -64,7 +64,7 @@ def products(
 
     On a CPU "mixed" multiplies in bfloat16 and "low" in int8, each only where that is faster than float32; where int8 is not,
     "low" is "mixed". A GPU multiplies in bfloat16, and for "low" in float8 where it can (Triton kernels, compute capability
-    8.9 or newer). float64 models are left alone.
+    8.9 or newer; they multiply few rows in bfloat16). float64 models are left alone.
 
     Raises:
         InputError: as `check`.

@@ -57,6 +57,11 @@ BACK = {
 MANY_ROWS, WIDE = 1024, 512
 
 
+#: From so many rows on layers prepared for float8 are multiplied in it. Of fewer, rounding rows to float8 is a launch more for each
+#: layer, and Z of a block's layers is not formed in one.
+FLOAT8_ROWS = MANY_ROWS
+
+
 def products_first(rows: int, weight: tuple[int, ...]) -> bool:
     """Whether a layer in bfloat16 is multiplied by the vendor's library."""
     return rows >= MANY_ROWS and min(weight) >= WIDE

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from fastrel.triton_kernels.launch import dense, on_its_device
-from fastrel.triton_kernels.math import safe_divide, share
+from fastrel.triton_kernels.math import LARGEST, safe_divide, share
 from fastrel.triton_kernels.residual_add import residual_add_of_sum
 from torch import Tensor
 
@@ -26,7 +26,9 @@ def norm_backward(
     if WEIGHTED:
         b_g = b_g * tl.load(p_weight + c, mask=inside, other=0.0).to(tl.float32)
     centred = tl.where(inside, b_x - tl.sum(b_x) / width, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred) / width + eps)
+    variance = tl.sum(centred * centred) / width
+    # Squares that overflow would make the gradient 0, which looks like an answer.
+    rstd = tl.where(variance <= LARGEST, 1.0 / tl.sqrt(variance + eps), float("nan"))
     out = b_g - tl.sum(b_g) / width
     if not FROZEN:
         normed = centred * rstd

@@ -5,6 +5,8 @@ import triton.language as tl
 
 #: The smallest normal float32: below it a denominator is 0.
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
+#: The largest float32.
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 #: What the published code adds to denominators.
 OFFICIAL_EPSILON: tl.constexpr = tl.constexpr(1e-9)
 #: A denominator that is a difference is rounding below this share of its terms: 8 eps.

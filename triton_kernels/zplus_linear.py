@@ -73,8 +73,12 @@ def zplus_linear_reduced(
 ) -> tuple[Tensor, Tensor]:
     """`fastrel::zplus_linear_reduced` in the prepared weight's dtype, bfloat16 or float8_e4m3fn. |W| is formed in registers.
 
+    w_abs: W in bfloat16 (`reduced_weight`), by which few rows are multiplied, and all whose Z was formed before.
     w_grad [grad_outs, ins] and what comes after it: as `zplus_linear` takes them.
     """
+    few = sums is not None or x.numel() // x.shape[-1] < configs.FLOAT8_ROWS
+    if w.dtype == torch.float8_e4m3fn and w_abs.dtype == torch.bfloat16 and few:
+        w = w_abs
     kind = REDUCED[w.dtype]
     by_library = sums is None and kind.name == "bfloat16" and configs.products_first(x.numel() // x.shape[-1], w.shape)
     apart = grad is not None and w_grad is not None and len(w_grad) != len(w)

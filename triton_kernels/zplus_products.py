@@ -18,6 +18,7 @@ from fastrel.triton_kernels.math import narrow, negative, positive, safe_divide
 from torch import Tensor
 
 from fastrel import weights
+from fastrel.ops.narrow_products import prepared, product
 from fastrel.ops.zplus_linear_reduced import FLOOR as LEAST_SHARE
 
 FLOOR: tl.constexpr = tl.constexpr(LEAST_SHARE)
@@ -113,22 +114,7 @@ def combine_kernel(
     tl.store(out_ptr + lane * ins + c, positive(b_x) * b_pos + negative(b_x) * b_neg, mask=inside)
 
 
-def prepared(weight: Tensor, purpose: str) -> tuple[Tensor, ...]:
-    """Of a bfloat16 weight [outs, ins]: |W|; [W⁺ W⁻] [outs, 2 · ins], once ("sides 1") or twice above itself; W itself twice."""
-    what, parts = purpose.split()
-    if what == "magnitude":
-        return (weight.abs(),)
-    if what == "sides":
-        weight = torch.cat([weight.clamp(min=0), weight.clamp(max=0)], 1)
-    return (torch.cat([weight] * int(parts)),)
-
-
 _kept = weights.kept_by_version(prepared)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of bfloat16 in float32; a CPU, where only tests come by, has no such product."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else a.float() @ b.float()
 
 
 def linear(
@@ -176,14 +162,12 @@ def linear(
 
 
 def reduced_weight(weight: Tensor, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastrel::reduced_weight` for these kernels, which have no use for |W|: W stands in its place."""
-    none = weight.new_empty(0)
+    """`fastrel::reduced_weight` for these kernels, which have no use for |W|: W in bfloat16 stands in its place."""
     if purpose != "float8":
         narrow = weight.bfloat16()
-        return narrow, narrow, none
+        return narrow, narrow, weight.new_empty(0)
     scales = weight.float().abs().amax(1).clamp_min(LEAST_SCALE) / FLOAT8_MAX
-    narrow = (weight.float() / scales.unsqueeze(1)).to(torch.float8_e4m3fn)
-    return narrow, narrow, scales
+    return (weight.float() / scales.unsqueeze(1)).to(torch.float8_e4m3fn), weight.bfloat16(), scales
 
 
 @on_its_device

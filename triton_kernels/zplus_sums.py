@@ -16,7 +16,7 @@ from torch import Tensor
 #: How many layers one launch takes at most: those of a block.
 LAYERS = 4
 
-#: A layer: x [*, ins], weight [outs, ins] (prepared where products are reduced), its output [*, outs] or None, bias or None.
+#: A layer: x [*, ins], weight [outs, ins] (of bfloat16 where products are reduced), its output [*, outs] or None, bias or None.
 Layer = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -89,12 +89,12 @@ def zplus_sums_kernel(
 @on_its_device
 def zplus_sums(*parts: Tensor | None, reduced: bool) -> list[Tensor | None]:
     """Z [n, outs] of up to four layers, x, weight, output and bias of each in `parts`; None for each of them where a launch of its own
-    is better: of float8, of layers that do not multiply alike, and of so many rows that one layer fills the GPU."""
+    is better: of layers that do not multiply alike, and of so many rows that one layer fills the GPU."""
     layers: Sequence[Layer] = [parts[i : i + 4] for i in range(0, len(parts), 4)]  # type: ignore[misc]
     weights = {w.dtype for _, w, _, _ in layers}
     widest = max(x.numel() // w.shape[1] for x, w, _, _ in layers)
     exact = {reduced or has_exact_output(w, y) for _, w, y, _ in layers}
-    if len(weights) > 1 or len(exact) > 1 or widest >= configs.MANY_ROWS or torch.float8_e4m3fn in weights:
+    if len(weights) > 1 or len(exact) > 1 or widest >= configs.MANY_ROWS:
         return [None] * len(layers)
     (dtype,), (from_output,) = weights, exact
     kind = REDUCED[dtype] if reduced else kind_of(dtype)

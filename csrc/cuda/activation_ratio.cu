@@ -19,14 +19,14 @@ Tensor activation_ratio(Tensor grad_any, Tensor x_any, Tensor y_any, std::string
   check_shape(op, "grad", grad_any, lane_of(grad_any.size(0), shape_of(x_any)));
   check_shape(op, "y", y_any, shape_of(x_any));
   const cuda::Slope slope = slope_from(gelu);
-  return by_dtype(op, grad_any, {&operands[0], &operands[1]}, [&]<class T>(T) {
+  return by_lanes(op, grad_any, {}, {&operands[0], &operands[1]}, [&]<class T>(T) {
     const Tensor grad = dense(grad_any), x = dense(x_any), y = dense(y_any);
     const Tensor result = empty_like_shape(grad, shape_of(grad));
     if (grad.numel() == 0) return result;
     const Context context(grad);
     FASTREL_LAUNCH(
         context, cuda::activation_ratio_kernel<T>, grid_of(blocks_for(grad.numel())), grad.numel(), x.numel(), slope,
-        data<T>(grad), data<T>(x), data<T>(y), out<T>(result));
+        data<T>(grad), values<T>(x), values<T>(y), out<T>(result));
     return result;
   });
 }

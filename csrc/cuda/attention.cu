@@ -22,11 +22,11 @@ cuda::MaskStrides strides_of(const OptionalTensor& mask) {
 Tensor attention_softmax(Tensor products, OptionalTensor mask, double scale, bool causal, int64_t query_start) {
   const bool keeps = mask && mask->scalar_type() == ScalarType::Bool;
   const OptionalTensor bias = keeps ? std::nullopt : mask;
-  return by_dtype("attention_softmax", products, {&bias}, [&]<class T>(T) {
+  return by_lanes("attention_softmax", products, {}, {&bias}, [&]<class T>(T) {
     const Sizes s(products);
     const Context context(products);
     FASTREL_LAUNCH(
-        context, cuda::softmax_kernel<T>, s.rows(), s.heads, s.queries, s.keys, T(scale), causal, query_start, data<T>(bias),
+        context, cuda::softmax_kernel<T>, s.rows(), s.heads, s.queries, s.keys, T(scale), causal, query_start, values<T>(bias),
         keeps ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr, strides_of(mask), out<T>(products));
     return products;
   });
@@ -64,13 +64,13 @@ void attention_score_lanes(
     OptionalTensor sums, double scale) {
   STD_TORCH_CHECK(products || !rel_product, "fastrel_cuda::attention_score_lanes needs the products for their relevance");
   const OptionalTensor bias = mask && mask->scalar_type() == ScalarType::Bool ? std::nullopt : mask;
-  by_dtype("attention_score_lanes", attn, {&products, &bias, &grad_product, &rel_product, &sums}, [&]<class T>(T) {
+  by_lanes("attention_score_lanes", attn, {&products, &grad_product, &rel_product, &sums}, {&bias}, [&]<class T>(T) {
     const Sizes s(attn);
     const Context context(attn);
     const auto pointer = [](const OptionalTensor& x) { return x ? out<T>(*x) : nullptr; };
     FASTREL_LAUNCH(
         context, cuda::score_lanes_kernel<T>, s.rows(), s.heads, s.queries, s.keys, T(scale), data<T>(attn), data<T>(products),
-        data<T>(bias), strides_of(bias), pointer(grad_product), pointer(rel_product), pointer(sums));
+        values<T>(bias), strides_of(bias), pointer(grad_product), pointer(rel_product), pointer(sums));
     return 0;
   });
 }
@@ -80,8 +80,7 @@ Tensor attention_update(OptionalTensor attn, OptionalTensor grad, OptionalTensor
   const OptionalTensor& given = update == Update::kAttention ? attn : update == Update::kRelevance ? rel : grad;
   STD_TORCH_CHECK(given, "fastrel_cuda::attention_update lacks an operand for ", name);
   return by_dtype("attention_update", *given, {&attn, &grad, &rel}, [&]<class T>(T) {
-    const auto prepared = [](const OptionalTensor& x) { return x ? OptionalTensor(dense(*x)) : std::nullopt; };
-    const OptionalTensor a = prepared(attn), g = prepared(grad), r = prepared(rel);
+    const OptionalTensor a = dense(attn), g = dense(grad), r = dense(rel);
     std::vector<int64_t> shape = shape_of(*given);
     const int64_t dims = given->dim(), heads = given->size(dims - 3), size = given->size(dims - 2) * given->size(dims - 1);
     shape.erase(shape.end() - 3);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../binding.h"
-#include "fastrel/device.cuh"
+#include "fastrel/narrow.cuh"
 
 #if defined(__CUDACC__)
 #include <torch/csrc/stable/accelerator.h>
@@ -39,6 +39,33 @@ class Context {
   explicit Context(const Tensor&) {}
 #endif
 };
+
+// f<float>() or f<double>(), by the dtype of a lane and of all `lanes`; `values` have that one or 16 bits.
+template <class F>
+auto by_lanes(
+    const char* op, const Tensor& lane, std::initializer_list<const OptionalTensor*> lanes,
+    std::initializer_list<const OptionalTensor*> values, F f) {
+  for (const OptionalTensor* x : values) {
+    const ScalarType dtype = *x ? (*x)->scalar_type() : lane.scalar_type();
+    STD_TORCH_CHECK(
+        dtype == lane.scalar_type() || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "fastrel_cuda::", op,
+        ": values of another dtype than lanes");
+  }
+  return by_dtype(op, lane, lanes, f);
+}
+
+inline cuda::Format format_of(const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  return dtype == ScalarType::BFloat16 ? cuda::Format::kBFloat16 : dtype == ScalarType::Half ? cuda::Format::kHalf : cuda::Format::kWide;
+}
+
+// Where there is a tensor: its numbers, which must be checked by `by_lanes`.
+template <class T>
+cuda::Values<T> values(const OptionalTensor& x) {
+  return x ? cuda::Values<T>{x->const_data_ptr(), format_of(*x)} : cuda::Values<T>{};
+}
+
+inline OptionalTensor dense(const OptionalTensor& x) { return x ? OptionalTensor(dense(*x)) : std::nullopt; }
 
 // Blocks for n numbers, each thread taking several where there are many.
 inline unsigned blocks_for(int64_t n) {

@@ -16,26 +16,26 @@ std::tuple<Tensor, Tensor> run(const Tensor& u_any, const Tensor& v_any, const T
   const Context context(rel);
   if (!official) {
     FASTREL_LAUNCH(
-        context, cuda::share_kernel<T>, grid_of(blocks_for(rel.numel())), rel.numel(), u.numel(), data<T>(u), data<T>(v),
+        context, cuda::share_kernel<T>, grid_of(blocks_for(rel.numel())), rel.numel(), u.numel(), values<T>(u), values<T>(v),
         data<T>(rel), out<T>(rel_u), out<T>(rel_v));
     return {rel_u, rel_v};
   }
   const int64_t batch = u.size(0), size = u.numel() / batch, samples = rel.numel() / size, chunks = (size + kChunk - 1) / kChunk;
   const Tensor sums = torch::stable::new_empty(rel, {samples, 3, chunks}, ScalarType::Double);
   FASTREL_LAUNCH(
-      context, cuda::sums_kernel<T>, grid_of(samples, chunks), size, kChunk, batch, data<T>(u), data<T>(v), data<T>(rel),
+      context, cuda::sums_kernel<T>, grid_of(samples, chunks), size, kChunk, batch, values<T>(u), values<T>(v), data<T>(rel),
       out<double>(sums));
   FASTREL_LAUNCH(
-      context, cuda::scale_kernel<T>, grid_of(samples, blocks_for(size)), size, chunks, batch, data<T>(u), data<T>(v),
+      context, cuda::scale_kernel<T>, grid_of(samples, blocks_for(size)), size, chunks, batch, values<T>(u), values<T>(v),
       data<T>(rel), data<double>(sums), out<T>(rel_u), out<T>(rel_v));
   return {rel_u, rel_v};
 }
 
 std::tuple<Tensor, Tensor> residual_add(Tensor u, Tensor v, Tensor rel, int64_t batch_dim, std::string rules) {
   const bool official = is_official(rules, "residual_add");
-  const OptionalTensor operands[] = {v, rel};
+  const OptionalTensor operands[] = {u, v};
   STD_TORCH_CHECK(!official || batch_dim == 0, "fastrel_cuda::residual_add takes the batch first under the official rules");
-  return by_dtype("residual_add", u, {&operands[0], &operands[1]}, [&]<class T>(T) { return run<T>(u, v, rel, official); });
+  return by_lanes("residual_add", rel, {}, {&operands[0], &operands[1]}, [&]<class T>(T) { return run<T>(u, v, rel, official); });
 }
 
 }  // namespace

@@ -22,8 +22,8 @@ class Backend:
 
     `unavailable()` is None, or why it cannot run on this machine; `runs_on(device)` why not on this device;
     `kernels()` maps operators to functions of the same arguments; `supports(call)` says why it cannot compute a call: no reasons, no
-    objection. `narrow`: its kernels take 16-bit values as they are. `digest`: tells a weight's value in less time than preparing it
-    takes, so that what was prepared is kept.
+    objection. `narrow`: its kernels take 16-bit values as they are, and form the slope of a gelu from x alone. `digest`: tells a
+    weight's value in less time than preparing it takes, so that what was prepared is kept.
     """
 
     name: str
@@ -40,7 +40,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("triton", triton.unavailable, triton.runs_on, triton.kernels, triton.supports, narrow=True),
-        Backend("cuda", cuda.unavailable, cuda.runs_on, cuda.kernels, cuda.supports),
+        Backend("cuda", cuda.unavailable, cuda.runs_on, cuda.kernels, cuda.supports, narrow=True),
         Backend("cpp", cpp.unavailable, cpp.runs_on, cpp.kernels, cpp.supports, digest=CPU_KERNELS[ops.row_digest]),
         Backend("torch", lambda: None, lambda device: None, lambda: REFERENCES, lambda call: []),
     )
@@ -109,6 +109,8 @@ def lower(
         if chosen.narrow:
             with reverse.graph.inserting_before(node):
                 node.args = tuple(as_the_model_has_it(x) for x in node.args)
+            if op is ops.activation_ratio and node.args[3]:
+                node.args = (*node.args[:2], node.args[1], node.args[3])  # no need for its value
         node.target = chosen.kernels().get(op, op)
         node.meta["of a weight"] = op is ops.reduced_weight
         if keep_weights and op is ops.reduced_weight:

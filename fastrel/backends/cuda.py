@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,21 @@ from fastrel.backends import native
 from fastrel.backends.common import Call, without_kernel
 from fastrel.ops.attention import mask_factor
 from fastrel.ops.library import CUDA_LIBRARY, FAKES, declare_cuda
-from fastrel.ops.zplus_linear_reduced import FLOOR, reduced_matmul
+from fastrel.ops.narrow_products import prepared, product
+from fastrel.ops.zplus_linear_reduced import FLOOR
 
 #: Numbers that the attention maps of a chunk of queries may have.
 CHUNK = 8 << 20
 
 _FLOATS = "Tensor attn, Tensor? grad_product, Tensor? rel_product"
 for _schema in (
-    "zplus_ratio(Tensor signed_sum, Tensor? bias, Tensor? magnitude, Tensor rel, float least, bool official) -> Tensor",
+    "zplus_ratio(Tensor signed_sum, Tensor? bias, Tensor? magnitude, Tensor rel, float least, bool official, int parts=0)"
+    " -> Tensor",
+    "zplus_parts(Tensor lane, int parts) -> Tensor",
+    "zplus_sides(Tensor x) -> Tensor",
+    "zplus_magnitude(Tensor x) -> Tensor",
     "zplus_combine(Tensor x, Tensor c, Tensor c_abs) -> Tensor",
+    "zplus_combine_sides(Tensor x, Tensor c) -> Tensor",
     "residual_add(Tensor u, Tensor v, Tensor rel, int batch_dim, str rules) -> (Tensor, Tensor)",
     "layer_norm_backward(Tensor grad, Tensor x, Tensor? weight, int dims, float eps, bool frozen=False) -> Tensor",
     'activation_ratio(Tensor grad, Tensor x, Tensor y, str gelu="") -> Tensor',
@@ -44,8 +50,20 @@ def _like(name: str, shape: Callable[..., Any]) -> None:
     torch.library.register_fake(f"fastrel_cuda::{name}", shape, lib=CUDA_LIBRARY)
 
 
-_like("zplus_ratio", lambda signed, bias, magnitude, rel, least, official: rel.new_empty(rel.shape))
+def _parts(lane: Tensor, parts: int) -> Tensor:
+    width = lane.shape[-1]
+    return lane.new_empty((lane.numel() // width if width else 0, parts * width), dtype=torch.bfloat16)
+
+
+_like(
+    "zplus_ratio",
+    lambda signed, bias, magnitude, rel, least, official, parts=0: _parts(rel, parts) if parts else torch.empty_like(rel),
+)
+_like("zplus_parts", _parts)
+_like("zplus_sides", lambda x: x.new_empty((x.shape[:-1].numel(), 2 * x.shape[-1])))
+_like("zplus_magnitude", lambda x: _parts(x, 1))
 _like("zplus_combine", lambda x, c, c_abs: c.new_empty(c.shape))
+_like("zplus_combine_sides", lambda x, c: c.new_empty((*c.shape[:-1], x.shape[-1])))
 _like("attention_softmax_", lambda products, *_: products)
 _like("attention_sums", lambda attn, *_: attn.new_empty(attn.shape[:3]))
 _like("attention_through_", lambda through, *_: through)
@@ -83,6 +101,9 @@ def kernels() -> dict[Any, Any]:
         ops.rollout_row: passes.rollout_row.default,
         ops.layer_norm_backward: passes.layer_norm_backward.default,
         ops.activation_ratio: passes.activation_ratio.default,
+        ops.reduced_weight: reduced_weight,
+        ops.reduced_matmul: reduced_matmul,
+        torch.matmul: matmul,
     }
 
 
@@ -91,19 +112,50 @@ def supports(call: Call) -> list[str]:
     return without_kernel(call, None)
 
 
-_kept = weights.kept_by_version(lambda weight, purpose: (weight.abs(),))
+_kept = weights.kept_by_version(prepared)
 
 
 def zplus_linear(
     x: Tensor, weight: Tensor, y: Tensor | None, bias: Tensor | None, rel: Tensor, grad: Tensor | None, rules: str
 ) -> tuple[Tensor, Tensor]:
-    """`fastrel::zplus_linear` in float32 or float64."""
-    (w_abs,) = _kept(weight, "magnitude")
+    """`fastrel::zplus_linear` for x, weight, y and bias of the lanes' dtype or of 16 bits, lanes of float32 or float64.
+
+    Where x and the weight have 16 bits, so have the products' operands: Z = [x⁺ x⁻] [W⁺ W⁻]ᵀ, without the layer's own output, of
+    which too few digits are left for a difference.
+    """
+    official = rules == "official"
+    if x.dtype == weight.dtype != rel.dtype == torch.float32:
+        (signed,) = _kept(weight, "sides 2" if weight.dtype == torch.bfloat16 else "sides 1")
+        z = product(passes.zplus_sides(x), signed.narrow(0, 0, len(weight)).t())
+        rel_in = passes.zplus_combine_sides(x, _times(_ratio(z, weight, rel, official), weight, "sides", rel.shape))
+        return rel_in, rel.new_empty(0) if grad is None else matmul(grad, weight)
+    exact = y is not None and y.dtype == rel.dtype
+    x, weight = x.to(rel.dtype), weight.to(rel.dtype)
+    (w_abs,) = _kept(weight, "magnitude 1")
     magnitude = x.abs() @ w_abs.mT
-    signed = x @ weight.mT if y is None else y
-    s = passes.zplus_ratio(signed, None if y is None else bias, magnitude, rel, 0.0, rules == "official")
+    s = passes.zplus_ratio(y if exact else x @ weight.mT, bias if exact else None, magnitude, rel, 0.0, official)
     rel_in = passes.zplus_combine(x, s @ weight, s @ w_abs)
     return rel_in, x.new_empty(0) if grad is None else grad @ weight
+
+
+def _ratio(z: Tensor, weight: Tensor, rel: Tensor, official: bool) -> Tensor:
+    """S as the product with a weight takes it: in two parts of bfloat16, which hold 16 bits and more; float16 has not the range."""
+    return passes.zplus_ratio(z, None, None, rel, 0.0, official, 2 if weight.dtype == torch.bfloat16 else 0)
+
+
+def _times(lane: Tensor, weight: Tensor, what: str, shape: Sequence[int]) -> Tensor:
+    """A lane [*shape], or its two parts, times what was prepared of a 16-bit weight."""
+    if weight.dtype != torch.bfloat16:
+        return lane @ _kept(weight, f"{what} wide")[0]
+    return product(lane, _kept(weight, f"{what} 2")[0]).view(*shape[:-1], -1)
+
+
+def matmul(lane: Tensor, weight: Tensor) -> Tensor:
+    """`torch.matmul` of a lane by a weight of its dtype or of 16 bits."""
+    if lane.dtype != torch.float32 or weight.dtype not in (torch.bfloat16, torch.float16) or weight.dim() != 2:
+        wide = functools.reduce(torch.promote_types, (lane.dtype, weight.dtype, torch.float32))
+        return lane.to(wide) @ weight.to(wide)
+    return _times(passes.zplus_parts(lane, 2) if weight.dtype == torch.bfloat16 else lane, weight, "itself", lane.shape)
 
 
 def zplus_linear_reduced(
@@ -117,13 +169,23 @@ def zplus_linear_reduced(
     rel: Tensor,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`fastrel::zplus_linear_reduced` in bfloat16, lanes in float32."""
-    magnitude = (x.abs().to(w.dtype) @ w_abs.mT).to(rel.dtype)
-    s = passes.zplus_ratio(y, bias, magnitude, rel, FLOOR, False).to(w.dtype)
-    rel_in = passes.zplus_combine(x, (s @ w).to(rel.dtype), (s @ w_abs).to(rel.dtype))
-    if grad is None or w_grad is None:
-        return rel_in, x.new_empty(0)
-    return rel_in, reduced_matmul(grad, w_grad)
+    """`fastrel::zplus_linear_reduced` in bfloat16, for x, y and bias of float32 or 16 bits, lanes and sums of float32."""
+    magnitude = product(passes.zplus_magnitude(x), w_abs.t())
+    s = passes.zplus_ratio(y, bias, magnitude, rel, FLOOR, False, 1)
+    shape = (*rel.shape[:-1], w.shape[1])
+    rel_in = passes.zplus_combine(x, product(s, w).view(shape), product(s, w_abs).view(shape))
+    return rel_in, rel.new_empty(0) if grad is None or w_grad is None else reduced_matmul(grad, w_grad)
+
+
+def reduced_matmul(grad: Tensor, weight: Tensor) -> Tensor:
+    """`fastrel.ops.reduced_matmul` of a bfloat16 weight, its sums not rounded."""
+    return product(passes.zplus_parts(grad, 1), weight).view(*grad.shape[:-1], weight.shape[1])
+
+
+def reduced_weight(weight: Tensor, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`fastrel::reduced_weight` of float32 or 16 bits for products in bfloat16."""
+    narrow, none = weight.bfloat16(), weight.new_empty(0)
+    return narrow, none if purpose == "gradient" else narrow.abs(), none
 
 
 def residual_add(u: Tensor, v: Tensor, rel: Tensor, batch_dim: int, rules: str) -> tuple[Tensor, Tensor]:
@@ -152,9 +214,17 @@ def attention_relevance(
     inputs: bool,
     halves: bool = False,
 ) -> tuple[Tensor, ...]:
-    """`fastrel::attention_relevance`, a chunk of queries at a time: memory grows with queries or keys, not with both."""
-    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    """`fastrel::attention_relevance`, a chunk of queries at a time: memory grows with queries or keys, not with both.
+
+    q, k and v of 16 bits are widened on the way to where batched products need them, head by head; a mask where it is read.
+    """
     given = rel if rel is not None else grad if grad is not None else row
+    if given is not None:
+        q, k, v = (
+            x if x.dtype == given.dtype else torch.empty(x.shape, dtype=given.dtype, device=x.device).copy_(x)
+            for x in (q, k, v)
+        )
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
     targets, official = 1 if given is None else len(given), rules == "official"
     none, relevant = q.new_empty(0), v if official else v.clamp(min=0)
 

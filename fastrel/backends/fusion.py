@@ -209,9 +209,9 @@ class _Fusion:
         self._together(group)
 
     def _values(self, layer: fx.Node) -> tuple[Any, ...]:
-        """x, weight, output and bias."""
+        """x, weight (of reduced products that of bfloat16, which few rows are multiplied by), output and bias."""
         x, w, *rest = layer.args
-        return (x, w, *rest[:2]) if layer.target is self.linear else (x, w, *rest[3:5])
+        return (x, w, *rest[:2]) if layer.target is self.linear else (x, rest[0], *rest[3:5])
 
     def _together(self, group: Sequence[fx.Node]) -> None:
         if len(group) < 2:

@@ -30,8 +30,9 @@ def lowered(
     precision: str = "float32",
     rules: str = "positive",
     kept_as_on: str | None = None,
+    backend: str = "triton",
 ) -> tuple[Program, list[Any]]:
-    """The program that explains a model, its operators chosen for Triton on `device`, and the values it takes.
+    """The program that explains a model, its operators chosen for a backend on `device`, and the values it takes.
 
     kept_as_on: the kind of device on which the reverse pass finds what this one does, if not `device`'s.
     """
@@ -40,9 +41,9 @@ def lowered(
     logits = logits_index(captured)
     dtype = lane_dtype(captured.outputs[logits].meta["val"].dtype)
     kept = device if kept_as_on is None else torch.device(kept_as_on)
-    products = precision_.products(precision, rules, dtype, device, "triton")
+    products = precision_.products(precision, rules, dtype, device, backend)
     program = transform(captured, methods.default(rules), rules=rules, leaves=(logits,), products=products, device=kept)
-    backends.lower(program.reverse, "triton", device, program.dtype)
+    backends.lower(program.reverse, backend, device, program.dtype)
     values = captured.parameters(model)
     assert values is not None
     return program, [*values, *given.values()]

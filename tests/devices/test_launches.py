@@ -26,6 +26,7 @@ from benchmarks import roofline
 from fastrel import backends, ops
 from fastrel.backends import triton
 from fastrel.backends.common import Call
+from fastrel.ops import steps
 from tests import models
 from tests.devices import recorder
 from tests.devices.programs import Launches, lowered
@@ -139,7 +140,14 @@ def test_another_number_of_rows_compiles_nothing(seen: Recorded) -> None:
     assert [kernel.kernel.fn.__name__ for kernel in seen.kernels] == []
     # From so many rows on torch multiplies, with its passes; float32 has larger tiles; and sweeps are launched one by one.
     every_operator(4096)
-    others = {"sides_kernel", "shares_kernel", "combine_kernel", "attention_queries_kernel", "attention_keys_kernel"}
+    others = {
+        "scaled_rows_kernel",
+        "sides_kernel",
+        "shares_kernel",
+        "combine_kernel",
+        "attention_queries_kernel",
+        "attention_keys_kernel",
+    }
     assert {kernel.kernel.fn.__name__ for kernel in seen.kernels} == others | {"zplus_shares_kernel", "zplus_back_kernel"}
     seen.kernels.clear()
     every_operator(5001)
@@ -177,8 +185,9 @@ def test_what_a_layer_multiplies_in_is_what_its_operator_says(seen: Recorded, na
     """Not what dtypes suggest: values computed again are float32 beside a 16-bit weight, or both are 16-bit."""
     dtype, purpose, expected = DOTS[name]
     for x_dtype in {dtype, torch.float32}:
-        x, w = on_gpu(5, 64, dtype=x_dtype), on_gpu(64, 64, dtype=dtype)
-        lane, y = on_gpu(1, 5, 64), on_gpu(5, 64, dtype=dtype)
+        rows = configs.FLOAT8_ROWS if purpose == "float8" else 5
+        x, w = on_gpu(rows, 64, dtype=x_dtype), on_gpu(64, 64, dtype=dtype)
+        lane, y = on_gpu(1, rows, 64), on_gpu(rows, 64, dtype=dtype)
         kernels = triton.kernels()
         if purpose:
             parts = kernels[ops.reduced_weight](w, purpose)
@@ -191,9 +200,18 @@ def test_what_a_layer_multiplies_in_is_what_its_operator_says(seen: Recorded, na
     )
 
 
+def test_few_rows_are_multiplied_in_bfloat16_not_in_float8(seen: Recorded) -> None:
+    """Rounding rows to float8 is a launch of its own, which a batch of one has not the time for; so is every Z."""
+    for n, dot in ((configs.FLOAT8_ROWS - 1, "bf16"), (configs.FLOAT8_ROWS, "fp8e4nv")):
+        seen.launches.clear()
+        reduced(n, "float8")
+        assert {x.arguments["DOT"].name for x in seen.launches if x.name.startswith("zplus")} == {dot}
+        assert ("scaled_rows_kernel" in {x.name for x in seen.launches}) == (dot != "bf16")
+
+
 def test_float8_sums_are_promoted_to_float32(seen: Recorded) -> None:
     """Hopper adds float8 products in 14 bits until told otherwise."""
-    reduced(5, "float8")
+    reduced(configs.FLOAT8_ROWS, "float8")
     variants = [k for k in seen.kernels if k.kernel.fn.__name__.startswith("zplus")]
     assert len(variants) == 2
     for variant in variants:
@@ -331,7 +349,7 @@ def _vit(dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Tensor]]:
 BUDGET = 250
 
 
-@pytest.mark.parametrize("precision", ["float32", "mixed"])
+@pytest.mark.parametrize("precision", ["float32", "mixed", "low"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_explanation_keeps_to_its_launches(precision: str, dtype: torch.dtype) -> None:
     model, given = _vit(dtype)
@@ -400,14 +418,35 @@ def test_without_triton_a_cpu_explanation_is_none_the_worse() -> None:
 
 
 def test_nothing_is_compiled_for_an_operator_that_the_backend_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking whether the CUDA passes are there runs nvcc for minutes; for `reduced_weight` they have no use."""
+    """Asking whether the CUDA passes are there runs nvcc for minutes; for `row_digest` they have no use."""
     asked = []
     passes = dataclasses.replace(backends.BACKENDS["cuda"], unavailable=lambda: asked.append(1) or "not here")
-    call = Call(ops.reduced_weight, ("bfloat16",), torch.float32)
+    call = Call(ops.row_digest, (), torch.float32)
     chosen, _ = backends.choose(call, [passes, backends.BACKENDS["torch"]])
     assert (chosen.name, asked) == ("torch", [])
     backends.choose(Call(ops.residual_add, ("positive",), torch.float32), [passes, backends.BACKENDS["torch"]])
     assert asked == [1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_values_reach_the_cuda_passes_without_casts(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, precision: str
+) -> None:
+    """And torch's products their operands; what is made of a weight is made once."""
+    monkeypatch.setattr(backends.cuda, "unavailable", lambda: None)
+    monkeypatch.setitem(backends.BACKENDS, "cuda", dataclasses.replace(backends.BACKENDS["cuda"], unavailable=lambda: None))
+    model, given = _vit(dtype)
+    with recorded(90) as seen:
+        program, values = lowered(model, given, DEVICE, precision=precision, backend="cuda")
+        launches = Launches(seen, program, values, DEVICE)
+        launches.explain(2)
+        launches.explain(2)
+        assert [name for name in seen.operators if "to_copy" in name] == []
+        # q, k and v are laid out head by head for torch's batched products, and widened on the way.
+        assert seen.operators.count("aten.copy_.default") <= 3 * 12
+    assert not [node for node in program.reverse.graph.nodes if node.target is torch.ops.aten.to.dtype]
+    assert not [node for node in program.reverse.graph.nodes if node.target in (steps.gelu, torch.nn.functional.gelu)]
 
 
 def test_16_bit_values_reach_the_kernels_without_casts() -> None:

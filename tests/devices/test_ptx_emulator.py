@@ -209,6 +209,7 @@ MEANINGS = [
     ("min.NaN.f32", ([NAN, 1, 3], [2, NAN, 2]), [NAN, NAN, 2]),
     ("setp.eq.f32", ([NAN, 1], [NAN, 1]), [False, True]),
     ("setp.lt.f32", ([NAN, 1], [1, 2]), [False, True]),
+    ("setp.le.f32", ([NAN, 1, 2], [1, 1, 1]), [False, True, False]),
     ("setp.num.f32", ([NAN, 1], [1, 2]), [False, True]),
     ("setp.lt.u32", ([0xFFFFFFFF], [1]), [False]),
     ("setp.lt.s32", ([-1], [1]), [True]),

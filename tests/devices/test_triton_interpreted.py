@@ -98,7 +98,7 @@ def test_gradients_by_a_16_bit_weight_alone() -> None:
 def test_torchs_products_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one part each, they err as rounding to bfloat16 does."""
     monkeypatch.setattr(configs, "products_first", lambda rows, weight: True)
-    test_reduced_products_err_as_their_rounding_does("bfloat16")
+    test_reduced_products_err_as_their_rounding_does("bfloat16", monkeypatch)
 
 
 def test_zplus_linear_takes_a_transposed_weight(guards: Guards) -> None:  # noqa: F811
@@ -115,9 +115,25 @@ def test_zplus_linear_at_the_edges(guards: Guards, rules: str) -> None:  # noqa:
             compare(guards, ops.zplus_linear, x, weight, None, None, rel, rel, rules)
 
 
+def test_few_rows_in_bfloat16_where_weights_are_prepared_for_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit what layers prepared for bfloat16 give, Z formed before or not."""
+    op, prepare = triton.kernels()[ops.zplus_linear_reduced], triton.kernels()[ops.reduced_weight]
+    x, weight, bias = torch.randn(2, 37, 100), torch.randn(70, 100), torch.randn(70)
+    y, rel, grad = x @ weight.mT + bias, torch.rand(2, 2, 37, 70), torch.randn(2, 2, 37, 70)
+    in_float8, in_bfloat16 = prepare(weight, "float8"), prepare(weight, "bfloat16")
+    rest = (in_bfloat16[0], y, bias, rel, grad)
+    (z, _) = zplus_sums.zplus_sums(*(x, in_float8[1], y, bias) * 2, reduced=True)
+    for given in ({}, {"sums": z}):
+        for a, b in zip(op(x, *in_float8, *rest, **given), op(x, *in_bfloat16, *rest, **given), strict=True):
+            assert torch.equal(a, b)
+    monkeypatch.setattr(configs, "FLOAT8_ROWS", x[..., 0].numel())
+    assert not torch.equal(op(x, *in_float8, *rest)[0], op(x, *in_bfloat16, *rest)[0])
+
+
 @pytest.mark.parametrize("purpose", ["bfloat16", "float8"])
-def test_reduced_products_err_as_their_rounding_does(purpose: str) -> None:
+def test_reduced_products_err_as_their_rounding_does(purpose: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operands are rounded as on a device; the interpreter's sums are exact."""
+    monkeypatch.setattr(configs, "FLOAT8_ROWS", 0)
     x, weight, bias = torch.randn(2, 37, 100), torch.randn(70, 100), torch.randn(70)
     y, rel, grad = x @ weight.mT + bias, torch.rand(2, 2, 37, 70), torch.randn(2, 2, 37, 70)
     prepared = REFERENCES[ops.reduced_weight](weight, purpose)
@@ -398,6 +414,20 @@ def test_layer_norm_backward(guards: Guards, dtype: torch.dtype, width: int) -> 
     for frozen in (False, True):
         compare(guards, ops.layer_norm_backward, grad, x, weight, 1, 1e-5, frozen)
         compare(guards, ops.layer_norm_backward, grad, x, None, 1, 1e-5, frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_norm_whose_squares_overflow_has_no_gradient(dtype: torch.dtype, frozen: bool) -> None:
+    """As in plain PyTorch: 0 would look like an answer."""
+    x, lane = torch.randn(3, 70).to(dtype), torch.randn(1, 3, 70)
+    x[1] *= 1e25
+    norm = triton.kernels()[ops.layer_norm_backward]
+    both = layer_norm_backward.half_block(lane, x, None, 1, 1e-5, None, x, x, lane, None, frozen=frozen)
+    for ours in (norm(lane, x, None, 1, 1e-5, frozen), both[0]):
+        plain = REFERENCES[ops.layer_norm_backward](lane, x.float(), None, 1, 1e-5, frozen)
+        assert torch.equal(ours.isnan(), plain.isnan())
+        assert ours.isnan().any(-1).flatten().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -123,6 +123,30 @@ inline void launch(dim3 grid, unsigned block, const std::function<void()>& kerne
 
 }  // namespace cuda_shim
 
+namespace cuda_shim {
+
+inline float from_bfloat16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+inline float from_half(uint16_t bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, sizeof x);
+  return static_cast<float>(x);
+}
+
+inline uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace cuda_shim
+
 inline void __syncthreads() { cuda_shim::wait(cuda_shim::State::kAtBlockBarrier); }
 
 template <class T>

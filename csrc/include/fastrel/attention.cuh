@@ -1,7 +1,7 @@
 // The passes between the products of attention, on maps [parts, queries, keys] of a chunk of queries, parts = batch · heads.
 #pragma once
 
-#include "device.cuh"
+#include "narrow.cuh"
 #include "update.h"
 
 namespace fastrel {
@@ -24,7 +24,7 @@ struct MaskStrides {
 // A = softmax(scale · products + mask) in place, a block per row; a row without any key becomes 0.
 template <class T>
 __global__ void softmax_kernel(
-    int64_t heads, int64_t queries, int64_t keys, T scale, bool causal, int64_t query_start, const T* bias, const bool* keep,
+    int64_t heads, int64_t queries, int64_t keys, T scale, bool causal, int64_t query_start, Values<T> bias, const bool* keep,
     MaskStrides mask, T* attn) {
   const int64_t part = blockIdx.x / queries, query = blockIdx.x % queries;
   const int64_t at = (part / heads) * mask.batch + (part % heads) * mask.head + query * mask.row;
@@ -88,7 +88,7 @@ __global__ void through_kernel(
 // factor is made of, Σ u S, Σ bias S and Σ R_A, S = R_A ⊘ (u + bias), u = scale · products.
 template <class T>
 __global__ void score_lanes_kernel(
-    int64_t heads, int64_t queries, int64_t keys, T scale, const T* attn, const T* products, const T* bias, MaskStrides mask,
+    int64_t heads, int64_t queries, int64_t keys, T scale, const T* attn, const T* products, Values<T> bias, MaskStrides mask,
     T* grad_product, T* rel_product, T* sums) {
   const int64_t row = blockIdx.x, part = row / queries, query = row % queries, at = row * keys;
   const int64_t masked = (part / heads) * mask.batch + (part % heads) * mask.head + query * mask.row;

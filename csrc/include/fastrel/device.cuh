@@ -23,11 +23,11 @@ template <class T>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr float tiny = 1.1754943508222875e-38f, eps = 1.1920928955078125e-07f;
+  static constexpr float tiny = 1.1754943508222875e-38f, eps = 1.1920928955078125e-07f, most = 3.4028234663852886e+38f;
 };
 template <>
 struct Limits<double> {
-  static constexpr double tiny = 2.2250738585072014e-308, eps = 2.220446049250313e-16;
+  static constexpr double tiny = 2.2250738585072014e-308, eps = 2.220446049250313e-16, most = 1.7976931348623157e+308;
 };
 
 __device__ inline float absolute(float x) { return fabsf(x); }

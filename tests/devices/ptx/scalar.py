@@ -134,7 +134,7 @@ for _name in ("s32", "u32"):
 _rule("prmt.b32", _permuted, "b32", "b32", "b32", "b32")
 
 for _name, _types, _compare in (
-    ("lt", "f32 s32 u32 s64", np.less), ("le", "s32 s64", np.less_equal), ("gt", "f32 s32 s64", np.greater),
+    ("lt", "f32 s32 u32 s64", np.less), ("le", "f32 s32 s64", np.less_equal), ("gt", "f32 s32 s64", np.greater),
     ("ge", "f32 s32", np.greater_equal),
     ("eq", "b32 f16 f32", np.equal), ("ne", "b16 b32 b64", np.not_equal),
     ("num", "f16 f32", lambda a, b: ~(np.isnan(a) | np.isnan(b))),
