@@ -63,6 +63,7 @@ def unchanged(tape: Tape, name: str, func: Callable[..., Tensor], args: Any, kwa
         mixed=facts.mixed and name in COPIES,
         scale=facts.scale and pointwise,
         head=facts.head if name in COPIES else None,
+        softmax=facts.softmax if name in COPIES else None,
     )
 
 
@@ -98,6 +99,8 @@ def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
             merged = (x.shape[0], x.shape[1])
         scale = facts.scale and name in BROADCASTS and (name != "getitem" or y.numel() == x.numel())
         tape.know(y, keys=key, mixed=facts.mixed and key is not None, scale=scale, merged=merged, origin=facts.origin)
+        if scale:
+            tape.also(y, softmax=facts.softmax)
     return result
 
 

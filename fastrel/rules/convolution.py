@@ -10,6 +10,7 @@ from fastrel.graph.nodes import arguments, describe
 from fastrel.reference.convolution import convolution as conv_relevance
 from fastrel.reference.convolution import pixel_convolution, transposed_convolution
 from fastrel.reference.operators import pooling as pool_relevance
+from fastrel.reference.pooling import evidence_of_windows
 from fastrel.rules.generic import divided_row, vjp
 from fastrel.rules.reduce import pooled_evidence
 from fastrel.rules.registry import rule
@@ -72,11 +73,18 @@ def spread_windows(op: Any, row: Tensor, shape: list[int], window: list[int], *o
     return vjp(op, row / op(ones, kernel, None, *ungrouped), 0, None, (), ones, kernel, None, *ungrouped)
 
 
-@rule(
+#: Sums of tokens by the same weights ≥ 0 for every sample and feature.
+_WINDOWS = {
     aten.avg_pool1d.default,
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool1d.default,
+    aten.cumsum.default,
+}
+
+
+@rule(
+    *_WINDOWS,
     aten.upsample_bilinear2d.vec,
     aten.upsample_bicubic2d.vec,
     aten.upsample_nearest2d.vec,
@@ -85,7 +93,10 @@ def spread_windows(op: Any, row: Tensor, shape: list[int], window: list[int], *o
     aten.col2im.default,
 )
 def pooling(t: Context, node: fx.Node, out: Lanes) -> None:
-    """Averages over windows, or windows added up: relevance by share among what has the result's sign, as in a mean."""
+    """Averages over windows, windows added up, running sums: relevance by share among what has the result's sign, as in a mean.
+
+    A row goes to the tokens of each window by evidence where the method says so, else by their weights.
+    """
     x, *options = arguments(node, count=len(node.args))
     kwargs = tuple(node.kwargs.items())
     grad = rel = row = None
@@ -106,15 +117,47 @@ def pooling(t: Context, node: fx.Node, out: Lanes) -> None:
             dense = t.emit.call(divided_row, dense, *full) if windows else dense
             return Lane(t.emit.call(pool_row, node.target, dense, list(sizes), kwargs, *options))
 
-        over = list(range(2, x.meta["val"].dim()))
+        over = _pooled(node, x)
         whole = not windows and all(node.meta["val"].shape[dim] == 1 for dim in over)  # all tokens at once, as a mean
         shares = pooled_evidence(t, x, grad, rel, over) if whole else None
 
         def back_by_evidence(lane: Lane) -> Lane:
-            return Lane(t.emit.call(torch.mul, t.dense(lane, node, is_row=True).node, shares))
+            dense = t.dense(lane, node, is_row=True).node
+            if shares:
+                return Lane(t.emit.call(torch.mul, dense, shares))
+            given = [t.dense(own, node).node for own in (out.grad, out.rel) if own]
+            return Lane(
+                t.emit.call(row_by_evidence, node.target, dense, t.value(x), *given, over, features, kwargs, *options)
+            )
 
-        row = out.row.map(back_by_evidence if shares else back)
+        features = t.features(x)
+        of_tokens = node.target in _WINDOWS and 0 not in over and not set(over) & set(features)
+        by_evidence = shares or (t.method.evidence and out.grad and out.rel and t.wants(x) and of_tokens and not whole)
+        row = out.row.map(back_by_evidence if by_evidence else back)
     t.give(x, grad, rel, row)
+
+
+def _pooled(node: fx.Node, x: fx.Node) -> list[int]:
+    """The dimensions of x that a pooling is over."""
+    ndim = x.meta["val"].dim()
+    if node.target is aten.cumsum.default:
+        return [node.args[1] % ndim]  # type: ignore[operator]
+    return list(range(2, ndim))
+
+
+def row_by_evidence(
+    op: Any,
+    row: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    rel: Tensor,
+    over: list[int],
+    features: list[int],
+    kwargs: Any,
+    *options: Any,
+) -> Tensor:
+    """A row by what each token of a window has of it."""
+    return evidence_of_windows(lambda part: op(part, *options, **dict(kwargs)), x, grad, rel, row, over, features)
 
 
 def pool_row(op: Any, row: Tensor, shape: list[int], kwargs: Any, *options: Any) -> Tensor:
