@@ -83,6 +83,12 @@ def cosine_similarity(tape: Tape, x1: Tensor, x2: Tensor, dim: int = 1, eps: flo
     return sum_(tape, mul(tape, *units), dim)
 
 
+@handles("pairwise_distance")
+def pairwise_distance(tape: Tape, x1: Any, x2: Any, p: float = 2, eps: float = 1e-6, keepdim: bool = False) -> Tensor:
+    """The norm of the difference."""
+    return vector_norm(tape, add(tape, sub(tape, x1, x2), eps), p, -1, keepdim)
+
+
 @handles("div", "truediv", "divide", "true_divide")
 def div(tape: Tape, u: Any, v: Any, *, rounding_mode: str | None = None) -> Tensor:
     """By a constant, by what a norm divides by, and f(x)/g(x)."""

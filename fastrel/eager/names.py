@@ -8,8 +8,8 @@ UNCHANGED = {
     "neg", "abs", "log", "log1p", "sin", "cos", "erf", "clamp", "clamp_min", "clamp_max", "clip", "reciprocal", "rdiv", "rtruediv",
     "dropout", "dropout1d", "dropout2d", "alpha_dropout", "feature_dropout", "to", "type", "float", "double", "half", "bfloat16",
     "type_as", "detach", "data", "contiguous", "nan_to_num", "expm1", "exp2", "log2", "log10", "atan",
-    "arctan", "sinh", "asinh", "erfc", "sign", "round", "floor", "ceil", "trunc", "softshrink", "logit", "tan", "asin", "arcsin", "acos",
-    "arccos", "erfinv",
+    "arctan", "sinh", "asinh", "erfc", "sign", "round", "floor", "ceil", "trunc", "softshrink", "logit", "tan", "asin", "arcsin",
+    "acos", "arccos", "erfinv",
 }  # fmt: skip
 
 #: Those among them that change no number: an attention map stays one.

@@ -241,6 +241,14 @@ def _cosine(insert: Any, u: fx.Node, v: fx.Node, dim: int = 1, eps: float = 1e-8
     return insert(aten.sum.dim_IntList, insert(aten.mul.Tensor, *units), [dim])
 
 
+@_spelling(aten.pairwise_distance.default)
+def _distance(
+    insert: Any, u: fx.Node, v: fx.Node, p: float = 2, eps: float = 1e-6, keep: bool = False, **_: Any
+) -> fx.Node:
+    apart = insert(aten.add.Scalar, insert(aten.sub.Tensor, u, v), eps)
+    return insert(aten.linalg_vector_norm.default, apart, p, [-1], keep)
+
+
 @_spelling(aten.tensor_split.sections, aten.tensor_split.indices)
 def _tensor_split(insert: Any, x: fx.Node, how: Any, dim: int = 0, **_: Any) -> fx.Node | None:
     size = x.meta["val"].shape[dim]

@@ -1,11 +1,13 @@
 """Convolutions and pooling: the patch embedding that reads the image, convolutional stems, patch merging."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fastrel.errors import UnsupportedModelError
+from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments, describe
 from fastrel.reference.convolution import convolution as conv_relevance
 from fastrel.reference.convolution import pixel_convolution, transposed_convolution
@@ -108,33 +110,42 @@ def pooling(t: Context, node: fx.Node, out: Lanes) -> None:
             dense = t.dense(out.rel, node).node
             rel = Lane(t.emit.call(window_shares, node.target, dense, value, kwargs, *options))
     if out.row:
-        # The entries of a window lie with the features, among which a row that has their full number is divided.
-        windows = node.target is aten.col2im.default
-        sizes, full = t.shape(x) if windows else t.row_shape(x), t.shape(node) if windows else ()
-
-        def back(lane: Lane) -> Lane:
-            dense = t.dense(lane, node, is_row=True).node
-            dense = t.emit.call(divided_row, dense, *full) if windows else dense
-            return Lane(t.emit.call(pool_row, node.target, dense, list(sizes), kwargs, *options))
-
-        over = _pooled(node, x)
-        whole = not windows and all(node.meta["val"].shape[dim] == 1 for dim in over)  # all tokens at once, as a mean
-        shares = pooled_evidence(t, x, grad, rel, over) if whole else None
-
-        def back_by_evidence(lane: Lane) -> Lane:
-            dense = t.dense(lane, node, is_row=True).node
-            if shares:
-                return Lane(t.emit.call(torch.mul, dense, shares))
-            given = [t.dense(own, node).node for own in (out.grad, out.rel) if own]
-            return Lane(
-                t.emit.call(row_by_evidence, node.target, dense, t.value(x), *given, over, features, kwargs, *options)
-            )
-
-        features = t.features(x)
-        of_tokens = node.target in _WINDOWS and 0 not in over and not set(over) & set(features)
-        by_evidence = shares or (t.method.evidence and out.grad and out.rel and t.wants(x) and of_tokens and not whole)
-        row = out.row.map(back_by_evidence if by_evidence else back)
+        row = out.row.map(_way_back(t, node, x, out, grad, rel))
     t.give(x, grad, rel, row)
+
+
+def _way_back(
+    t: Context, node: fx.Node, x: fx.Node, out: Lanes, grad: Lane | None, rel: Lane | None
+) -> Callable[[Lane], Lane]:
+    """What moves a row of a pooling to x, whose lanes are given: by evidence where the method says so, else by weights."""
+    options, kwargs = node.args[1:], tuple(node.kwargs.items())
+    over = _pooled(node, x)
+    features = [dim for dim in t.features(x) if dim not in over]
+    # The entries of a window lie with the features, among which a row that has their full number is divided.
+    windows = node.target is aten.col2im.default
+    sizes, full = t.shape(x) if windows else t.row_shape(x), t.shape(node) if windows else ()
+
+    def by_weight(lane: Lane) -> Lane:
+        dense = t.dense(lane, node, is_row=True).node
+        dense = t.emit.call(divided_row, dense, *full) if windows else dense
+        return Lane(t.emit.call(pool_row, node.target, dense, list(sizes), kwargs, *options))
+
+    if not windows and all(node.meta["val"].shape[dim] == 1 for dim in over):  # all tokens at once, as a mean
+        shares = pooled_evidence(t, x, grad, rel, over)
+        if shares:
+            return lambda lane: Lane(t.emit.call(torch.mul, t.dense(lane, node, is_row=True).node, shares))
+        return by_weight
+    of_features = any(axes_.is_feature(t.axes(x)[dim]) and t.axes(x)[dim] for dim in over)
+    if not (t.method.evidence and grad and rel) or node.target not in _WINDOWS or 0 in over or of_features:
+        return by_weight
+    lanes = [t.dense(lane, node).node for lane in (out.grad, out.rel) if lane]
+
+    def by_evidence(lane: Lane) -> Lane:
+        dense = t.dense(lane, node, is_row=True).node
+        given = (dense, t.value(x), *lanes, over, features, kwargs, *options)
+        return Lane(t.emit.call(row_by_evidence, node.target, *given))
+
+    return by_evidence
 
 
 def _pooled(node: fx.Node, x: fx.Node) -> list[int]:
