@@ -460,13 +460,14 @@ def in_place_gelu(x: Tensor) -> Tensor:
 def test_functions_without_a_rule_take_the_generic_one_and_are_named_where_relevance_meets_them() -> None:
     x = random(2, 3).requires_grad_()
     with fastrel.propagation() as tape:
-        y = torch.cumsum(x, 1)
+        y = torch.cumulative_trapezoid(x, dim=1)
         aside = x * x.pow(2).sum(-1, keepdim=True).rsqrt()
     rel = random(2, 3).abs()
     assert torch.equal(torch.autograd.grad(aside, x, rel)[0], rel)
     assert tape.generic == []
+    rel = rel[:, :2]
     (given,) = torch.autograd.grad(y, x, rel)
-    assert tape.generic == ["cumsum"]
+    assert tape.generic == ["cumulative_trapezoid"]
     assert golden.relative_error(given.sum(1), rel.sum(1)) < 1e-6  # shares of each sum
 
 

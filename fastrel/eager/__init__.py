@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastrel import functional
-from fastrel.eager import arithmetic, kinds, names, products  # noqa: F401  (registration)
+from fastrel.eager import arithmetic, kinds, names, places, products  # noqa: F401  (registration)
 from fastrel.eager.tape import HANDLERS, Saved, Tape, activations
 from fastrel.reference.rules import Rules
 
@@ -95,10 +95,15 @@ class propagation(TorchFunctionMode):
         tape = self._tape
         args, kwargs = pytree.tree_map(lambda x: tape.as_made(x) if isinstance(x, Tensor) else x, (args, kwargs))
         found = activations((args, kwargs))
-        writes = name in names.WRITES and (in_place or name == "setitem")
+        writes = name in names.WRITES and (in_place or name == "setitem") and not places.accumulates(name, args, kwargs)
         tape.accept(name, found, args[:1] if writes else ())
         if writes:
             return kinds.write(tape, name, func, args, kwargs)
+        if in_place and isinstance(args[0], Tensor) and not activations(args[0]):
+            # A constant becomes an activation: what is written into it comes from the function's result.
+            result = _call(tape, name, func, found, (args[0].clone(), *args[1:]), kwargs)
+            tape.write(args[0], None)
+            return tape.know(args[0].copy_(result))
         result = _call(tape, name, func, found, args, kwargs)
         if name in names.UNCHANGED or name in names.ARITHMETIC:
             tape.keep_pairs(result, name, args, name in names.COPIES)

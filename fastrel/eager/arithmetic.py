@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrel import functional
-from fastrel.eager import parts
+from fastrel.eager import exponentials, parts
 from fastrel.eager.kinds import generic, move, unchanged
 from fastrel.eager.tape import Tape, handles, is_activation
 from fastrel.errors import UnsupportedModelError
@@ -45,7 +45,8 @@ def add(tape: Tape, u: Any, v: Any, *, alpha: float = 1) -> Tensor:
 def sub(tape: Tape, u: Any, v: Any, *, alpha: float = 1) -> Tensor:
     """u − v as u + (−v)."""
     minus = tape.pointwise(-v.detach(), v) if is_activation(v) else -v
-    return add(tape, u, minus, alpha=alpha)
+    out = add(tape, u, minus, alpha=alpha)
+    return exponentials.shifted(tape, out, u, v) if alpha == 1 else out
 
 
 @handles("rsub")
@@ -82,6 +83,12 @@ def cosine_similarity(tape: Tape, x1: Tensor, x2: Tensor, dim: int = 1, eps: flo
     return sum_(tape, mul(tape, *units), dim)
 
 
+@handles("pairwise_distance")
+def pairwise_distance(tape: Tape, x1: Any, x2: Any, p: float = 2, eps: float = 1e-6, keepdim: bool = False) -> Tensor:
+    """The norm of the difference."""
+    return vector_norm(tape, add(tape, sub(tape, x1, x2), eps), p, -1, keepdim)
+
+
 @handles("div", "truediv", "divide", "true_divide")
 def div(tape: Tape, u: Any, v: Any, *, rounding_mode: str | None = None) -> Tensor:
     """By a constant, by what a norm divides by, and f(x)/g(x)."""
@@ -92,6 +99,8 @@ def div(tape: Tape, u: Any, v: Any, *, rounding_mode: str | None = None) -> Tens
         return tape.keep_map(tape.pointwise(value, u), u, v)
     if not is_activation(u):
         return tape.pointwise(value, v)
+    if (attention := exponentials.divided(tape, value, u, v)) is not None:
+        return attention
     if tape.facts(v).scale and not tape.facts(u).scale:
         return tape.keep_map(functional.identity(value, u), u, v)
     if tape.facts(u).root is tape.facts(v).root:
@@ -130,7 +139,10 @@ def mean(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype
 def sum_(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """As `mean`; parts of a layer that were stacked add up to it."""
     whole = None if keepdim or dtype is not None else parts.unstacked(tape, x, _dims(x, dim))
-    return _by_share(tape, torch.sum, x, dim, keepdim, dtype) if whole is None else whole
+    if whole is not None:
+        return whole
+    out = _by_share(tape, torch.sum, x, dim, keepdim, dtype)
+    return exponentials.summed(tape, out, x, [d % x.dim() for d in _dims(x, dim)])
 
 
 @handles("var")
@@ -157,7 +169,37 @@ def _spread(tape: Tape, f: Callable[..., Tensor], x: Tensor, *args: Any, **optio
 @handles("logsumexp")
 def logsumexp(tape: Tape, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     """By softmax."""
-    return tape.know(functional.logsumexp(x, _dims(x, dim), keepdim))
+    out = tape.know(functional.logsumexp(x, _dims(x, dim), keepdim))
+    return exponentials.logarithm_of_sums(tape, out, x, [d % x.dim() for d in _dims(x, dim)])
+
+
+@handles("nansum")
+def nansum(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    """The sum of what is no NaN."""
+    return sum_(tape, move(tape, "masked_fill", torch.masked_fill, (x, x.detach().isnan(), 0), {}), dim, keepdim)
+
+
+@handles("nanmean")
+def nanmean(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    """The mean of what is no NaN."""
+    return div(tape, nansum(tape, x, dim, keepdim), (~x.detach().isnan()).sum(_dims(x, dim), keepdim))
+
+
+@handles("var_mean")
+def var_mean(tape: Tape, x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Both, each by its own rule."""
+    over = options.get("dim", args[0] if args and not isinstance(args[0], bool) else None)
+    return var(tape, x, *args, **options), mean(tape, x, over, options.get("keepdim", False))
+
+
+@handles("diff")
+def diff(tape: Tape, x: Tensor, n: int = 1, dim: int = -1) -> Tensor:
+    """Each entry less the one before."""
+    for _ in range(n):
+        length = x.shape[dim] - 1
+        later, earlier = (move(tape, "narrow", torch.narrow, (x, dim, i, length), {}) for i in (1, 0))
+        x = sub(tape, later, earlier)
+    return x
 
 
 @handles("norm")

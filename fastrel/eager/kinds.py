@@ -63,6 +63,7 @@ def unchanged(tape: Tape, name: str, func: Callable[..., Tensor], args: Any, kwa
         mixed=facts.mixed and name in COPIES,
         scale=facts.scale and pointwise,
         head=facts.head if name in COPIES else None,
+        softmax=facts.softmax if name in COPIES else None,
     )
 
 
@@ -104,6 +105,8 @@ def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         tape.know(
             y, keys=key, mixed=facts.mixed and key is not None, scale=scale, merged=merged, origin=facts.origin, **kept
         )
+        if scale:
+            tape.also(y, softmax=facts.softmax)
     return result
 
 

@@ -8,7 +8,8 @@ UNCHANGED = {
     "neg", "abs", "log", "log1p", "sin", "cos", "erf", "clamp", "clamp_min", "clamp_max", "clip", "reciprocal", "rdiv", "rtruediv",
     "dropout", "dropout1d", "dropout2d", "alpha_dropout", "feature_dropout", "to", "type", "float", "double", "half", "bfloat16",
     "type_as", "detach", "data", "contiguous", "nan_to_num", "expm1", "exp2", "log2", "log10", "atan",
-    "arctan", "sinh", "asinh", "erfc",
+    "arctan", "sinh", "asinh", "erfc", "sign", "round", "floor", "ceil", "trunc", "softshrink", "logit", "tan", "asin", "arcsin",
+    "acos", "arccos", "erfinv",
 }  # fmt: skip
 
 #: Those among them that change no number: an attention map stays one.
@@ -35,11 +36,11 @@ MOVES = {
     "index_select", "take_along_dim", "masked_select", "masked_fill", "where", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
     "unfold", "tril", "triu", "diagonal", "diag_embed", "index_put", "index_copy", "scatter", "masked_scatter", "slice_scatter",
     "select_scatter", "view_as_complex", "view_as_real", "max_pool1d", "max_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-    "max", "min", "maximum", "minimum", "topk", "sort", "kthvalue", "median",
+    "max", "min", "maximum", "minimum", "topk", "sort", "kthvalue", "median", "cummax", "cummin", "aminmax",
 }  # fmt: skip
 
 #: Those among them that choose by size: an attention map does not stay one.
-PICKS = {"max", "min", "topk", "sort", "kthvalue", "median"}
+PICKS = {"max", "min", "topk", "sort", "kthvalue", "median", "cummax", "cummin", "aminmax"}
 
 #: Those among them that write into their first argument where their name ends in an underscore.
 WRITES = {"setitem", "copy", "masked_fill", "index_put", "index_copy", "scatter", "masked_scatter"}
@@ -50,10 +51,10 @@ BROADCASTS = {"expand", "expand_as", "unsqueeze", "getitem"}
 #: Moves that put numbers in the place of some entries.
 FILLS = {"masked_fill", "where", "tril", "triu"}
 
-#: Averages over windows, windows added up, interpolation.
+#: Averages over windows, windows added up, interpolation, running sums.
 POOLING = {
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "interpolate",
-    "upsample", "fold",
+    "upsample", "fold", "cumsum",
 }  # fmt: skip
 
 #: Functions that read no more of their second argument than its shape and dtype.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastrel import functional
 from fastrel.eager.arithmetic import add, mul, sum_
+from fastrel.eager.exponentials import weights_of
 from fastrel.eager.kinds import move
 from fastrel.eager.parts import of_columns, of_one_head
 from fastrel.eager.tape import Facts, Tape, handles, is_activation, refuse_activations
@@ -76,6 +77,9 @@ def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
         return matmul(tape, b.mT, a.mT).mT.contiguous()
     if not is_activation(a) and a.shape[-2] == 1 and tape.facts(a).keys is None:
         return sum_(tape, mul(tape, b, a.mT), -2, True)
+    if (weights := weights_of(tape, a)) is not None:
+        attended = matmul(tape, weights[0], b)
+        return tape.pointwise(attended.detach() * weights[1], attended)
     of_a, of_b = tape.facts(a), tape.facts(b)
     if of_a.keys == -1:
         return _attention_value(tape, a, b, of_a)
@@ -150,8 +154,13 @@ def baddbmm(tape: Tape, x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alp
 def einsum(tape: Tape, equation: str, *operands: Any) -> Tensor:
     """One that is a product of matrices, as that."""
     a, b = operands[0] if isinstance(operands[0], (list, tuple)) else operands if len(operands) == 2 else (None, None)
+    if any(tape.facts(x).keys is not None for x in (a, b)) and (whole := _unsummed(equation)) is not None:
+        product = einsum(tape, whole[0], a, b)
+        return sum_(tape, product, list(range(product.dim() - whole[1], product.dim())))
     left, right, result = _indices(equation, (a, b))
-    if tape.facts(b).keys is not None and tape.facts(a).keys is None:  # the map on the left
+    on_the_right = tape.facts(b).keys is not None and tape.facts(a).keys is None  # a map, which goes to the left
+    by_constants = not is_activation(a) and is_activation(b) and set(left) <= set(right)  # weights, which go to the right
+    if on_the_right or by_constants:
         a, b, left, right = b, a, right, left
     sizes = dict(zip(left, a.shape, strict=True)) | dict(zip(right, b.shape, strict=True))
     batch = [i for i in result if i in left and i in right]
@@ -180,6 +189,15 @@ def einsum(tape: Tape, equation: str, *operands: Any) -> Tensor:
     facts = tape.facts(a)
     mixes = facts.keys is not None and not is_activation(b) and left[facts.keys] in rows
     return tape.know(out, keys=result.index(left[facts.keys]) - len(result), mixed=True) if mixes else out  # type: ignore[index]
+
+
+def _unsummed(equation: str) -> tuple[str, int] | None:
+    """An equation of two operands whose result keeps, at the end, what one operand alone has, and how many indices these are; None
+    where it keeps them already."""
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    left, comma, right = inputs.partition(",")
+    alone = [i for i in left + right if (i in left) != (i in right) and i not in result]
+    return (f"{inputs}->{result}{''.join(alone)}", len(alone)) if arrow and comma and alone and "." not in inputs else None
 
 
 def _indices(equation: str, operands: Sequence[Any]) -> tuple[str, str, str]:

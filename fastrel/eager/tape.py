@@ -70,6 +70,7 @@ class Facts:
     origin: Tensor | None = None  # of what a layer made, and of parts of it: what went in
     head: tuple[Any, ...] | None = None  # of A V of one head: what tells its attention
     stacked: tuple[tuple[Tensor, ...], int] | None = None  # of parts of a layer: these, and along which dimension
+    softmax: Any = None  # `fastrel.eager.exponentials.Part`
     alias: Tensor | None = None  # the same value, of an autograd.Function's forward pass
 
 
@@ -118,6 +119,11 @@ class Tape:
     def know(self, x: Tensor, **facts: Any) -> Tensor:
         """Keep facts of x, which is returned."""
         self._facts[id(x)] = Facts(x, x.requires_grad, **{"root": x, **facts})
+        return x
+
+    def also(self, x: Tensor, **facts: Any) -> Tensor:
+        """Keep more facts of x, which is returned."""
+        self._facts[id(x)] = dataclasses.replace(self.facts(x), seen=x.requires_grad, **facts)
         return x
 
     def varies(self, x: Any) -> bool:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from fastrel.graph.places import SUMS
+
 aten = torch.ops.aten
 
 Role = Literal["batch", "token", "feature"]
@@ -259,10 +261,11 @@ def _part(node: fx.Node, labels: Labels) -> Axes | None:
     x, shape = labels.of(whole), labels.shape(node)
     if x is None:
         return None
-    if len(shape) == len(x) - 1:  # unbind, max …
+    if len(shape) < len(x):  # unbind, max, var_mean …
         place, default = (2, -1) if whole.target is aten.kthvalue.default else (1, 0)
-        dim = (whole.args[place] if len(whole.args) > place else default) % len(x)
-        return (*x[:dim], *x[dim + 1 :])
+        given = whole.args[place] if len(whole.args) > place else whole.kwargs.get("dim", default)
+        dims = {dim % len(x) for dim in ([given] if isinstance(given, int) else given or range(len(x)))}
+        return tuple(axis for dim, axis in enumerate(x) if dim not in dims)
     return _broadcast([x], shape)
 
 
@@ -336,6 +339,16 @@ def _index(node: fx.Node, labels: Labels) -> Axes | None:
     if x is None or not mask or is_feature(x[1]) or shape[0] % size_of(x[0]):
         return _broadcast([x], shape) if x else _widest(node, labels)
     return ((*x[0], (shape[0] // size_of(x[0]), "token")), *x[2:])
+
+
+@axes_of(*SUMS)
+def _at_places(node: fx.Node, labels: Labels) -> Axes | None:
+    """Sums at places: along a dimension of which the result has as many as there are samples, samples."""
+    known = [labels.axes[n] for n in node.all_input_nodes if n in labels.axes]
+    found, shape = _broadcast(known, labels.shape(node)), labels.shape(node)
+    if found is None or any(role == "batch" for axis in found for _, role in axis) or shape[0] != _PRIMES[0]:
+        return found
+    return (((shape[0], "batch"),), *found[1:])
 
 
 @axes_of(aten.im2col.default)

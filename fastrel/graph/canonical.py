@@ -17,6 +17,7 @@ from fastrel.graph import axes as axes_
 from fastrel.graph import mixing, parts
 from fastrel.graph.nodes import arguments, insert_call, insert_like, replace
 from fastrel.graph.patterns import IDENTITIES, is_attention_value, is_softmax_over_keys
+from fastrel.graph.queries import learned_queries
 from fastrel.graph.softmax import softmax_of
 from fastrel.graph.spellings import spell_out
 
@@ -260,6 +261,7 @@ def weighted_sums_as_products(graph: fx.Graph, axes: Labelled) -> bool:
     return found
 
 
+rewrite(learned_queries)
 rewrite(mixing.linear_attention)
 
 

@@ -283,14 +283,15 @@ class Facts:
 class Stretch:
     """The part of a graph that an explanation walks: from some outputs down to the attention block it starts with.
 
-    `blocks` numbers the attention blocks that take part, counted from the input; `total` counts all. `needed` holds the values
-    whose gradient and relevance are needed: an attention map that takes part lies upstream of them. `above` holds the values that
-    come after one of these maps.
+    `blocks` numbers the attention blocks that take part, counted from the input; `total` counts all, which `every` holds. `needed`
+    holds the values whose gradient and relevance are needed: an attention map that takes part lies upstream of them. `above` holds the
+    values that come after one of these maps.
     """
 
     leaves: tuple[fx.Node, ...]
     blocks: dict[fx.Node, int]
     total: int
+    every: frozenset[fx.Node]
     needed: frozenset[fx.Node]
     above: frozenset[fx.Node]
 
@@ -315,7 +316,8 @@ class Stretch:
                     raise UnsupportedModelError(why)
         blocks = {node: i for i, node in enumerate(found) if i >= start_layer % len(found)}
         above = frozenset(_downstream(facts.nodes, set(blocks), facts.active))
-        return cls(tuple(leaves), blocks, len(found), frozenset(facts.active) if everything else above, above)
+        needed = frozenset(facts.active) if everything else above
+        return cls(tuple(leaves), blocks, len(found), frozenset(found), needed, above)
 
 
 def _turns(node: fx.Node) -> bool:

@@ -84,6 +84,18 @@ ACTIVATIONS = {
     aten.sinh.default,
     aten.asinh.default,
     aten.erfc.default,
+    aten.sign.default,
+    aten.round.default,
+    aten.floor.default,
+    aten.ceil.default,
+    aten.trunc.default,
+    aten.clamp_max.default,
+    aten.softshrink.default,
+    aten.logit.default,
+    aten.tan.default,
+    aten.asin.default,
+    aten.acos.default,
+    aten.erfinv.default,
 }
 
 DIVISIONS = {aten.div.Tensor, aten.div.Scalar}

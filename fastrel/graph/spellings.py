@@ -5,20 +5,23 @@ from __future__ import annotations
 import itertools
 import operator
 import string
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from fastrel.graph import places
 from fastrel.graph.nodes import insert_like, replace
+from fastrel.graph.patterns import is_softmax_over_keys
 
 aten = torch.ops.aten
 
 #: What an operator is made of: given an `insert(target, *args)` and its own arguments, its result.
 Spelling = Callable[..., "fx.Node | None"]
 
-SPELLINGS: dict[Any, Spelling] = {}
+SPELLINGS: dict[Any, Spelling] = {**places.SPELLINGS}
 
 
 def _spelling(*targets: Any) -> Callable[[Spelling], Spelling]:
@@ -238,6 +241,14 @@ def _cosine(insert: Any, u: fx.Node, v: fx.Node, dim: int = 1, eps: float = 1e-8
     return insert(aten.sum.dim_IntList, insert(aten.mul.Tensor, *units), [dim])
 
 
+@_spelling(aten.pairwise_distance.default)
+def _distance(
+    insert: Any, u: fx.Node, v: fx.Node, p: float = 2, eps: float = 1e-6, keep: bool = False, **_: Any
+) -> fx.Node:
+    apart = insert(aten.add.Scalar, insert(aten.sub.Tensor, u, v), eps)
+    return insert(aten.linalg_vector_norm.default, apart, p, [-1], keep)
+
+
 @_spelling(aten.tensor_split.sections, aten.tensor_split.indices)
 def _tensor_split(insert: Any, x: fx.Node, how: Any, dim: int = 0, **_: Any) -> fx.Node | None:
     size = x.meta["val"].shape[dim]
@@ -249,6 +260,34 @@ def _tensor_split(insert: Any, x: fx.Node, how: Any, dim: int = 0, **_: Any) -> 
         ends = [0, *(min(max(i + size if i < 0 else i, 0), size) for i in how), size]
         lengths = [max(0, b - a) for a, b in itertools.pairwise(ends)]
     return insert(aten.split_with_sizes.default, x, lengths, dim)
+
+
+@_spelling(aten.diff.default)
+def _diff(
+    insert: Any, x: fx.Node, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None, **_: Any
+) -> fx.Node | None:
+    """Each entry less the one before."""
+    if prepend is not None or append is not None:
+        return None
+    for _i in range(n):
+        later, earlier = insert(aten.slice.Tensor, x, dim, 1, sys.maxsize), insert(aten.slice.Tensor, x, dim, 0, -1)
+        x = insert(aten.sub.Tensor, later, earlier)
+    return x
+
+
+@_spelling(aten.nansum.default)
+def _nansum(insert: Any, x: fx.Node, dims: Any = None, keep: bool = False, **options: Any) -> fx.Node | None:
+    if options.get("dtype") is not None:
+        return None
+    known = insert(aten.masked_fill.Scalar, x, insert(aten.isnan.default, x), 0)
+    return insert(aten.sum.dim_IntList, known, dims, keep)
+
+
+@_spelling(aten.nanmean.default)
+def _nanmean(insert: Any, x: fx.Node, dims: Any = None, keep: bool = False, **options: Any) -> fx.Node | None:
+    total = _nansum(insert, x, dims, keep, **options)
+    known = insert(aten.logical_not.default, insert(aten.isnan.default, x))
+    return total and insert(aten.div.Tensor, total, insert(aten.sum.dim_IntList, known, dims, keep))
 
 
 @_spelling(aten.einsum.default)
@@ -270,6 +309,13 @@ def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: 
     (a, left), (b, right) = zip(operands, names, strict=True)
     if not active(a) and not set(left) & set(right) & set(result):
         (a, left), (b, right) = (b, right), (a, left)
+    if (
+        active(a) and active(b) and any(is_softmax_over_keys(x) for x in (a, b))
+    ):  # a map stays one: summed after the product
+        kept = result + "".join(c for c in left + right if (c in left) != (c in right) and c not in result)
+        if kept != result:
+            whole = _einsum(insert, f"{left},{right}->{kept}", (a, b), active=active)
+            return None if whole is None else _summed(insert, whole, kept, result, result)
     a, left = _alone(insert, a, left, {*right, *result})
     b, right = _alone(insert, b, right, {*left, *result})
     batch = [c for c in result if c in left and c in right]
@@ -285,7 +331,8 @@ def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: 
         x = _merged(insert, _ordered(insert, a, left, [*rows, *summed]), len(rows), len(summed))
         product = _parted(insert, insert(aten.linear.default, x, turned), len(rows), [sizes[c] for c in columns])
         return None if product is None else _ordered(insert, product, [*rows, *columns], list(result))
-    if not active(b) and not columns and not all(isinstance(sizes[c], int) for c in (*batch, *summed)):
+    of_tokens = left[0] in right or left[-1] not in summed or not all(isinstance(sizes[c], int) for c in (*batch, *summed))
+    if not active(b) and not columns and of_tokens:
         return _weighted_sum(insert, (a, left), (b, right), result)
     if not active(b) and batch:
         return _of_each(insert, (a, left), (b, right), (batch, rows, summed, columns), sizes, result)
@@ -458,7 +505,10 @@ def _ordered(insert: Any, x: fx.Node, names: Sequence[str], wanted: Sequence[str
 
 @_spelling(operator.getitem)
 def _part(insert: Any, whole: fx.Node, index: int, **_: Any) -> fx.Node | None:
-    """The variance or the mean of var_mean, each by an operator of its own."""
+    """The variance or the mean of var_mean, the least or the largest of aminmax, each by an operator of its own."""
+    if whole.target is aten.aminmax.default and whole.kwargs.get("dim") is not None:
+        target = aten.amax.default if index else aten.amin.default
+        return insert(target, whole.args[0], [whole.kwargs["dim"]], bool(whole.kwargs.get("keepdim", False)))
     if whole.target not in (aten.var_mean.correction, aten.var_mean.dim):
         return None
     given = {a.name: a.default_value for a in whole.target._schema.arguments if a.has_default_value()}

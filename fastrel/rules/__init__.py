@@ -4,7 +4,7 @@ A rule is `rule(t, node, out)`: `t` is the `Context`, `out` the lanes of `node`.
 hands lanes to the node's inputs with `t.give` or its relatives. Nothing is keyed on models: only on operators.
 """
 
-from fastrel.rules import attention, convolution, generic, linear, norm, pointwise, rearrange, reduce
+from fastrel.rules import attention, convolution, generic, linear, norm, places, pointwise, rearrange, reduce
 from fastrel.rules.registry import RULES, Rule, rule, rule_for
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "generic",
     "linear",
     "norm",
+    "places",
     "pointwise",
     "rearrange",
     "reduce",

@@ -1,15 +1,18 @@
 """Convolutions and pooling: the patch embedding that reads the image, convolutional stems, patch merging."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fastrel.errors import UnsupportedModelError
+from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments, describe
 from fastrel.reference.convolution import convolution as conv_relevance
 from fastrel.reference.convolution import pixel_convolution, transposed_convolution
 from fastrel.reference.operators import pooling as pool_relevance
+from fastrel.reference.pooling import evidence_of_windows
 from fastrel.rules.generic import divided_row, vjp
 from fastrel.rules.reduce import pooled_evidence
 from fastrel.rules.registry import rule
@@ -77,11 +80,18 @@ def spread_windows(op: Any, row: Tensor, shape: list[int], window: list[int], *o
     return vjp(op, row / op(ones, kernel, None, *ungrouped), 0, None, (), ones, kernel, None, *ungrouped)
 
 
-@rule(
+#: Sums of tokens by the same weights ≥ 0 for every sample and feature.
+_WINDOWS = {
     aten.avg_pool1d.default,
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool1d.default,
+    aten.cumsum.default,
+}
+
+
+@rule(
+    *_WINDOWS,
     aten.upsample_bilinear2d.vec,
     aten.upsample_bicubic2d.vec,
     aten.upsample_nearest2d.vec,
@@ -90,7 +100,10 @@ def spread_windows(op: Any, row: Tensor, shape: list[int], window: list[int], *o
     aten.col2im.default,
 )
 def pooling(t: Context, node: fx.Node, out: Lanes) -> None:
-    """Averages over windows, or windows added up: relevance by share among what has the result's sign, as in a mean."""
+    """Averages over windows, windows added up, running sums: relevance by share among what has the result's sign, as in a mean.
+
+    A row goes to the tokens of each window by evidence where the method says so, else by their weights.
+    """
     x, *options = arguments(node, count=len(node.args))
     kwargs = tuple(node.kwargs.items())
     grad = rel = row = None
@@ -102,24 +115,65 @@ def pooling(t: Context, node: fx.Node, out: Lanes) -> None:
             dense = t.dense(out.rel, node).node
             rel = Lane(t.emit.call(window_shares, node.target, dense, value, kwargs, *options))
     if out.row:
-        # The entries of a window lie with the features, among which a row that has their full number is divided.
-        windows = node.target is aten.col2im.default
-        sizes, full = t.shape(x) if windows else t.row_shape(x), t.shape(node) if windows else ()
-
-        def back(lane: Lane) -> Lane:
-            dense = t.dense(lane, node, is_row=True).node
-            dense = t.emit.call(divided_row, dense, *full) if windows else dense
-            return Lane(t.emit.call(pool_row, node.target, dense, list(sizes), kwargs, *options))
-
-        over = list(range(2, x.meta["val"].dim()))
-        whole = not windows and all(node.meta["val"].shape[dim] == 1 for dim in over)  # all tokens at once, as a mean
-        shares = pooled_evidence(t, x, grad, rel, over) if whole else None
-
-        def back_by_evidence(lane: Lane) -> Lane:
-            return Lane(t.emit.call(torch.mul, t.dense(lane, node, is_row=True).node, shares))
-
-        row = out.row.map(back_by_evidence if shares else back)
+        row = out.row.map(_way_back(t, node, x, out, grad, rel))
     t.give(x, grad, rel, row)
+
+
+def _way_back(
+    t: Context, node: fx.Node, x: fx.Node, out: Lanes, grad: Lane | None, rel: Lane | None
+) -> Callable[[Lane], Lane]:
+    """What moves a row of a pooling to x, whose lanes are given: by evidence where the method says so, else by weights."""
+    options, kwargs = node.args[1:], tuple(node.kwargs.items())
+    over = _pooled(node, x)
+    features = [dim for dim in t.features(x) if dim not in over]
+    # The entries of a window lie with the features, among which a row that has their full number is divided.
+    windows = node.target is aten.col2im.default
+    sizes, full = t.shape(x) if windows else t.row_shape(x), t.shape(node) if windows else ()
+
+    def by_weight(lane: Lane) -> Lane:
+        dense = t.dense(lane, node, is_row=True).node
+        dense = t.emit.call(divided_row, dense, *full) if windows else dense
+        return Lane(t.emit.call(pool_row, node.target, dense, list(sizes), kwargs, *options))
+
+    if not windows and all(node.meta["val"].shape[dim] == 1 for dim in over):  # all tokens at once, as a mean
+        shares = pooled_evidence(t, x, grad, rel, over)
+        if shares:
+            return lambda lane: Lane(t.emit.call(torch.mul, t.dense(lane, node, is_row=True).node, shares))
+        return by_weight
+    of_features = any(axes_.is_feature(t.axes(x)[dim]) and t.axes(x)[dim] for dim in over)
+    if not (t.method.evidence and grad and rel) or node.target not in _WINDOWS or 0 in over or of_features:
+        return by_weight
+    lanes = [t.dense(lane, node).node for lane in (out.grad, out.rel) if lane]
+
+    def by_evidence(lane: Lane) -> Lane:
+        dense = t.dense(lane, node, is_row=True).node
+        given = (dense, t.value(x), *lanes, over, features, kwargs, *options)
+        return Lane(t.emit.call(row_by_evidence, node.target, *given))
+
+    return by_evidence
+
+
+def _pooled(node: fx.Node, x: fx.Node) -> list[int]:
+    """The dimensions of x that a pooling is over."""
+    ndim = x.meta["val"].dim()
+    if node.target is aten.cumsum.default:
+        return [node.args[1] % ndim]  # type: ignore[operator]
+    return list(range(2, ndim))
+
+
+def row_by_evidence(
+    op: Any,
+    row: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    rel: Tensor,
+    over: list[int],
+    features: list[int],
+    kwargs: Any,
+    *options: Any,
+) -> Tensor:
+    """A row by what each token of a window has of it."""
+    return evidence_of_windows(lambda part: op(part, *options, **dict(kwargs)), x, grad, rel, row, over, features)
 
 
 def pool_row(op: Any, row: Tensor, shape: list[int], kwargs: Any, *options: Any) -> Tensor:

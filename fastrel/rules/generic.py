@@ -135,7 +135,6 @@ def index_map(t: Context, node: fx.Node, out: Lanes) -> None:
         t.index_map(x, out, back)
 
 
-@rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
 def statistic(t: Context, node: fx.Node, out: Lanes) -> None:
     """What a spelled-out norm divides by: the ordinary gradient, and no relevance reaches it."""
     if out.rel or out.row:

@@ -121,7 +121,7 @@ def forked(
     if all(rels) and len(first) == 1 and first[0][1] == "batch":
         lanes = [rel.node for rel in rels if rel]
         shares = tuple(t.emit.parts(t.emit.call(operand_shares, *lanes), len(lanes)))
-    return [*t.rollout.fork(row, len(rels), shares, t.facts.are_streams(operands, t.stretch.blocks))]
+    return [*t.rollout.fork(row, len(rels), shares, t.facts.are_streams(operands, t.stretch.every))]
 
 
 def _share(t: Context, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | None]:

@@ -11,6 +11,7 @@ from torch import fx
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments, describe
+from fastrel.reference import operators
 from fastrel.rules.generic import divided_row, index_map
 from fastrel.rules.reduce import pick
 from fastrel.rules.registry import rule
@@ -30,9 +31,22 @@ PICKS = {
     aten.sort.stable,
     aten.kthvalue.default,
     aten.median.dim,
+    aten.cummax.default,
+    aten.cummin.default,
     aten.adaptive_max_pool1d.default,
     aten.adaptive_max_pool2d.default,
     aten.max_pool2d_with_indices.default,
+}
+
+
+#: Operators that return several runs of entries along a dimension.
+CUTS = {
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.split.sizes,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
 }
 
 
@@ -213,7 +227,7 @@ def getitem(t: Context, node: fx.Node, out: Lanes) -> None:
     if whole.target is aten.unbind.int:
         x, dim = arguments(whole, 0, count=2)
         return _pick(t, node, x, out, dim % _ndim(x), index)
-    if whole.target in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes):
+    if whole.target in CUTS:
         x, _, dim = arguments(whole, 0, count=3)
         dim %= _ndim(x)
         lengths = [part.shape[dim] for part in whole.meta["val"]]
@@ -224,9 +238,23 @@ def getitem(t: Context, node: fx.Node, out: Lanes) -> None:
                 f"{describe(whole)} parts samples that the model joined along the batch; call its encoder for each input by itself, "
                 "which gives the same numbers"
             )
+
+        def back(lane: Lane, is_row: bool) -> Lane:
+            sizes = t.row_shape(x) if is_row else t.shape(x)
+            cut = [t.emit.size(x, dim) if i == dim else size for i, size in enumerate(sizes)]
+            options = fx.map_arg(whole.args[1:], t.value)
+            return Lane(t.emit.call(put_back, t.dense(lane, node, is_row).node, whole.target, index, cut, *options))
+
+        return t.index_map(x, out, back)
     if whole.target in PICKS and index == 0:
         return pick(t, node, whole, out)
     raise UnsupportedModelError(f"no relevance rule for {describe(whole)}")
+
+
+def put_back(lane: torch.Tensor, op: Any, index: int, shape: list[int], *options: Any) -> torch.Tensor:
+    """A lane [K, *] of the part `index` that `op` cuts out of a value of this shape, with zeros elsewhere."""
+    zeros = lane.new_zeros(shape)
+    return operators.vjp(lambda x: op(x, *options)[index], lane, zeros)
 
 
 @rule(aten.cat.default)

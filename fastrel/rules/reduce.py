@@ -1,5 +1,6 @@
 """Pooling over tokens."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, fx
 
 from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments
+from fastrel.graph.patterns import IDENTITIES
 from fastrel.reference import pooling
 from fastrel.reference import rules as reference
 from fastrel.rules.generic import statistic, vjp
@@ -43,7 +45,7 @@ def mean(t: Context, node: fx.Node, out: Lanes) -> None:
                 tokens = t.emit.arith("mul", tokens, shape[dim])
         return Lane(t.emit.call(spread, _widened(t, node, lane, over, keep, is_row=True), tokens, *sizes))
 
-    shares = pooled_evidence(t, x, grad, rel, over)
+    shares = None if _centres(node, x) else pooled_evidence(t, x, grad, rel, over)
 
     def spread_by_evidence(lane: Lane) -> Lane:
         return Lane(t.emit.call(torch.mul, _widened(t, node, lane, over, keep, is_row=True), shares))
@@ -58,6 +60,16 @@ def pooled_evidence(t: Context, x: fx.Node, grad: Lane | None, rel: Lane | None,
     if not (t.method.evidence and grad and rel and tokens):
         return None
     return t.emit.call(pooling.evidence, t.value(x), grad.node, rel.node, tokens, features)
+
+
+def _centres(node: fx.Node, x: fx.Node) -> bool:
+    """Whether a mean of x is taken away from x again: that pools nothing, and its gradient cancels out, so that its signs are noise."""
+    for user in node.users:
+        if user.target is aten.sub.Tensor and user.args[0] is x:
+            return True
+        if user.target in (aten.unsqueeze.default, aten.expand.default, *IDENTITIES) and _centres(user, x):
+            return True
+    return False
 
 
 def spread(lane: Tensor, count: int, *shape: int) -> Tensor:
@@ -81,6 +93,28 @@ def total(t: Context, node: fx.Node, out: Lanes) -> None:
     if out.grad and t.wants(x):
         values: Any = fx.map_arg(node.args, t.value)
         lane = t.dense(out.grad, node).node
+        grad = Lane(t.emit.call(vjp, node.target, lane, 0, None, tuple(node.kwargs.items()), *values))
+    shares = pooled_evidence(t, x, grad, rel, over)
+    t.give(x, grad, rel, out.row and _row_by_weight(t, node, x, out.row, over, keep, shares))
+
+
+@rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
+def norm(t: Context, node: fx.Node, out: Lanes) -> None:
+    """(Σ |x|ᵖ)^(1/p): as a sum of |x|ᵖ, an activation function of it."""
+    x, p, given = arguments(node, 2, None, count=3)
+    p = 2 if p is None else p
+    whole = node.kwargs.get("dtype") is None and len(node.args) < 5
+    if not (out.rel or out.row) or not whole or not isinstance(p, (int, float)) or not 0 < p < math.inf:
+        return statistic(t, node, out)
+    ndim = x.meta["val"].dim()
+    over = sorted(dim % ndim for dim in ([given] if isinstance(given, int) else given or range(ndim)))
+    keep = node.meta["val"].dim() == ndim
+    grad = rel = None
+    if out.rel and t.wants(x):
+        parts = t.emit.call(torch.pow, t.emit.call(torch.abs, t.value(x)), p)
+        rel = Lane(t.emit.call(reference.mean, parts, _widened(t, node, out.rel, over, keep), over, t.rules))
+    if out.grad and t.wants(x):
+        values, lane = fx.map_arg(node.args, t.value), t.dense(out.grad, node).node
         grad = Lane(t.emit.call(vjp, node.target, lane, 0, None, tuple(node.kwargs.items()), *values))
     shares = pooled_evidence(t, x, grad, rel, over)
     t.give(x, grad, rel, out.row and _row_by_weight(t, node, x, out.row, over, keep, shares))

@@ -92,7 +92,7 @@ def on_grid(t: Context, node: fx.Node, row: Lane) -> fx.Node | None:
     """The part of the row at `node` that lies on a grid, [K, B, gh, gw] or [K, B, frames, gh, gw]; None where none is found."""
     if t.method.at_pixels or (t.facts.enters(node) and picture_of(t.facts, t.facts.source(node))):
         return samples_first(t, node, row)
-    stretch = Stretch(t.stretch.leaves, {}, t.stretch.total, frozenset(), frozenset())
+    stretch = Stretch(t.stretch.leaves, {}, t.stretch.total, frozenset(), frozenset(), frozenset())
     back = Context(t.facts, stretch, t.method, t.rules, t.products, t.emit, trace=False)
     back.pending = {node: Pending(rows=[Row({(): Part(row)})])}
     nodes = [n for n in t.facts.nodes[: t.facts.nodes.index(node) + 1] if n in t.facts.active]

@@ -228,7 +228,7 @@ def weighted(count: int, batch: int, inner: bool, *given: Tensor) -> Tensor:
 
 def operand_shares(*rel: Tensor) -> tuple[Tensor, ...]:
     """Relevance [K, B, …] of the operands of a sum -> the share of each, [K, B], of absolute sums; equal where all are 0."""
-    sums = torch.stack([x.flatten(2).sum(2).abs() for x in rel])
+    sums = torch.stack([x.reshape(*x.shape[:2], -1).sum(2).abs() for x in rel])
     total = sums.sum(0)
     return tuple(torch.where(total > 0, sums / torch.where(total > 0, total, 1.0), 1.0 / len(rel)).unbind(0))
 

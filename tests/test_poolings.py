@@ -1,0 +1,226 @@
+"""Tokens pooled in ways that have a plain spelling: by segment, by running sums, over windows. Both have one map."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastrel
+from fastrel.reference.pooling import evidence_of_windows
+
+T, D = 6, 8
+SEGMENTS = torch.tensor([2, 0, 1, 0, 2, 1])
+PADDED = torch.tensor([0, 0, 1, 2, 2, 3])
+Pool = Callable[[Tensor], Tensor]
+
+
+class Pooled(nn.Module):
+    """A block of attention, and a pooling [B, T, 8] -> [B, …, 8] of which the largest is read."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__()
+        self.pool, self.embed, self.norm = pool, nn.Linear(5, D), nn.LayerNorm(D)
+        self.qkv, self.out, self.head = nn.Linear(D, 3 * D), nn.Linear(D, D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head(self.pool(x).flatten(1, -2).amax(1))
+
+
+def model_of(pool: Pool) -> nn.Module:
+    torch.manual_seed(0)
+    return Pooled(pool).double().eval()
+
+
+def given() -> Tensor:
+    return torch.randn(3, T, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def places(x: Tensor, index: Tensor = SEGMENTS) -> Tensor:
+    return index[None, :, None].expand_as(x)
+
+
+def zeros(x: Tensor, count: int = 3) -> Tensor:
+    return x.new_zeros(len(x), count, D)
+
+
+def in_place(x: Tensor) -> Tensor:
+    out = zeros(x)
+    out.index_add_(1, SEGMENTS, x)
+    return out
+
+
+def accumulated(x: Tensor) -> Tensor:
+    out = zeros(x)
+    out.index_put_((torch.arange(len(x))[:, None], SEGMENTS[None]), x, accumulate=True)
+    return out
+
+
+def segment_sums(x: Tensor) -> Tensor:
+    return x[:, SEGMENTS.argsort(stable=True)].unflatten(1, (3, 2)).sum(2)
+
+
+#: Spellings of one function; the first is what the others must agree with.
+SUMS: dict[str, Pool] = {
+    "reshaped": segment_sums,
+    "index_add": lambda x: zeros(x).index_add(1, SEGMENTS, x),
+    "index_add, scaled": lambda x: zeros(x).index_add(1, SEGMENTS, x / 2, alpha=2),
+    "index_add, in place": in_place,
+    "index_add over samples and tokens": lambda x: x.new_zeros(3 * len(x), D)
+    .index_add(0, (3 * torch.arange(len(x))[:, None] + SEGMENTS).flatten(), x.flatten(0, 1))
+    .unflatten(0, (-1, 3)),
+    "index_put, accumulated": accumulated,
+    "scatter_add": lambda x: zeros(x).scatter_add(1, places(x), x),
+    "scatter, added": lambda x: zeros(x).scatter(1, places(x), x, reduce="add"),
+    "scatter_reduce": lambda x: zeros(x).scatter_reduce(1, places(x), x, "sum"),
+}  # fmt: skip
+MEANS: dict[str, Pool] = {
+    "reshaped": lambda x: x[:, SEGMENTS.argsort(stable=True)].unflatten(1, (3, 2)).mean(2),
+    "scatter_reduce": lambda x: zeros(x).scatter_reduce(1, places(x), x, "mean", include_self=False),
+    "scatter_reduce, over others": lambda x: (zeros(x) + 1).scatter_reduce(1, places(x), x, "mean", include_self=False),
+    "index_reduce": lambda x: zeros(x).index_reduce(1, SEGMENTS, x, "mean", include_self=False),
+    "index_add, divided": lambda x: zeros(x).index_add(1, SEGMENTS, x) / SEGMENTS.bincount()[:, None],
+}  # fmt: skip
+LARGEST: dict[str, Pool] = {
+    "reshaped": lambda x: x[:, SEGMENTS.argsort(stable=True)].unflatten(1, (3, 2)).amax(2),
+    "scatter_reduce": lambda x: zeros(x).scatter_reduce(1, places(x), x, "amax", include_self=False),
+    "index_reduce": lambda x: zeros(x).index_reduce(1, SEGMENTS, x, "amax", include_self=False),
+}  # fmt: skip
+ALONE: dict[str, Pool] = {
+    "mean": lambda x: x.mean(1, keepdim=True),
+    "index_add": lambda x: zeros(x, 1).index_add(1, torch.zeros(T, dtype=torch.long), x) / T,
+    "scatter_reduce": lambda x: zeros(x, 1).scatter_reduce(1, torch.zeros_like(places(x)), x, "mean", include_self=False),
+}  # fmt: skip
+WINDOWS: dict[str, Pool] = {
+    "unfolded": lambda x: x.unfold(1, 3, 1).mean(-1),
+    "avg_pool1d": lambda x: F.avg_pool1d(x.mT, 3, 1).mT,
+    "avg_pool2d": lambda x: F.avg_pool2d(x.mT[:, :, None], (1, 3), 1)[:, :, 0].mT,
+}
+PAIRS: dict[str, Pool] = {
+    "reshaped": lambda x: x.unflatten(1, (3, 2)).mean(2),
+    "avg_pool1d": lambda x: F.avg_pool1d(x.mT, 2).mT,
+    "adaptive_avg_pool1d": lambda x: F.adaptive_avg_pool1d(x.mT, 3).mT,
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x.mT.unflatten(2, (3, 2)), (3, 1)).flatten(2).mT,
+}
+LOWER = torch.ones(T, T, dtype=torch.float64).tril()
+RUNNING: dict[str, Pool] = {
+    "masked": lambda x: (LOWER[:, :, None] * x[:, torch.arange(T).repeat(T)].unflatten(1, (T, T))).sum(2),
+    "cumsum": lambda x: x.cumsum(1),
+    "cumsum, turned": lambda x: x.mT.cumsum(-1).mT,
+}
+NO_NAN: dict[str, Pool] = {
+    "sum": lambda x: x.sum(1, keepdim=True) / T,
+    "nansum": lambda x: x.nansum(1, keepdim=True) / T,
+    "nanmean": lambda x: x.nanmean(1, keepdim=True),
+    "nanmean of the last": lambda x: x.mT.nanmean(-1)[:, None],
+}
+WITHOUT_LAST: dict[str, Pool] = {
+    "sliced": lambda x: x[:, :4].sum(1, keepdim=True) / 4,
+    "nanmean": lambda x: x.masked_fill((torch.arange(T) > 3)[:, None], torch.nan).nanmean(1, keepdim=True),
+}
+
+
+def beside(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.mean(1) for part in parts], -1)[:, None].unflatten(2, (3, D))
+
+
+PARTS: dict[str, Pool] = {
+    "sliced": lambda x: beside([x[:, :2], x[:, 2:4], x[:, 4:]]),
+    "tensor_split": lambda x: beside(x.tensor_split(3, 1)),
+    "tensor_split at": lambda x: beside(x.tensor_split((2, 4), 1)),
+    "chunk": lambda x: beside(x.chunk(3, 1)),
+}
+STEPS: dict[str, Pool] = {"sliced": lambda x: (x[:, 1:] - x[:, :-1]).relu(), "diff": lambda x: x.diff(dim=1).relu()}
+ENDS: dict[str, Pool] = {
+    "amin, amax": lambda x: torch.stack([x.amin(1), x.amax(1)], 1),
+    "aminmax": lambda x: torch.stack(torch.aminmax(x, dim=1), 1),
+    "cummin, cummax": lambda x: torch.stack([x.cummin(1).values[:, -1], x.cummax(1).values[:, -1]], 1),
+}
+GROUPS = {
+    "sums": SUMS, "means": MEANS, "largest": LARGEST, "all in one": ALONE, "windows": WINDOWS, "pairs": PAIRS, "running sums": RUNNING,
+    "no NaN": NO_NAN, "NaN at the end": WITHOUT_LAST, "parts": PARTS, "steps": STEPS, "ends": ENDS,
+}  # fmt: skip
+CASES = [(group, name) for group, spellings in GROUPS.items() for name in list(spellings)[1:]]
+METHODS = ("transformer_attribution", "frozen_attribution", "lrp", "attnlrp")
+
+
+@functools.cache
+def plain(group: str, method: str) -> fastrel.Explanation:
+    return fastrel.Explainer(model_of(next(iter(GROUPS[group].values()))), method, backend="torch")(given(), target=1)
+
+
+@pytest.mark.parametrize(("group", "name"), CASES)
+def test_poolings_of_one_function_have_one_map(group: str, name: str) -> None:
+    explainer = fastrel.Explainer(model_of(GROUPS[group][name]), backend="torch")
+    for method in METHODS if group != "running sums" else ("transformer_attribution", "lrp", "attnlrp"):
+        found = explainer.using(method)(given(), target=1)
+        assert not found.report, found.report
+        torch.testing.assert_close(found.relevance, plain(group, method).relevance, rtol=1e-10, atol=1e-13)
+
+
+#: What has no plain spelling, or is to be checked by itself.
+CHECKED: dict[str, Pool] = {
+    **{f"{group}, {name}": GROUPS[group][name] for group, name in CASES},
+    "a place that nothing comes to": lambda x: zeros(x, 5).index_add(1, PADDED, x),
+    "onto tokens": lambda x: x.index_add(1, SEGMENTS, x.sin()),
+    "onto constants": lambda x: (zeros(x) - 0.1).scatter_add(1, places(x), x),
+    "mean and variance": lambda x: torch.stack(torch.var_mean(x, 1), 1),
+    "the norm": lambda x: x.norm(dim=1, keepdim=True),
+    "by sign": lambda x: F.lp_pool1d(x.mT, 2, T).mT,
+    "deviations": lambda x: (x - x.mean(1, keepdim=True)).pow(2).mean(1, keepdim=True),
+    "largest, and what was there": lambda x: zeros(x).scatter_reduce(1, places(x), x, "amax"),
+}  # fmt: skip
+
+
+def check(model: nn.Module, *inputs: Tensor, lost: float = 0.0) -> None:
+    """All of `verify` in float64, the second path included; the gradient to 1e-10."""
+    report = fastrel.Explainer(model, backend="torch").verify(*inputs, target=1)
+    checks: dict[str, Any] = {one.name: one for one in report.checks}
+    assert report.ok, report
+    assert not report.generic, report
+    assert not any("not checked" in one.meaning for one in report.checks), report
+    assert checks["gradient"].value < 1e-10
+    assert checks["relevance"].value < 1e-8
+    assert checks["relevance that arrives"].value <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_poolings_are_verified(name: str) -> None:
+    check(model_of(CHECKED[name]), given())
+
+
+def test_relevance_of_sums_at_places_is_conserved() -> None:
+    """Where something comes to every place, all of its relevance goes on."""
+    from fastrel.rules.places import shares_at_places
+
+    x, rel = torch.randn(2, T, D, dtype=torch.float64), torch.rand(4, 2, 3, D, dtype=torch.float64)
+    found = shares_at_places(torch.ops.aten.scatter_add.default, rel, 3, zeros(x), 1, places(x), x)
+    own = torch.zeros_like(rel).scatter_add(2, places(x).expand(4, -1, -1, -1), found)
+    torch.testing.assert_close(own, rel, rtol=1e-12, atol=1e-14)
+    assert (found >= 0).all()
+
+
+def test_a_window_is_read_as_an_attention_map_by_definition() -> None:
+    """Running sums: x₁ + … + x_t has of token i the part (x_i ∇_t · x_i⁺ R_t / Σ x⁺)⁺ of eq. (13), equal parts where none is > 0."""
+    x, grad, rel, row = (
+        torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(4)
+    )
+    grad[0, 1] = 0
+    rel, row = rel.abs(), row.abs().sum(2, keepdim=True)
+    found = evidence_of_windows(lambda part: part.cumsum(1), x, grad[None], rel[None], row[None], [1], [2])
+    expected = torch.zeros(2, 4, dtype=torch.float64)
+    for b in range(2):
+        for t in range(4):
+            parts = (x[b].cumsum(0)[t].sign() * x[b, : t + 1]).clamp(min=0)
+            own = (x[b, : t + 1] * grad[b, t]).sum(1) * (parts / parts.sum(0) * rel[b, t]).sum(1)
+            own = own.clamp(min=0)
+            own = own / own.sum() if own.sum() > 0 else torch.full_like(own, 1 / (t + 1))
+            expected[b, : t + 1] += row[b, t] * own
+    torch.testing.assert_close(found[0, ..., 0], expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.sum(), row.sum())
