@@ -255,3 +255,30 @@ def test_pictures_with_channels_last_have_their_own_size(pictures: Tensor) -> No
     maps = fastrel.Explainer(Both(None).double().eval())(pictures, pictures.permute(0, 2, 3, 1).contiguous(), target=1).maps
     assert [one.image_size for one in maps.values()] == [(12, 20)] * 2
     torch.testing.assert_close(maps["x"].patches, maps["y"].patches)
+
+
+class MultiQuery(nn.Module):
+    """A class token for `len(x)` samples, and keys and values that all heads share, merged with the queries by einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.cls, self.head = nn.Embedding(20, 32), nn.Parameter(torch.randn(1, 1, 32)), nn.Linear(32, 2)
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 16)]) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.cat([self.cls.expand(len(ids), -1, -1), self.embed(ids)], 1)
+        for query, key_value in self.blocks:  # type: ignore[misc]
+            q, (k, v) = query(x).unflatten(-1, (4, 8)), key_value(x).split(8, -1)
+            attn = (torch.einsum("bthd,bsd->bhts", q, k) / 8**0.5).softmax(-1)
+            x = x + torch.einsum("bhts,bsd->bthd", attn, v).flatten(2)
+        return self.head(x[:, 0])
+
+
+def test_a_single_sample_is_a_batch() -> None:
+    """Whose dimension of size 1 was lost in a reshape, so that heads merged with queries were not found."""
+    ids = torch.randint(20, (3, 7), generator=torch.Generator().manual_seed(1))
+    explainer = fastrel.Explainer(MultiQuery().double().eval())
+    maps = explainer(ids, target=1).relevance
+    alone = torch.cat([explainer(one[None], target=1).relevance for one in ids])
+    torch.testing.assert_close(alone, maps, rtol=1e-10, atol=1e-12)

@@ -102,12 +102,17 @@ def size_of(axis: Axis) -> int:
 
 
 def regroup(axes: Axes, shape: Sequence[int]) -> Axes | None:
-    """The axes after a reshape to `shape`, or None where a boundary cuts through a factor that cannot be split."""
-    factors = [factor for axis in axes for factor in axis if factor[0] != 1]
+    """The axes after a reshape to `shape`, or None where a boundary cuts through a factor that cannot be split.
+
+    A batch of one sample goes where a larger one would.
+    """
+    factors = [factor for axis in axes for factor in axis if factor[0] != 1 or factor[1] == "batch"]
     out: list[Axis] = []
     for size in shape:
         taken: list[Factor] = []
         missing = size
+        while factors and factors[0][0] == 1:
+            taken.append(factors.pop(0))
         while missing != 1:
             if not factors:
                 return None
@@ -122,7 +127,7 @@ def regroup(axes: Axes, shape: Sequence[int]) -> Axes | None:
             else:
                 return None
         out.append(tuple(taken))
-    return tuple(out) if not factors else None
+    return tuple(out) if all(size == 1 for size, _ in factors) else None
 
 
 def groups(source: Sequence[int], result: Sequence[int]) -> list[tuple[list[int], list[int]]]:
