@@ -476,6 +476,38 @@ def test_relevance_of_the_image_is_that_of_the_pixel_rule() -> None:
     assert golden.relative_error(pixels.sum(1), theirs.reshape(3, 32, 32)) < EXACT
 
 
+class Autocast(nn.Module):
+    """A model that multiplies in bfloat16 and keeps its weights in float32."""
+
+    def __init__(self, attend: Any) -> None:
+        super().__init__()
+        self.small = Small(attend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.small(x).float()
+
+
+@pytest.mark.parametrize("attend", [products, fused])
+def test_relevance_passes_through_autocast(attend: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Autocast(attend).eval(), random(3, 5, 6).float()
+    blocks = fastrel.Explainer(model, backend="torch").trace(x, target=CLASSES)
+    found = propagated(model, {"x": x}, CLASSES)[2]
+    assert len(found) == len(blocks) == 2
+    assert blocks[-1].relevance is not None
+    assert golden.relative_error(found[-1].double(), blocks[-1].relevance[0].double()) < 0.02
+
+
+def test_what_is_written_into_a_constant_keeps_its_relevance() -> None:
+    x, rel = random(2, 3).requires_grad_(), random(2, 3)
+    with fastrel.propagation():
+        y = torch.zeros_like(x)
+        y.add_(x)
+        y = y * 2
+    assert torch.equal(torch.autograd.grad(y, x, rel)[0], rel)
+
+
 def test_the_model_and_its_input_are_left_as_they_were() -> None:
     model, given = Around(nn.ReLU(inplace=True), in_place_gelu).double().eval(), {"x": random(3, 5, 6)}
     before = {name: value.clone() for name, value in [*model.state_dict().items(), *given.items()]}
