@@ -10,6 +10,7 @@ eager model use these functions. Formulas come from `fastrel.reference` alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,11 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, rel: Tensor) -> tuple[Tensor | None, ...]:
-        parts = ctx.rule(rel, *ctx.saved_tensors)
+        # Under autocast a layer's input and its weight may have other dtypes; rules compute in the widest, in float32 at least.
+        given = (rel, *ctx.saved_tensors)
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in given if x.is_floating_point()), torch.float32)
+        with torch.autocast(rel.device.type, enabled=False):
+            parts = ctx.rule(*(x.to(dtype) if x.is_floating_point() else x for x in given))
         parts = (parts,) if isinstance(parts, Tensor) else parts
         padded = [*parts, *[None] * (len(ctx.shapes) - len(parts))]
         return None, None, None, *(p if p is None else p.sum_to_size(s) for p, s in zip(padded, ctx.shapes, strict=True))

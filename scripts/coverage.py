@@ -194,7 +194,8 @@ def page(rows: dict[str, list[tuple[str, ...]]]) -> str:
         "Where a model has both kinds (XCiT, DaViT, LambdaNets with attention), maps over tokens are chained, relevance passes",
         "others by the rule of products.",
         "ViLT, Longformer, LED and JetMoE take sizes from numbers of their inputs, which no graph holds (ViLT also draws its patches",
-        "in random order).\n",
+        "in random order). LongT5 attends in blocks of tokens whose number varies with the length, beside its",
+        "heads; experts of Switch Transformers take as many tokens as choose them.\n",
         f"- timm, plain ViT-like families: {count(plain)}",
         f"- timm, all: {count(timm_groups)}",
         *(

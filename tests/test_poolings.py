@@ -142,7 +142,25 @@ ENDS: dict[str, Pool] = {
     "aminmax": lambda x: torch.stack(torch.aminmax(x, dim=1), 1),
     "cummin, cummax": lambda x: torch.stack([x.cummin(1).values[:, -1], x.cummax(1).values[:, -1]], 1),
 }
+QUERIES = torch.linspace(-2, 2, 3 * D, dtype=torch.float64).sin().reshape(3, D)
+ASKED: dict[str, Pool] = {
+    "product": lambda x: (QUERIES[None] @ x.mT).softmax(-1) @ x,
+    "layer, turned": lambda x: F.linear(x, QUERIES).mT.softmax(-1) @ x,
+    "einsum": lambda x: torch.einsum("bqt,btd->bqd", torch.einsum("btd,qd->bqt", x, QUERIES).softmax(-1), x),
+}
+ASKED_ALL: dict[str, Pool] = {
+    "product": lambda x: ((QUERIES[None] @ x.mT).softmax(-1) @ x).sum(1, keepdim=True),
+    "einsum": lambda x: torch.einsum("bqt,btd->bd", torch.einsum("btd,qd->bqt", x, QUERIES).softmax(-1), x)[:, None],
+}
+WEIGHTS = torch.linspace(-0.5, 1, T, dtype=torch.float64)
+WEIGHTED: dict[str, Pool] = {
+    "product": lambda x: (x * WEIGHTS[:, None]).sum(1, keepdim=True),
+    "einsum": lambda x: torch.einsum("btd,t->bd", x, WEIGHTS)[:, None],
+    "einsum, weights first": lambda x: torch.einsum("t,btd->bd", WEIGHTS, x)[:, None],
+    "einsum of as many tokens": lambda x: torch.einsum("t,btd->bd", WEIGHTS, x[:, torch.arange(T)])[:, None],
+}
 GROUPS = {
+    "learned queries": ASKED, "learned queries, summed": ASKED_ALL, "constant weights": WEIGHTED,
     "sums": SUMS, "means": MEANS, "largest": LARGEST, "all in one": ALONE, "windows": WINDOWS, "pairs": PAIRS, "running sums": RUNNING,
     "no NaN": NO_NAN, "NaN at the end": WITHOUT_LAST, "parts": PARTS, "steps": STEPS, "ends": ENDS,
 }  # fmt: skip

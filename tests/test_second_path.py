@@ -185,6 +185,35 @@ def in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return heads(q) @ heads(k).mT / 2
+
+
+def exponentials(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    attn = (scores(q, k) - scores(q, k).amax(-1, keepdim=True)).exp()
+    return tokens(attn / attn.sum(-1, keepdim=True) @ heads(v))
+
+
+def exponentials_of_their_own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    attn = torch.exp(s - s.max(-1, keepdim=True)[0].detach())
+    return tokens((attn / attn.sum(-1)[..., None]) @ heads(v))
+
+
+def divided_after_the_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    attn = torch.exp(scores(q, k))
+    return tokens((attn @ heads(v)) / attn.sum(-1, keepdim=True))
+
+
+def less_the_logarithm_of_sums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    return tokens((s - s.logsumexp(-1, keepdim=True)).exp() @ heads(v))
+
+
+def exponentials_of_a_log_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return tokens(F.log_softmax(scores(q, k), -1).exp() @ heads(v))
+
+
 class Small(nn.Module):
     """Two blocks of attention, spelled as `attend` does."""
 
@@ -204,7 +233,8 @@ class Small(nn.Module):
 
 SPELLINGS = (
     fused, fused_heads_with_batch, products, map_on_the_right, einsum, einsum_heads_last, einsum_values_first, bmm, bmm_heads_first,
-    baddbmm, in_place,
+    baddbmm, in_place, exponentials, exponentials_of_their_own, divided_after_the_product, less_the_logarithm_of_sums,
+    exponentials_of_a_log_softmax,
 )  # fmt: skip
 CLASSES = torch.tensor([0, 1, 2])
 
@@ -216,6 +246,12 @@ def by_products() -> list[Tensor]:
     model, given = Small(products).double().eval(), {"x": random(3, 5, 6)}
     check_model(model, given)
     return propagated(model, given, CLASSES)[2]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS[-5:])
+def test_exponentials_divided_by_their_sums_agree_with_the_program(spelling: Any) -> None:
+    torch.manual_seed(0)
+    check_model(Small(spelling).double().eval(), {"x": random(3, 5, 6)}, "positive", "official")
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -438,6 +474,38 @@ def test_relevance_of_the_image_is_that_of_the_pixel_rule() -> None:
     (pixels,) = torch.autograd.grad(logits, images, one_hot)
     theirs = fastrel.Explainer(model, "lrp_pixels")(**given, target=CLASSES).relevance
     assert golden.relative_error(pixels.sum(1), theirs.reshape(3, 32, 32)) < EXACT
+
+
+class Autocast(nn.Module):
+    """A model that multiplies in bfloat16 and keeps its weights in float32."""
+
+    def __init__(self, attend: Any) -> None:
+        super().__init__()
+        self.small = Small(attend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.small(x).float()
+
+
+@pytest.mark.parametrize("attend", [products, fused])
+def test_relevance_passes_through_autocast(attend: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Autocast(attend).eval(), random(3, 5, 6).float()
+    blocks = fastrel.Explainer(model, backend="torch").trace(x, target=CLASSES)
+    found = propagated(model, {"x": x}, CLASSES)[2]
+    assert len(found) == len(blocks) == 2
+    assert blocks[-1].relevance is not None
+    assert golden.relative_error(found[-1].double(), blocks[-1].relevance[0].double()) < 0.02
+
+
+def test_what_is_written_into_a_constant_keeps_its_relevance() -> None:
+    x, rel = random(2, 3).requires_grad_(), random(2, 3)
+    with fastrel.propagation():
+        y = torch.zeros_like(x)
+        y.add_(x)
+        y = y * 2
+    assert torch.equal(torch.autograd.grad(y, x, rel)[0], rel)
 
 
 def test_the_model_and_its_input_are_left_as_they_were() -> None:

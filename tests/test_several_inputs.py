@@ -138,3 +138,39 @@ def test_maps_of_joined_texts_are_parts_of_the_map_of_one() -> None:
     maps = fastrel.Explainer(join)(first, second, target=[[0, 1], [2, 1]]).maps
     expected = fastrel.Explainer(alone)(torch.cat((first, second), 1), target=[[0, 1], [2, 1]]).relevance
     torch.testing.assert_close(torch.cat([one.relevance for one in maps.values()], -1), expected)
+
+
+#: What a model says of an anchor, a positive and a negative example, read by one encoder.
+TRIPLETS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "distances": lambda a, p, n: F.pairwise_distance(a, n) - F.pairwise_distance(a, p),
+    "squares": lambda a, p, n: (a - n).pow(2).sum(-1) - (a - p).pow(2).sum(-1),
+    "norms": lambda a, p, n: (a - n).norm(dim=-1) - (a - p).norm(dim=-1),
+    "cosines": lambda a, p, n: F.cosine_similarity(a, p) - F.cosine_similarity(a, n),
+}
+
+
+class Triplet(nn.Module):
+    """One block of attention, mean over tokens, and what is said of three."""
+
+    def __init__(self, said: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.said, self.embed = said, nn.Linear(6, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        return self.said(*(self.layer(self.embed(x)).mean(1) for x in (anchor, positive, negative)))
+
+
+@pytest.mark.parametrize("name", TRIPLETS)
+def test_three_inputs_of_one_encoder_share_the_row(name: str) -> None:
+    """Also where the row starts at the last block alone, which one of the three streams holds."""
+    torch.manual_seed(0)
+    model = Triplet(TRIPLETS[name]).double().eval()
+    given = [torch.randn(3, 5, 6, dtype=torch.float64) for _ in range(3)]
+    report = fastrel.Explainer(model, backend="torch").verify(*given, target=lambda out: out)
+    assert report.ok, report
+    assert not report.generic, report
+    assert not any("not checked" in check.meaning for check in report.checks), report
+    last = fastrel.Explainer(model, "raw_attention", start_layer=-1, backend="torch")(*given, target=lambda out: out)
+    total = sum(one.relevance.sum(1) for one in last.maps.values())
+    torch.testing.assert_close(total, torch.ones(3, dtype=torch.float64))

@@ -27,7 +27,7 @@ def _onto(tape: Tape, base: Tensor, added: Callable[[Tensor, Tensor], Tensor], s
     zeros = torch.zeros_like(base.detach())
     if not is_activation(source):
         return add(tape, base, added(zeros, source))
-    total = tape.know(functional.pooling(lambda x: added(zeros, x), source))
+    total = tape.know(functional.pooling(lambda x: added(zeros.to(x.dtype), x), source))
     return add(tape, total, base) if is_activation(base) or bool(base.any()) else total
 
 

@@ -314,8 +314,8 @@ def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: 
     ):  # a map stays one: summed after the product
         kept = result + "".join(c for c in left + right if (c in left) != (c in right) and c not in result)
         if kept != result:
-            whole = _einsum(insert, f"{left},{right}->{kept}", (a, b), active=active)
-            return None if whole is None else _summed(insert, whole, kept, result, result)
+            unsummed = _einsum(insert, f"{left},{right}->{kept}", (a, b), active=active)
+            return None if unsummed is None else _summed(insert, unsummed, kept, result, result)
     a, left = _alone(insert, a, left, {*right, *result})
     b, right = _alone(insert, b, right, {*left, *result})
     batch = [c for c in result if c in left and c in right]

@@ -157,7 +157,7 @@ def _pooled(node: fx.Node, x: fx.Node) -> list[int]:
     """The dimensions of x that a pooling is over."""
     ndim = x.meta["val"].dim()
     if node.target is aten.cumsum.default:
-        return [node.args[1] % ndim]  # type: ignore[operator]
+        return [node.args[1] % ndim]
     return list(range(2, ndim))
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fastrel.graph.nodes import arguments
 from fastrel.graph.places import SUMS, is_sum
 from fastrel.reference import operators, pooling
 from fastrel.rules.generic import divided_row, generic, index_map, summed_features, vjp
@@ -25,7 +26,8 @@ def added_up(t: Context, node: fx.Node, out: Lanes) -> None:
     """
     if not is_sum(node):  # entries put in the place of others
         return (index_map if node.target is aten.index_put.default else generic)(t, node, out)
-    place, kwargs = SUMS[node.target], tuple(node.kwargs.items())
+    op: Any = node.target
+    place, kwargs = SUMS[op], tuple(node.kwargs.items())
     x: Any = node.args[place]
     values = fx.map_arg(node.args, t.value)
     grad = rel = None
@@ -34,7 +36,7 @@ def added_up(t: Context, node: fx.Node, out: Lanes) -> None:
     if out.rel and t.wants(x):
         rel = Lane(t.emit.call(shares_at_places, node.target, t.dense(out.rel, node).node, place, *values))
     features = t.features(x)
-    by: tuple[Any, ...] = (grad.node, rel.node) if t.method.evidence and grad and rel else ()
+    by: Any = (grad.node, rel.node) if t.method.evidence and grad and rel else None
 
     def back(lane: Lane) -> Lane:
         full = t.emit.call(divided_row, t.dense(lane, node, is_row=True).node, *t.shape(node))
@@ -46,7 +48,8 @@ def added_up(t: Context, node: fx.Node, out: Lanes) -> None:
 @rule(aten.scatter_reduce.two, aten.index_reduce.default)
 def largest(t: Context, node: fx.Node, out: Lanes) -> None:
     """The largest of what comes to each place: nothing reaches the others. A row goes where its features' relevance does."""
-    base, x, reduce = (node.args[i] for i in (0, 3, 4))
+    base, _, _, source, reduce = arguments(node, count=5)
+    x: Any = source
     if reduce not in ("amax", "amin") or t.is_active(base):
         return generic(t, node, out)
     kwargs, values = tuple(node.kwargs.items()), fx.map_arg(node.args, t.value)
@@ -63,7 +66,9 @@ def shares_at_places(op: Any, rel: Tensor, place: int, *values: Any) -> Tensor:
     return operators.pooling(lambda x: op(*values[:place], x, *values[place + 1 :]), values[place], rel)
 
 
-def row_at_places(op: Any, row: Tensor, place: int, features: list[int], by: tuple[Tensor, ...], *values: Any) -> Tensor:
+def row_at_places(
+    op: Any, row: Tensor, place: int, features: list[int], by: tuple[Tensor, Tensor] | None, *values: Any
+) -> Tensor:
     """A row [K, *y] that was divided among features, back to [K, *x] of what `op` adds up; `by`: x's gradient and relevance."""
     x = values[place]
     seen = pooling.parts_of_eq_13(x, *by, features) if by else (x != 0).to(row.dtype)[None]
