@@ -46,7 +46,16 @@ def is_map_value(node: fx.Node, axes: Labelled) -> bool:
         return False
     a, v = pair
     queries = holds_tokens(a[-2]) or axes_.size_of(a[-2]) == 1
-    return queries and holds_tokens(a[-1]) and holds_tokens(v[-2]) and not holds_tokens(v[-1])
+    over = queries and holds_tokens(a[-1]) and holds_tokens(v[-2]) and not holds_tokens(v[-1])
+    return over and not is_product_of_maps(node.args[0], axes)
+
+
+def is_product_of_maps(x: Any, axes: Labelled) -> bool:
+    """Whether a map is one over some tokens times one from these to others, as in Nyström's approximation."""
+    while x.target in IDENTITIES:
+        x = x.args[0]
+    pair = _operands(x, axes)
+    return pair is not None and all(holds_tokens(axis) for one in pair for axis in one[-2:])
 
 
 def is_value_map(v: fx.Node, turned: fx.Node, axes: Labelled) -> bool:
