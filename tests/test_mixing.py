@@ -160,7 +160,7 @@ LINEAR: dict[str, tuple[Attend, Attend]] = {
         lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
         lambda q, k, v: (q.softmax(-1) @ k.mT.softmax(-1)) @ v,
     ),
-    "a scale within": (lambda q, k, v: q @ ((k.mT @ v) * 0.2), lambda q, k, v: (q @ k.mT) * 0.2 @ v),
+    "a scale within": (lambda q, k, v: q @ ((k.mT @ v) / k.shape[2]), lambda q, k, v: (q @ k.mT) / k.shape[2] @ v),
 }
 
 

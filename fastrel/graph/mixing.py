@@ -130,7 +130,8 @@ def linear_attention(graph: fx.Graph, axes: Labelled) -> bool:
                 result = insert(scaled(insert(a, k)), v)
             elif holds_tokens(of_b[-1]) and not holds_tokens(of_b[-2]) and (parts := _factors(node, a, axes)):
                 v, k, scaled = parts
-                result = insert(v, scaled(insert(k, b)))
+                b, k = (insert_like(node, aten.transpose.int, x, -2, -1) for x in (b, k))
+                result = insert(v, insert_like(node, aten.transpose.int, scaled(insert(b, k)), -2, -1))
         if result is not None:
             replace(node, result)
             found = True
@@ -181,7 +182,8 @@ def _scale(x: fx.Node, axes: Labelled) -> tuple[Any, Any] | None:
         left, right = right, left
     if right in axes or left not in axes:
         return None
-    sizes = right.meta["val"].shape[-2:] if isinstance(right, fx.Node) else ()
+    value = right.meta["val"] if isinstance(right, fx.Node) else None
+    sizes = value.shape[-2:] if isinstance(value, torch.Tensor) else ()
     return (x.target, right) if all(isinstance(n, int) and n == 1 for n in sizes) else None
 
 
@@ -215,8 +217,9 @@ def ones_beside_values(graph: fx.Graph, axes: Labelled) -> bool:
 
 def _without_ones(x: Any, axes: Labelled) -> fx.Node | None:
     """v of a value [v, 1]."""
-    while x.target in IDENTITIES:
-        x = x.args[0]
+    x, order = _unmoved(x)
+    if order != sorted(order):
+        return None
     if x.target in (aten.pad.default, aten.constant_pad_nd.default):
         value = x.args[-1] if len(x.args) == (4 if x.target is aten.pad.default else 3) else 0
         return x.args[0] if list(x.args[1]) == [0, 1] and value == 1 else None
@@ -233,8 +236,10 @@ def normalised_afterwards(graph: fx.Graph, axes: Labelled) -> bool:
     found = False
     for node in list(graph.nodes):
         for mixed, c in _quotients(node):
+            if mixed not in axes or c not in axes:
+                continue
             product, order = _unmoved(mixed)
-            if not is_map_value(product, axes) or is_softmax_over_keys(product.args[0]) or c not in axes:
+            if not is_map_value(product, axes) or is_softmax_over_keys(product.args[0]):
                 continue
             attn, values = product.args
             if len(axes[c]) != len(order) or not _normalises(c, product, axes):
@@ -264,7 +269,7 @@ def _quotients(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 def _unmoved(x: Any) -> tuple[fx.Node, list[int]]:
     """What a value is a permutation of, and where its dimensions are there."""
     order = list(range(x.meta["val"].dim()))
-    while x.target in IDENTITIES or x.target in _TURNS:
+    while x.target in IDENTITIES or x.target in _TURNS or _is_whole(x):
         if x.target in _TURNS:
             ndim = len(order)
             moved = list(range(ndim))
@@ -276,6 +281,14 @@ def _unmoved(x: Any) -> tuple[fx.Node, list[int]]:
             order = [moved[dim] for dim in order]
         x = x.args[0]
     return x, order
+
+
+def _is_whole(x: fx.Node) -> bool:
+    """Whether a value is all of another, `x[:]`."""
+    if x.target is not aten.slice.Tensor:
+        return False
+    whole: Any = x.args[0]
+    return str(x.meta["val"].shape) == str(whole.meta["val"].shape)
 
 
 def _normalises(c: fx.Node, product: fx.Node, axes: Labelled) -> bool:
