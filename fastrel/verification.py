@@ -407,7 +407,8 @@ def _rows(subject: _Subject) -> Iterator[Check]:
     if any(map(facts.is_mixed_value, facts.nodes)):
         limit, meaning = None, f"the rollout of {blocks} attention maps; where they are no softmax, rows need not sum to 1"
     elif lost > 1e-3:
-        meaning += f", less {lost:.0%} that met constant tokens, attention sinks, blocks without a residual or blocks of other sequences"
+        met = "constant tokens, attention sinks, blocks without a residual or blocks of other sequences"
+        meaning += f", less {lost:.0%} that met {met}"
     yield Check("rows", max(excess, 0.0), limit, meaning)
 
 

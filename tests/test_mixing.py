@@ -189,7 +189,7 @@ class Two(Planted):
         """Token ids [B, T] -> logits [B, 3]."""
         x = F.embedding(ids, self.table)
         for w, mix in zip(self.blocks, self.mixes, strict=True):
-            x = x + mix(w, w.norm1(x))
+            x = x + mix(w, w.norm1(x))  # type: ignore[arg-type, operator]
         return self.head(x[:, 0])
 
 

@@ -87,7 +87,7 @@ def brought_back(node: fx.Node, axes: Labelled) -> fx.Node | None:
     that the product keeps, or the running sum over tokens of which one is made; None where there is none."""
     if (pair := _operands(node, axes)) is None:
         return None
-    (a, b), (of_a, of_b) = node.args, pair  # type: ignore[misc]
+    (a, b), (of_a, of_b) = node.args, pair
     for x, kept, summed in ((b, of_a[-2], of_a[-1]), (a, of_b[-1], of_b[-2])):
         brings = holds_tokens(kept) and not holds_tokens(summed)
         for found in _linearly_made_of(x, axes):
