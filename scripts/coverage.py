@@ -194,7 +194,7 @@ def page(rows: dict[str, list[tuple[str, ...]]]) -> str:
         "refused: additive or channel attention (EdgeNeXt, MobileViTv2, SwiftFormer), pooling or Fourier mixing (PoolFormer, FNet);",
         "and so is what brings sums over tokens back to them in a form whose map is not found. Where a model has channel attention",
         "as well (XCiT, DaViT), maps over tokens are chained, relevance passes others by the rule of products. CoaT was built for",
-        "128 × 128 pixels: an implied map takes memory that the model does not need.",
+        "112 × 112 or 128 × 128 pixels: an implied map takes memory that the model does not need.",
         "ViLT, Longformer, LED and JetMoE take sizes from numbers of their inputs, which no graph holds (ViLT also draws its patches",
         "in random order).\n",
         f"- timm, plain ViT-like families: {count(plain)}",
