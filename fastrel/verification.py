@@ -387,14 +387,14 @@ def _rows(subject: _Subject) -> Iterator[Check]:
     expected = 2.0**blocks
     excess = max(float((total / expected).max()), float(last.max())) - 1  # type: ignore[union-attr]
     lost = 1 - float((total / expected).min())  # type: ignore[union-attr]
-    meaning = f"the rollout of {blocks} attention maps adds up to 2ⁿ" + (
-        f", less {lost:.0%} that met constant tokens, attention sinks, blocks without a residual or blocks of other sequences"
-        if lost > 1e-3
-        else ""
-    )
+    meaning = f"the rollout of {blocks} attention maps adds up to 2ⁿ"
     limit: float | None = subject.limit(1e-9, 1e-4, 2e-2)
-    if any(map(subject.call.captured.facts.is_mixed_value, subject.call.captured.facts.nodes)):
-        limit, meaning = None, f"{meaning}; where maps are no softmax, rows need not sum to 1"
+    facts = subject.call.captured.facts
+    if any(map(facts.is_mixed_value, facts.nodes)):
+        limit, meaning = None, f"the rollout of {blocks} attention maps; where they are no softmax, rows need not sum to 1"
+    elif lost > 1e-3:
+        met = "constant tokens, attention sinks, blocks without a residual or blocks of other sequences"
+        meaning += f", less {lost:.0%} that met {met}"
     yield Check("rows", max(excess, 0.0), limit, meaning)
 
 

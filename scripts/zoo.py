@@ -196,13 +196,14 @@ def _timm(name: str) -> Case:
     # Depth does not change what kinds of nodes there are; the largest take too long whole.
     shallow = {"depth": 2} if any(size in name for size in ("base", "large", "dinov2", "16_384")) else {}
     # Linear attention has no map until it is explained; of 3,137 tokens of each of many blocks, all at once, verify holds too much.
-    smaller = {"img_size": 112} if name.startswith("coat_") else {}
+    size = {"coat_lite_tiny": 112, "coat_tiny": 128}.get(name)
+    smaller = {} if size is None else {"img_size": size}
     try:
         model = timm.create_model(name, num_classes=10, **shallow, **smaller).eval()
     except TypeError:
         model = timm.create_model(name, num_classes=10).eval()
-    size = [3, 112, 112] if smaller else model.pretrained_cfg["input_size"]
-    return Case(model, {"x": torch.randn(2, *size)})
+    shape = model.pretrained_cfg["input_size"] if size is None else (3, size, size)
+    return Case(model, {"x": torch.randn(2, *shape)})
 
 
 def _ids(length: int = 12) -> Tensor:

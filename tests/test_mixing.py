@@ -160,7 +160,7 @@ LINEAR: dict[str, tuple[Attend, Attend]] = {
         lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
         lambda q, k, v: (q.softmax(-1) @ k.mT.softmax(-1)) @ v,
     ),
-    "a scale within": (lambda q, k, v: q @ ((k.mT @ v) * 0.2), lambda q, k, v: (q @ k.mT) * 0.2 @ v),
+    "a scale within": (lambda q, k, v: q @ ((k.mT @ v) / k.shape[2]), lambda q, k, v: (q @ k.mT) / k.shape[2] @ v),
 }
 
 
@@ -189,7 +189,7 @@ class Two(Planted):
         """Token ids [B, T] -> logits [B, 3]."""
         x = F.embedding(ids, self.table)
         for w, mix in zip(self.blocks, self.mixes, strict=True):
-            x = x + mix(w, w.norm1(x))
+            x = x + mix(w, w.norm1(x))  # type: ignore[arg-type, operator]
         return self.head(x[:, 0])
 
 

@@ -295,7 +295,7 @@ def _turned_back(graph: fx.Graph, v: Any, turned: Any, axes: Labelled) -> fx.Nod
     ndim = turned.meta["val"].dim()
     if turned.target is aten.transpose.int and {dim % ndim for dim in turned.args[1:]} == {ndim - 2, ndim - 1}:
         attn: Any = turned.args[0]
-        if is_softmax_over_keys(attn):
+        if is_softmax_over_keys(attn) or mixing.is_value_map(v, turned, axes):
             return attn
     if turned.target is not aten.softmax.int or turned.args[1] % ndim != ndim - 2:
         return insert_call(graph, aten.transpose.int, turned, -2, -1) if mixing.is_value_map(v, turned, axes) else None

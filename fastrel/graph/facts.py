@@ -164,9 +164,16 @@ class Facts:
         return is_talking_heads_value(node) or mixing.is_map_value(node, self.axes)
 
     def unknown_mixing(self, node: fx.Node) -> str | None:
-        """What to say of a product that brings sums over tokens back to each of them in a form whose map is not known; else None."""
+        """What to say of a product that mixes tokens by a map that is not known, or brings sums over them back; else None."""
+        if node.target not in mixing.PRODUCTS or self._attends(node):
+            return None
+        if mixing.is_product_of_maps(node.args[0], self.axes) and not mixing.is_product_of_maps(node, self.axes):
+            return (
+                f"cannot follow tokens through {describe(node)}: it mixes them by a matrix that is no softmax, a product of maps, as "
+                "approximations of attention are (Nyström's)"
+            )
         sums = mixing.brought_back(node, self.axes)
-        if sums is None or self._attends(node):
+        if sums is None:
             return None
         return (
             f"{describe(node)} brings to each token what {describe(sums)} summed over them: linear attention in a form whose map "

@@ -46,7 +46,16 @@ def is_map_value(node: fx.Node, axes: Labelled) -> bool:
         return False
     a, v = pair
     queries = holds_tokens(a[-2]) or axes_.size_of(a[-2]) == 1
-    return queries and holds_tokens(a[-1]) and holds_tokens(v[-2]) and not holds_tokens(v[-1])
+    over = queries and holds_tokens(a[-1]) and holds_tokens(v[-2]) and not holds_tokens(v[-1])
+    return over and not is_product_of_maps(node.args[0], axes)
+
+
+def is_product_of_maps(x: Any, axes: Labelled) -> bool:
+    """Whether a map is one over some tokens times one from these to others, as in Nyström's approximation."""
+    while x.target in IDENTITIES:
+        x = x.args[0]
+    pair = _operands(x, axes)
+    return pair is not None and all(holds_tokens(axis) for one in pair for axis in one[-2:])
 
 
 def is_value_map(v: fx.Node, turned: fx.Node, axes: Labelled) -> bool:
@@ -78,7 +87,7 @@ def brought_back(node: fx.Node, axes: Labelled) -> fx.Node | None:
     that the product keeps, or the running sum over tokens of which one is made; None where there is none."""
     if (pair := _operands(node, axes)) is None:
         return None
-    (a, b), (of_a, of_b) = node.args, pair  # type: ignore[misc]
+    (a, b), (of_a, of_b) = node.args, pair
     for x, kept, summed in ((b, of_a[-2], of_a[-1]), (a, of_b[-1], of_b[-2])):
         brings = holds_tokens(kept) and not holds_tokens(summed)
         for found in _linearly_made_of(x, axes):
@@ -121,7 +130,8 @@ def linear_attention(graph: fx.Graph, axes: Labelled) -> bool:
                 result = insert(scaled(insert(a, k)), v)
             elif holds_tokens(of_b[-1]) and not holds_tokens(of_b[-2]) and (parts := _factors(node, a, axes)):
                 v, k, scaled = parts
-                result = insert(v, scaled(insert(k, b)))
+                b, k = (insert_like(node, aten.transpose.int, x, -2, -1) for x in (b, k))
+                result = insert(v, insert_like(node, aten.transpose.int, scaled(insert(b, k)), -2, -1))
         if result is not None:
             replace(node, result)
             found = True
@@ -172,7 +182,8 @@ def _scale(x: fx.Node, axes: Labelled) -> tuple[Any, Any] | None:
         left, right = right, left
     if right in axes or left not in axes:
         return None
-    sizes = right.meta["val"].shape[-2:] if isinstance(right, fx.Node) else ()
+    value = right.meta["val"] if isinstance(right, fx.Node) else None
+    sizes = value.shape[-2:] if isinstance(value, torch.Tensor) else ()
     return (x.target, right) if all(isinstance(n, int) and n == 1 for n in sizes) else None
 
 
@@ -206,8 +217,9 @@ def ones_beside_values(graph: fx.Graph, axes: Labelled) -> bool:
 
 def _without_ones(x: Any, axes: Labelled) -> fx.Node | None:
     """v of a value [v, 1]."""
-    while x.target in IDENTITIES:
-        x = x.args[0]
+    x, order = _unmoved(x)
+    if order != sorted(order):
+        return None
     if x.target in (aten.pad.default, aten.constant_pad_nd.default):
         value = x.args[-1] if len(x.args) == (4 if x.target is aten.pad.default else 3) else 0
         return x.args[0] if list(x.args[1]) == [0, 1] and value == 1 else None
@@ -224,8 +236,10 @@ def normalised_afterwards(graph: fx.Graph, axes: Labelled) -> bool:
     found = False
     for node in list(graph.nodes):
         for mixed, c in _quotients(node):
+            if mixed not in axes or c not in axes:
+                continue
             product, order = _unmoved(mixed)
-            if not is_map_value(product, axes) or is_softmax_over_keys(product.args[0]) or c not in axes:
+            if not is_map_value(product, axes) or is_softmax_over_keys(product.args[0]):
                 continue
             attn, values = product.args
             if len(axes[c]) != len(order) or not _normalises(c, product, axes):
@@ -255,7 +269,7 @@ def _quotients(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 def _unmoved(x: Any) -> tuple[fx.Node, list[int]]:
     """What a value is a permutation of, and where its dimensions are there."""
     order = list(range(x.meta["val"].dim()))
-    while x.target in IDENTITIES or x.target in _TURNS:
+    while x.target in IDENTITIES or x.target in _TURNS or _is_whole(x):
         if x.target in _TURNS:
             ndim = len(order)
             moved = list(range(ndim))
@@ -267,6 +281,14 @@ def _unmoved(x: Any) -> tuple[fx.Node, list[int]]:
             order = [moved[dim] for dim in order]
         x = x.args[0]
     return x, order
+
+
+def _is_whole(x: fx.Node) -> bool:
+    """Whether a value is all of another, `x[:]`."""
+    if x.target is not aten.slice.Tensor:
+        return False
+    whole: Any = x.args[0]
+    return str(x.meta["val"].shape) == str(whole.meta["val"].shape)
 
 
 def _normalises(c: fx.Node, product: fx.Node, axes: Labelled) -> bool:

@@ -9,7 +9,6 @@ from torch import Tensor, fx
 
 from fastrel import ops
 from fastrel.errors import InputError, UnsupportedModelError
-from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments, describe
 from fastrel.graph.patterns import IDENTITIES, SOFTMAXES, is_attention_value
 from fastrel.ops.attention import attention_probabilities, attention_scores, carries_scores
@@ -343,9 +342,7 @@ def _pass_row(t: Context, node: fx.Node, operands: tuple[fx.Node, ...], row: Row
     for x in operands:
         if t.is_active(x) and t.row_shape(x) == t.row_shape(node):
             return t.give(x, row=row)
-    mixes = t.is_active(left) and not axes_.is_feature(t.axes(left)[-1])
-    why = ": it mixes them by a matrix that is no softmax, as approximations of attention do (Nyström's)" if mixes else ""
-    raise UnsupportedModelError(f"cannot follow tokens through {describe(node)}{why}")
+    raise UnsupportedModelError(f"cannot follow tokens through {describe(node)}")
 
 
 def _pairs_row(t: Context, node: fx.Node, left: fx.Node, right: fx.Node, row: Row) -> None:
