@@ -51,7 +51,7 @@ Tensor zplus_sides(Tensor x_any) {
   const Tensor result = empty_like_shape(x, {width ? n / width : 0, 2 * width});
   if (n == 0) return result;
   const Context context(x);
-  FASTREL_LAUNCH(context, cuda::sides_kernel, grid_of(blocks_for(n)), n, width, values<float>(x), bits(result));
+  FASTREL_LAUNCH(context, cuda::sides_kernel<float>, grid_of(blocks_for(n)), n, width, values<float>(x), bits(result));
   return result;
 }
 

@@ -21,13 +21,14 @@ __global__ void parts_kernel(int64_t n, int64_t width, int64_t parts, const T* l
 }
 
 // x [n / width, width] of 16 bits -> [x⁺ x⁻] [n / width, 2 · width] of the same.
-__global__ inline void sides_kernel(int64_t n, int64_t width, Values<float> x, uint16_t* out) {
+template <class T>
+__global__ void sides_kernel(int64_t n, int64_t width, Values<T> x, uint16_t* out) {
   const auto* bits = static_cast<const uint16_t*>(x.data);
   FASTREL_EACH(i, n) {
-    const float value = x[i];
+    const T value = x[i];
     uint16_t* to = out + (i / width) * 2 * width + i % width;
-    to[0] = value < 0.0f ? 0 : bits[i];
-    to[width] = value > 0.0f ? 0 : bits[i];
+    to[0] = value < T(0) ? 0 : bits[i];
+    to[width] = value > T(0) ? 0 : bits[i];
   }
 }
 
