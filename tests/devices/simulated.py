@@ -79,7 +79,7 @@ def float8_layer(
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, rel: Tensor, grad: Tensor, row: Tensor | None, scale: float,
-    is_causal: bool, query_start: int, rules: str, update: str, normalize: bool, inputs: bool,
+    is_causal: bool, query_start: int, rules: str, update: str, normalize: bool, inputs: bool, halves: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """16-bit q, k, v under the positive rules, in TF32: what the sweeps round, where they do."""
     assert rules == "positive"
@@ -97,7 +97,9 @@ def attention(
     if not inputs:
         return (none,) * 6 + (kept, through)
     narrow, weighted = tf32(attn).mT, tf32(attn * (grad_attn - delta) * scale)
-    return none, none, relevant * (narrow @ s), weighted @ k, weighted.mT @ q, narrow @ grad, kept, through
+    share = 0.5 if halves else 1.0
+    grads = weighted @ k * share * share, weighted.mT @ q * share * share, narrow @ grad * share
+    return none, none, relevant * (narrow @ s), *grads, kept, through
 
 
 def operators() -> dict[Any, Callable[..., Any]]:
@@ -123,10 +125,12 @@ def operators() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def explained(model: nn.Module, image: Tensor, target: int, precision: str = "float32", exact: bool = False) -> Tensor:
-    """The map of one image, as the Triton backend would compute it; exact: the same operators without any rounding."""
+def explained(
+    model: nn.Module, given: dict[str, Tensor], classes: Tensor, precision: str = "float32", exact: bool = False
+) -> Tensor:
+    """The maps [B, K, T] of classes [B, K], as the Triton backend would compute it; exact: the same operators without any rounding."""
     with recorded(90), mock.patch.object(fusion, "fuse", lambda graph: None):  # operators one by one
-        program, values = lowered(model, {"x": image}, torch.device("cuda:0"), precision=precision)
+        program, values = lowered(model, given, torch.device("cuda:0"), precision=precision)
         launchers = triton.kernels()
     simulated = operators()
     if exact:
@@ -142,14 +146,14 @@ def explained(model: nn.Module, image: Tensor, target: int, precision: str = "fl
             node.target = lambda lane, weight: (lanes(lane) if weight.dtype == torch.bfloat16 else lane) @ weight.float()
         if op in simulated:
             node.target = simulated[op]
-        elif op in (ops.residual_add, ops.layer_norm_backward):
+        elif op in (ops.residual_add, ops.layer_norm_backward, ops.activation_ratio):
             node.target = _widened(REFERENCES[op])
         elif op in REFERENCES and op is not ops.reduced_weight:
             node.target = REFERENCES[op]
     program.reverse.recompile()
     with torch.no_grad():
-        _, _, relevance, _ = run(program, values, torch.tensor([[target]]))
-    return relevance[0][0, 0]
+        _, _, relevance, _ = run(program, values, classes)
+    return relevance[0]
 
 
 def _widened(reference: Callable[..., Any]) -> Callable[..., Any]:
