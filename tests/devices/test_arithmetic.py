@@ -38,14 +38,13 @@ def test_maps_of_clip_on_tensor_cores(clip: nn.Module, name: str) -> None:
     dtype, precision, bound = BOUNDS[name]
     model = copy.deepcopy(clip).to(dtype)
     for i in range(2):
-        image = photograph(i).to(dtype)
+        given = {"x": photograph(i).to(dtype)}
         with torch.no_grad():
-            target = int(model(image).argmax())
-        exact = simulated.explained(model, image, target, exact=True)
-        ours = simulated.explained(model, image, target, precision)
-        error = golden.map_error(ours[None], exact[None])
-        assert 1e-6 < error <= bound
-        assert spearmanr(ours[1:], exact[1:]).statistic >= 0.9999
+            target = model(given["x"]).argmax(1, keepdim=True)
+        exact = simulated.explained(model, given, target, exact=True)
+        ours = simulated.explained(model, given, target, precision)
+        assert 1e-6 < golden.map_error(ours, exact) <= bound
+        assert spearmanr(ours[0, 0, 1:], exact[0, 0, 1:]).statistic >= 0.9999
 
 
 def test_rounding_is_torchs_own_where_torch_has_the_dtype() -> None:

@@ -93,12 +93,16 @@ def _reduced(purpose: Any, sizes: tuple[int, ...] = (37, 100, 70), bias: bool = 
 
 
 def _attention(
-    dtype: torch.dtype, rules: str, sizes: tuple[int, int, int], mask: str, which: int, bias: torch.dtype | None = None
-) -> None:
-    """which: 0 for lanes of the inputs, 1 for rows that are scaled, of `cases.attention`; 2 for both at once."""
+    dtype: torch.dtype, rules: str, sizes: tuple[int, int, int], mask: str, which: int, bias: torch.dtype | None = None,
+    halves: bool | None = None,
+) -> None:  # fmt: skip
+    """which: 0 for lanes of the inputs, 1 for rows that are scaled, of `cases.attention`; 2 for both at once.
+
+    halves: of the gradient; unless told, as the default method has it, under the positive rules.
+    """
     q, k, v, given, rel, grad, row, *options = list(cases.attention(dtype, rules, *sizes, mask))[min(which, 1)]
-    if which == 2:
-        options[-2:] = [True, True]
+    normalize, inputs = (True, True) if which == 2 else options[5:7]
+    options[5:] = [normalize, inputs, rules == "positive" if halves is None else halves]
     if bias is not None:
         given = given.to(bias)
     operand = None if dtype == FLOAT32 else arithmetic.tf32
@@ -189,7 +193,7 @@ def _slope(dtype: torch.dtype, approximate: str, frozen: bool) -> None:
 
 def _block(dtype: torch.dtype, purpose: Any = None) -> None:
     """A block's layers with Z formed in one launch: the same numbers as one by one, whose checks hold for them. The first takes
-    gelu's slope, the last the gradient of more outputs."""
+    gelu's slope, AttnLRP's and its own, the last the gradient of more outputs."""
     kernels, tokens = triton.kernels(), 5
     op = kernels[ops.zplus_linear_reduced if purpose else ops.zplus_linear]
     wide = torch.randn(39, 20).to(dtype)
@@ -210,16 +214,17 @@ def _block(dtype: torch.dtype, purpose: Any = None) -> None:
         values = (x, *w, *((own,) if purpose else ()), y, bias)
         more = {"w_grad": wide} if i == 3 and not purpose else {}
         divided = safe_divide(rel, z.view(y.shape)) if formed else rel
-        slope, divisor = {"slope": x} if i == 0 else {}, sums[1] if i == 0 else None
-        ours = op(*values, divided, grad, *tail, sums=z, formed=formed, divisor=divisor, **more, **slope)
-        alone = op(*values, rel, None if i == 3 else grad, *tail, **slope)
-        wanted = alone[0] if divisor is None else safe_divide(alone[0], divisor.view(1, tokens, -1))
-        assert torch.equal(ours[0], wanted)
-        if i == 3:
-            exact = grad.double() @ (own if purpose else wide).double()
+        divisor = sums[1] if i == 0 else None
+        for frozen in (True, False) if i == 0 else (False,):
+            slope = {"slope": x, "frozen": frozen} if i == 0 else {}
+            ours = op(*values, divided, grad, *tail, sums=z, formed=formed, divisor=divisor, **more, **slope)
+            alone = op(*values, rel, None if i == 3 else grad, *tail, **slope)
+            wanted = alone[0] if divisor is None else safe_divide(alone[0], divisor.view(1, tokens, -1))
+            assert torch.equal(ours[0], wanted)
+            assert i == 3 or torch.equal(ours[1], alone[1])
+            exact = grad.double() @ (own if purpose else wide if i == 3 else w[0]).double()
+            exact = cases.through_gelu(exact, x.double(), "none", frozen) if i == 0 else exact
             assert golden.relative_error(ours[1].double(), exact) < (5e-3 if purpose else 5e-6)
-        else:
-            assert torch.equal(ours[1], alone[1])
 
 
 def _half_block(dtype: torch.dtype, width: int, frozen: bool = False) -> None:
@@ -283,7 +288,7 @@ def linears() -> Iterator[tuple[str, Call]]:
         yield name, Call(lambda how=how: _gelu(BFLOAT16 if how[1] else FLOAT32, *how))
 
 
-#: Names, and rules, dtype, queries, keys, head size, mask, lanes, and the dtype of a bias.
+#: Names, and dtype, rules, queries, keys, head size, mask, lanes, the dtype of a bias, and halves of the gradient.
 ATTENTIONS: dict[str, tuple[Any, ...]] = {
     "float32, d 32": (FLOAT32, "positive", (40, 17, 32), "none", 0),
     "float32, d 64": (FLOAT32, "positive", (33, 40, 64), "none", 0),
@@ -293,10 +298,12 @@ ATTENTIONS: dict[str, tuple[Any, ...]] = {
     "float32, d 64, scaled rows alone": (FLOAT32, "positive", (33, 40, 64), "none", 1),
     "float32, d 128, scaled rows alone": (FLOAT32, "positive", (17, 33, 128), "none", 1),
     "bfloat16, d 64, scaled rows alone": (BFLOAT16, "positive", (33, 40, 64), "none", 1),
+    "float32, d 64, whole gradient": (FLOAT32, "positive", (33, 40, 64), "none", 0, None, False),
+    "bfloat16, d 32, whole gradient": (BFLOAT16, "positive", (40, 70, 32), "none", 0, None, False),
     "float32, d 72, two queries": (FLOAT32, "positive", (2, 65, 72), "none", 2),
     "float32, official, d 32, bias": (FLOAT32, "official", (40, 17, 32), "float", 2),
     "float32, official, d 64, bias": (FLOAT32, "official", (17, 33, 64), "float", 2),
-    "float32, official, d 24, causal": (FLOAT32, "official", (5, 37, 24), "causal", 2),
+    "float32, official, d 24, causal, halves": (FLOAT32, "official", (5, 37, 24), "causal", 2, None, True),
     "float32, official, d 8, keep": (FLOAT32, "official", (35, 37, 8), "bool", 0),
     "bfloat16, d 32": (BFLOAT16, "positive", (40, 70, 32), "none", 2),
     "bfloat16, d 32, together": (BFLOAT16, "positive", (40, 70, 32), "none", 0),
@@ -309,6 +316,15 @@ ATTENTIONS: dict[str, tuple[Any, ...]] = {
     "float16, d 80, causal": (FLOAT16, "positive", (3, 17, 80), "causal", 2),
 }
 
+#: Those that are launched otherwise where rows are many.
+MANY_ROWS = (
+    "float32, d 32",
+    "bfloat16, d 32, together",
+    "float32, d 64",
+    "bfloat16, d 64",
+    "float32, d 64, whole gradient",
+)
+
 #: Updates of other methods, and the lanes that they come with.
 METHODS = (("gradient_attention", "grad"), ("relevance", "rel"), ("attention", "none"))
 
@@ -317,7 +333,7 @@ def attentions() -> Iterator[tuple[str, Call]]:
     """`attention_relevance`."""
     for name, options in ATTENTIONS.items():
         yield name, Call(lambda options=options: _attention(*options))
-    for name in ("float32, d 32", "bfloat16, d 32, together", "float32, d 64", "bfloat16, d 64"):
+    for name in MANY_ROWS:
         yield f"{name.split(', together')[0]}, many rows", Call(lambda name=name: _attention(*ATTENTIONS[name]), many=True)
     for update, lanes in METHODS:
         yield f"float32, {update}", Call(lambda update=update, lanes=lanes: _methods(update, lanes))
@@ -335,9 +351,15 @@ def others() -> Iterator[tuple[str, Call]]:
         yield f"ratio of an activation, {dtype}", Call(lambda dtype=dtype: _ratio(dtype))
     yield "half a block of 63", Call(lambda: _half_block(FLOAT32, 63))
     yield "half a block of 768, frozen", Call(lambda: _half_block(FLOAT32, 768, frozen=True))
-    yield "layer norm 768, frozen", Call(lambda: _norm(768, FLOAT32, frozen=True))
+    for width in (768, layer_norm_backward.WIDEST):
+        yield f"layer norm {width}, frozen", Call(lambda width=width: _norm(width, FLOAT32, frozen=True))
     yield "half a block of 768, bfloat16", Call(lambda: _half_block(BFLOAT16, 768))
-    yield "half a block of the widest", Call(lambda: _half_block(FLOAT32, layer_norm_backward.WIDEST))
+    for frozen in (False, True):
+        name = ", frozen" if frozen else ""
+        yield (
+            f"half a block of the widest{name}",
+            Call(lambda frozen=frozen: _half_block(FLOAT32, layer_norm_backward.WIDEST, frozen)),
+        )
     for width in (3, 63, 768, layer_norm_backward.WIDEST):
         yield f"layer norm {width}", Call(lambda width=width: _norm(width, FLOAT32))
     yield "layer norm 1030, float16, no weight", Call(lambda: _norm(1030, FLOAT16, weighted=False))
