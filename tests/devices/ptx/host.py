@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -86,7 +87,7 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def emulated(device: Device) -> Iterator[None]:
-    """Everything inside is launched on an emulated GPU."""
+    """Everything inside is launched on an emulated GPU. What launchers allocate is NaN until a kernel writes it."""
 
     def compile_(
         self: JITFunction, key: Any, signature: Any, index: int, constants: Any, options: Any, attrs: Any, _: bool
@@ -101,8 +102,17 @@ def emulated(device: Device) -> Iterator[None]:
     def caches(self: JITFunction) -> Any:
         return device.caches.setdefault(self, defaultdict(self.create_binder))
 
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def empty(*args: Any, **options: Any) -> Tensor:
+            x = allocate(*args, **options)
+            return x.fill_(torch.nan) if x.is_floating_point() and x.numel() else x
+
+        return empty
+
     before = None if driver._active is None else driver.active
     with (
+        mock.patch.object(torch, "empty", poisoned(torch.empty)),
+        mock.patch.object(torch, "empty_like", poisoned(torch.empty_like)),
         mock.patch.object(JITFunction, "_do_compile", compile_),
         mock.patch.object(JITFunction, "device_caches", property(caches, lambda self, value: None), create=True),
     ):
