@@ -155,7 +155,7 @@ LINEAR: dict[str, tuple[Attend, Attend]] = {
     "ones beside values": (beside_ones, map_of(elu)),
     "tokens last": (tokens_last, map_of(elu)),
     "random features": (linear(features), map_of(features)),
-    "keys by softmax": (lambda q, k, v: q @ (k.softmax(2).mT @ v) * 0.5, lambda q, k, v: (q @ k.mT.softmax(-1)) * 0.5 @ v),
+    "keys by softmax": (lambda q, k, v: q @ (k.softmax(2).mT @ v) * 0.5, lambda q, k, v: (q @ k.mT.softmax(-1)) @ v * 0.5),
     "both by softmax": (
         lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
         lambda q, k, v: (q.softmax(-1) @ k.mT.softmax(-1)) @ v,

@@ -68,6 +68,21 @@ def _is_empty(x: fx.Node, dim: int) -> bool:
 
 
 @rewrite
+def computed_once(graph: fx.Graph, axes: Labelled) -> bool:
+    """A layer that a model computes twice of one value (w(x) · σ(w(x))) becomes one; whether there was any."""
+    first: dict[Any, fx.Node] = {}
+    found = False
+    for node in list(graph.nodes):
+        if node.target not in (aten.linear.default, aten.addmm.default):
+            continue
+        before = first.setdefault((node.target, node.args, *node.kwargs.items()), node)
+        if before is not node:
+            replace(node, before)
+            found = True
+    return found
+
+
+@rewrite
 def looked_up(graph: fx.Graph, axes: Labelled) -> bool:
     """table[ids], table.index_select(0, ids) and one_hot(ids) @ table become embeddings; whether there was any."""
     found = False
