@@ -39,8 +39,14 @@ LIMIT_VARIABLE = "FASTREL_WEIGHTS_MB"
 
 @dataclass(frozen=True)
 class _Prepared:
+    """What was made of a weight; None stands for that itself, which would keep its own key alive."""
+
     mark: Tensor | tuple[int, int]
-    result: tuple[Tensor, ...]
+    made: tuple[Tensor | None, ...]
+
+    def of(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The same with the weight in its places."""
+        return tuple(weight if x is None else x for x in self.made)
 
 
 #: Per parameter, by what was asked for; gone with the parameter.
@@ -97,7 +103,7 @@ def kept(prepare: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tens
         key = (purpose, prepare, weight.storage_offset(), weight.shape, weight.stride())
         found = _kept.get(owner, {}).get(key)
         if found and torch.equal(found.mark, digest):
-            return found.result
+            return found.of(weight)
         return _made(owner, key, digest, prepare(weight, purpose), weight)
 
     return prepared
@@ -115,7 +121,7 @@ def kept_by_version(prepare: Callable[..., tuple[Tensor, ...]]) -> Callable[...,
         mark = (weight._version, weight.data_ptr())
         found = _kept.get(owner, {}).get(key)
         if found and found.mark == mark:
-            return found.result
+            return found.of(weight)
         return _made(owner, key, mark, prepare(weight, purpose), weight)
 
     return prepared
@@ -128,9 +134,10 @@ def forget() -> None:
 
 
 def _made(owner: Tensor, key: Any, mark: Any, result: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:
-    """What was just prepared, kept if anything was made: what is kept must not keep its own key alive."""
-    if not any(x is weight for x in result):
-        _keep(owner, key, _Prepared(mark, result))
+    """What was just prepared, kept if anything was made."""
+    made = tuple(None if x is weight else x for x in result)
+    if any(x is not None for x in made):
+        _keep(owner, key, _Prepared(mark, made))
     return result
 
 
@@ -141,7 +148,7 @@ def _keys(count: int) -> Tensor:
 
 
 def _keep(owner: Tensor, key: Any, made: _Prepared) -> None:
-    size = sum(x.untyped_storage().nbytes() for x in made.result)
+    size = sum(x.untyped_storage().nbytes() for x in made.made if x is not None)
     with _lock:
         entries = _kept.setdefault(owner, {})
         entries.pop(key, None)

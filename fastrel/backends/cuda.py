@@ -221,8 +221,7 @@ def attention_relevance(
     given = rel if rel is not None else grad if grad is not None else row
     if given is not None:
         q, k, v = (
-            x if x.dtype == given.dtype else torch.empty(x.shape, dtype=given.dtype, device=x.device).copy_(x)
-            for x in (q, k, v)
+            x if x.dtype == given.dtype else x.to(given.dtype, memory_format=torch.contiguous_format) for x in (q, k, v)
         )
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
     targets, official = 1 if given is None else len(given), rules == "official"

@@ -433,7 +433,7 @@ def test_nothing_is_compiled_for_an_operator_that_the_backend_has_not(monkeypatc
 def test_16_bit_values_reach_the_cuda_passes_without_casts(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, precision: str
 ) -> None:
-    """And torch's products their operands; what is made of a weight is made once."""
+    """And torch's products their operands, apart from attention's; what is made of a weight is made once."""
     monkeypatch.setattr(backends.cuda, "unavailable", lambda: None)
     monkeypatch.setitem(backends.BACKENDS, "cuda", dataclasses.replace(backends.BACKENDS["cuda"], unavailable=lambda: None))
     model, given = _vit(dtype)
@@ -442,9 +442,8 @@ def test_16_bit_values_reach_the_cuda_passes_without_casts(
         launches = Launches(seen, program, values, DEVICE)
         launches.explain(2)
         launches.explain(2)
-        assert [name for name in seen.operators if "to_copy" in name] == []
         # q, k and v are laid out head by head for torch's batched products, and widened on the way.
-        assert seen.operators.count("aten.copy_.default") <= 3 * 12
+        assert seen.operators.count("aten._to_copy.default") == 3 * 12
     assert not [node for node in program.reverse.graph.nodes if node.target is torch.ops.aten.to.dtype]
     assert not [node for node in program.reverse.graph.nodes if node.target in (steps.gelu, torch.nn.functional.gelu)]
 
