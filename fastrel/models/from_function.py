@@ -26,9 +26,9 @@ def claims(name: str) -> bool:
 def load(request: Request) -> Loaded:
     """What the function returns: a model, (model, preprocessing), (model, tokenizer) or a `Loaded`.
 
-    A tokenizer is called as Hugging Face's and has `convert_ids_to_tokens`, `model_input_names` and `pad_token_id`; the model beside
-    it has a Hugging Face config. A preprocessing is a `Preprocessing` or a callable, picture -> [C, H, W]. A model alone reads pictures as timm would
-    prepare them: by its `pretrained_cfg`, or 224 x 224 pixels normalised as for ImageNet.
+    A tokenizer is called as Hugging Face's and has `convert_ids_to_tokens`, `model_input_names` and `pad_token_id`; the model
+    beside it has a Hugging Face config. A preprocessing is a `Preprocessing` or a callable, picture -> [C, H, W]. A model alone
+    reads pictures as timm would prepare them: by its `pretrained_cfg`, or 224 x 224 pixels normalised as for ImageNet.
     """
     found = call(request.name)
     loaded = _loaded(request.name, found)
