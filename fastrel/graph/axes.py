@@ -485,7 +485,7 @@ def _is_turned_back(node: fx.Node) -> bool:
         node = readers[0]
         ndim = node.meta["val"].dim()
         if node.target is aten.transpose.int:
-            return {dim % ndim for dim in node.args[1:]} == {ndim - 2, ndim - 1}  # type: ignore[operator]
+            return {dim % ndim for dim in node.args[1:]} == {ndim - 2, ndim - 1}
         if node.target is aten.permute.default:
             return [dim % ndim for dim in node.args[1][-2:]] == [ndim - 1, ndim - 2]  # type: ignore
         if node.target not in _BEFORE_TURNING:
