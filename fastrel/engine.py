@@ -217,7 +217,7 @@ class Engine:
             raise
         finally:
             fingerprint.undo()
-        if batch_varies and not captured.guards.accept(tensors):
+        if batch_varies and (captured.guards.divides_batch or not captured.guards.accept(tensors)):
             # The model computes with the size of the batch as a number of Python's, and a batch of one was captured as two.
             return self._captured(signature, args, kwargs, tensors, batch_varies=False)
         entry = Entry(signature, captured, fingerprint)

@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
-from fastrel import build, demo, methods
+from fastrel import batch, build, demo, methods
 from fastrel.backends import native
 from fastrel.cli import main
 from fastrel.commands.outputs import Outputs
@@ -144,6 +144,43 @@ def test_errors_are_one_line_and_exit_code_2(
     assert error.startswith("fastrel: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+TEXT_FUNCTIONS = """
+from torch import nn
+class Tokenizer:
+    def convert_ids_to_tokens(self, ids): return [str(i) for i in ids]
+def alone(): return nn.Linear(2, 2)
+def with_a_callable(): return nn.Linear(2, 2), lambda text: [1, 2]
+def without_a_config(): return nn.Linear(2, 2), Tokenizer()
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("alone", "returned no tokenizer, so its model is taken for one of pictures"),
+        ("with_a_callable", "what else it returned for their preprocessing; for texts return (model, tokenizer)"),
+        ("without_a_config", "a model without a config, which would name its classes; for texts return (model, tokenizer)"),
+    ],
+)
+def test_a_function_that_cannot_read_texts_is_told_what_to_return(
+    function: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_texts.py").write_text(TEXT_FUNCTIONS)
+    for more in ([], ["--text-pair", "b"], ["--generate", "2"]):
+        assert main(["explain", "--text", "a", "--model", f"own_texts:{function}", *more, "--out", "o.html"]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "convert_ids_to_tokens" in error
+        assert error.count("\n") == 1
+
+
+def test_a_text_for_a_model_of_pictures_is_a_row_with_the_reason() -> None:
+    row = batch.Explain()({"item": ["x"], "text": ["a clever film"]})
+    assert row["error"] == ["this is a text, and the model reads pictures"]
 
 
 def test_debug_shows_the_traceback() -> None:

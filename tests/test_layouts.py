@@ -48,6 +48,12 @@ def blocks(x: Tensor) -> Tensor:
     return x.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
 
 
+def slices(x: Tensor) -> list[Tensor]:
+    """The patches of [B, 3, H, W], row by row, [B, 3, P, P] each."""
+    rows, columns = range(0, x.shape[2], PATCH), range(0, x.shape[3], PATCH)
+    return [x[:, :, i : i + PATCH, j : j + PATCH] for i in rows for j in columns]
+
+
 CUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "a size of the batch in Python": lambda x: blocks(x).reshape(len(x), -1, 3 * PATCH * PATCH),
     "unfold": lambda x: F.unfold(x, PATCH, stride=PATCH).mT,
@@ -55,6 +61,9 @@ CUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rearranged, columns first": lambda x: blocks(x).transpose(1, 2).flatten(3).flatten(1, 2),
     "rearranged, a grid": lambda x: blocks(x).flatten(3),
     "Tensor.unfold": lambda x: x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2),
+    "slices, stacked": lambda x: torch.stack([p.flatten(1) for p in slices(x)], 1),
+    "slices, joined": lambda x: torch.cat([p.reshape(len(p), 1, -1) for p in slices(x)], 1),
+    "split twice": lambda x: torch.stack([p.flatten(1) for row in x.split(PATCH, 2) for p in row.split(PATCH, 3)], 1),
     "normalised before": lambda x: blocks((x - 0.0) / 1.0).flatten(3).flatten(1, 2),
 }  # fmt: skip
 
@@ -282,3 +291,110 @@ def test_a_single_sample_is_a_batch() -> None:
     maps = explainer(ids, target=1).relevance
     alone = torch.cat([explainer(one[None], target=1).relevance for one in ids])
     torch.testing.assert_close(alone, maps, rtol=1e-10, atol=1e-12)
+
+
+class Series(nn.Module):
+    """Numbers [B, 24] -> logits by tokens of four numbers each, after a token of the model's own or without."""
+
+    def __init__(self, cut: Callable[[Tensor], Tensor], cls: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.body, self.cls = nn.Linear(4, D), Body(), nn.Parameter(torch.randn(1, 1, D)) if cls else None
+        self.cut = cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(self.cut(x))
+        return self.body(tokens if self.cls is None else torch.cat([self.cls.expand(x.shape[0], -1, -1), tokens], 1))
+
+
+WINDOWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "split, stacked": lambda x: torch.stack(x.split(4, 1), 1),
+    "chunks, stacked": lambda x: torch.stack(x.chunk(6, 1), 1),
+    "slices, stacked": lambda x: torch.stack([x[:, i : i + 4] for i in range(0, 24, 4)], 1),
+    "slices, joined": lambda x: torch.cat([x[:, None, i : i + 4] for i in range(0, 24, 4)], 1),
+    "chunks, joined": lambda x: torch.cat(x[:, None].chunk(6, 2), 1),
+    "halves of halves": lambda x: torch.stack([y for half in x.chunk(2, 1) for y in half.split(4, 1)], 1),
+    "layers of their own": lambda x: torch.stack([F.linear(y, torch.eye(4, dtype=x.dtype)) for y in x.split(4, 1)], 1),
+}
+
+
+@pytest.mark.parametrize("cls", [False, True])
+@pytest.mark.parametrize("cut", WINDOWS)
+def test_tokens_are_made_of_parts_of_the_input(cut: str, cls: bool) -> None:
+    x = torch.randn(2, 24, generator=torch.Generator().manual_seed(2)).double()
+    expected = fastrel.Explainer(Series(lambda x: x.view(x.shape[0], 6, 4), cls).double().eval())(x, target=1).relevance
+    found = fastrel.Explainer(Series(WINDOWS[cut], cls).double().eval())(x, target=1).relevance
+    assert found.shape == (2, 6 + cls)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_windows_that_overlap_are_tokens_as_unfolded() -> None:
+    x = torch.randn(2, 24, generator=torch.Generator().manual_seed(2)).double()
+    expected = fastrel.Explainer(Series(lambda x: x.unfold(1, 4, 2), True).double().eval())(x, target=1).relevance
+    model = Series(lambda x: torch.stack([x[:, i : i + 4] for i in range(0, 21, 2)], 1), True).double().eval()
+    torch.testing.assert_close(fastrel.Explainer(model)(x, target=1).relevance, expected, rtol=1e-10, atol=1e-10)
+
+
+class Words(nn.Module):
+    """One table of words -> logits, of [B, 3] or of three inputs [B]."""
+
+    def __init__(self, joined: Callable[[list[Tensor]], Tensor] | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.body, self.joined = nn.Embedding(9, D), Body(), joined
+
+    def forward(self, a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> Tensor:
+        if self.joined is None:
+            return self.body(self.embed(a))
+        assert b is not None
+        assert c is not None
+        return self.body(self.joined([self.embed(x) for x in (a, b, c)]))
+
+
+@pytest.mark.parametrize(
+    "joined", [lambda xs: torch.stack(xs, 1), lambda xs: torch.cat([x[:, None] for x in xs], 1)], ids=["stack", "cat"]
+)
+def test_inputs_of_one_word_each_are_tokens(joined: Callable[[list[Tensor]], Tensor]) -> None:
+    words = torch.tensor([[1, 2, 3], [4, 0, 8]])
+    expected = fastrel.Explainer(Words(None).double().eval())(words, target=1).relevance
+    maps = fastrel.Explainer(Words(joined).double().eval())(*words.unbind(1), target=1).maps
+    found = torch.cat([maps[name].relevance for name in "abc"], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_copies_are_features_and_no_tokens() -> None:
+    """Members over the same tokens, stacked, are no sequence."""
+
+    class Members(nn.Module):
+        def __init__(self, stacked: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.body, self.stacked = nn.Embedding(9, D), Body(), stacked
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            x = x + self.body.block(x)
+            parts = [x[:, 1:] * 2, x[:, 1:]]
+            y = torch.stack(parts, 1).mean(1) if self.stacked else (parts[0] + parts[1]) / 2
+            return self.body.head(y[:, 0])
+
+    ids = torch.tensor([[1, 2, 3, 4], [4, 0, 8, 5]])
+    expected, found = (fastrel.Explainer(Members(s).double().eval())(ids, target=1).relevance for s in (False, True))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [lambda x: x.shape[0], len], ids=["shape[0]", "len"])
+def test_texts_folded_into_the_batch_are_refused_in_words(size: Callable[[Tensor], int]) -> None:
+    class Choices(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.cls, self.score = nn.Embedding(9, D), nn.Parameter(torch.zeros(1, 1, D)), nn.Linear(D, 1)
+            self.block = nn.TransformerEncoderLayer(D, 2, 32, batch_first=True)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids.view(-1, ids.shape[2]))
+            x = self.block(torch.cat([self.cls.expand(size(x), -1, -1), x], 1))[:, 0]
+            return self.score(x).view(ids.shape[0], ids.shape[1])
+
+    with pytest.raises(fastrel.UnsupportedModelError, match="12 samples and the prediction 3"):
+        fastrel.Explainer(Choices().eval())(torch.randint(0, 9, (3, 4, 5)))

@@ -238,6 +238,8 @@ def test_frozen_attribution_reads_pooled_tokens_by_their_part_of_eq_13(spelling:
 def test_what_is_pooled_is_read_in_equal_parts_where_nothing_speaks_for_it() -> None:
     x, grad, rel = torch.ones(1, 3, 2), -torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2)
     assert torch.allclose(evidence(x, grad, rel, [1], [2]), torch.full((1, 1, 3, 1), 1 / 3))
+    masked = x * torch.tensor([1, 0, 1])[:, None]  # what is masked takes no part
+    assert torch.allclose(evidence(masked, grad, rel, [1], [2])[0, 0, :, 0], torch.tensor([0.5, 0, 0.5]))
     x[0, 1], rel[0, 0, 1] = -1, 4
     x[0, 2] = -1
     assert torch.allclose(evidence(x, grad, rel, [1], [2])[0, 0, :, 0], torch.tensor([0, 0.8, 0.2]))

@@ -238,3 +238,40 @@ def test_numbers_beside_a_text_count_by_their_relevance(weight: float) -> None:
     low, high = {1e-4: (0.0, 0.01), 1.0: (0.01, 0.99), 1e4: (0.99, 1.0)}[weight]
     assert bool((share >= low).all())
     assert bool((share <= high + 1e-9).all())
+
+
+class Last(nn.Module):
+    """Ids and mask [B, T] -> logits of the last token, as `read` finds it."""
+
+    def __init__(self, read: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.read = nn.Embedding(30, 16), nn.Linear(16, 3), read
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.layer(self.embed(ids), src_key_padding_mask=mask == 0)
+        return self.head(self.read(x, mask))
+
+
+def _at_last(x: Tensor, mask: Tensor) -> Tensor:
+    return F.one_hot(mask.sum(1) - 1, x.shape[1]).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x, mask: (_at_last(x, mask)[:, None] @ x).squeeze(1),
+        lambda x, mask: torch.bmm(_at_last(x, mask)[:, None], x)[:, 0],
+        lambda x, mask: (_at_last(x, mask)[:, :, None] * x).sum(1),
+        lambda x, mask: (F.one_hot(mask.sum(1) - 1, 7).to(x.dtype)[:, None] @ x).squeeze(1),
+    ],
+    ids=["product", "bmm", "weighted sum", "a length in Python"],
+)
+def test_the_last_token_is_found_by_one_hot_codes(read: Any, ids: Tensor) -> None:
+    mask = (torch.arange(7) < torch.tensor([[7], [4]])).long()
+    plain = Last(lambda x, mask: x[torch.arange(x.shape[0]), mask.sum(1) - 1]).double().eval()
+    expected = fastrel.Explainer(plain)(ids, mask, target=1).relevance
+    found = fastrel.Explainer(Last(read).double().eval())(ids, mask, target=1).relevance
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert not found[1, 4:].any()

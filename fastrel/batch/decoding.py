@@ -11,7 +11,7 @@ from typing import Any
 from fastrel.data import pictures
 from fastrel.data.ahead import Failed, ahead
 from fastrel.data.inputs import Item
-from fastrel.errors import reason
+from fastrel.errors import InputError, reason
 from fastrel.models import Kind, Sample
 
 
@@ -39,7 +39,8 @@ def decode(item: Item, reader: Any, kind: Kind) -> Decoded:
             first, second = content
             return Decoded(item.name, digest, reader((_text(first), second)))
         if kind == "image":
-            assert isinstance(content, bytes)
+            if not isinstance(content, bytes):
+                raise InputError("this is a text, and the model reads pictures")
             picture = pictures.read(content)
             return Decoded(item.name, digest, reader(picture.image), picture.notes)
         return Decoded(item.name, digest, reader(_text(content)))

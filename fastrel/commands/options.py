@@ -23,7 +23,8 @@ def model(parser: argparse.ArgumentParser, default: str = "the embedded model") 
         "--model",
         metavar="NAME",
         help="timm or torchvision name, Hugging Face name or folder, or MODULE:FUNCTION, a function of yours that returns the "
-        f"model, (model, preprocessing) or (model, tokenizer); default: {default}",
+        "model, (model, preprocessing), (model, tokenizer) with a tokenizer like Hugging Face's (it has convert_ids_to_tokens), or a "
+        f"fastrel.models.Loaded; default: {default}",
     )
     group.add_argument(
         "--weights", metavar="PATH", help="weights instead of the model's own: .safetensors, .pth, or a folder of shards"

@@ -19,6 +19,8 @@ from fastrel.commands.drawing import noise_floor, npz, raw, text_page
 from fastrel.data import files
 from fastrel.data.inputs import Item, Pair, Value
 from fastrel.errors import InputError
+from fastrel.models import Loaded
+from fastrel.models.readers import TEXTS
 from fastrel.render.parts import page
 from fastrel.render.text import words
 
@@ -47,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
     if options.generate and options.continuation is not None:
         raise InputError("give --generate or --continuation, not both")
     explain = Explain(**vars(shared.settings(options)))
+    if explain.loaded.kind not in ("text", "causal"):
+        raise InputError(_reads_no_texts(options.model, explain.loaded))
     if options.generate or options.continuation is not None:
         if options.text_pair is not None:
             raise InputError("--text-pair is for classifiers of two texts; --generate and --continuation go on with one")
@@ -69,6 +73,16 @@ def run(options: argparse.Namespace) -> int:
         print(f"{row.target_name}: {best}{noise_floor([row])}")
     print(f"-> {out}")
     return 0
+
+
+def _reads_no_texts(name: str, loaded: Loaded) -> str:
+    """What to say of a model that --text cannot be given to; of a user's function, what it would have to return."""
+    if loaded.source.get("family") != "function":
+        return f"--text: {name!r} does not read texts alone"
+    return (
+        f"--text: {name!r} returned no tokenizer, so its model is taken for one of pictures, and what else it returned for their "
+        f"preprocessing; {TEXTS}"
+    )
 
 
 def _continued(options: argparse.Namespace, explain: Explain, out: Path) -> int:

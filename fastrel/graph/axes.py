@@ -42,6 +42,16 @@ REDUCTIONS = {
     aten.logsumexp.default,
 }
 
+#: Operators that take a part of a value, or several.
+_CUTS = {
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.unbind.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+}
+
 RESHAPES = {
     aten.view.default,
     aten.reshape.default,
@@ -277,9 +287,30 @@ def _part(node: fx.Node, labels: Labels) -> Axes | None:
 @axes_of(aten.embedding.default)
 def _embedding(node: fx.Node, labels: Labels) -> Axes:
     shape = labels.shape(node)
-    roles: list[Role] = ["batch", "token"] if len(shape) >= 3 else ["token"]
+    roles: list[Role] = ["batch", "token"] if len(shape) >= 3 else ["batch" if _is_word(node, labels) else "token"]
     roles += ["token"] * (len(shape) - 1 - len(roles))
     return (*(((size, role),) for size, role in zip(shape, roles, strict=False)), ((shape[-1], "feature"),))
+
+
+def _is_word(node: fx.Node, labels: Labels) -> bool:
+    """Whether a look-up is of one word of each sample: of integers [B], an input or a column of one."""
+    ids: Any = node.args[1]
+    shape = labels.shape(ids)
+    while ids.op != "placeholder" and ids.args and isinstance(ids.args[0], fx.Node):
+        ids = ids.args[0]
+    given = ids.meta.get("val")
+    return isinstance(given, Tensor) and given.dim() > 0 and len(shape) == 1 and labels.shape(ids)[0] == shape[0]
+
+
+def _word(part: fx.Node, labels: Labels) -> Any:
+    """Which word of each sample a value was made of, and of nothing else; None where it is none."""
+    while part.target is not aten.embedding.default:
+        sources = [n for n in part.all_input_nodes if n in labels.axes]
+        if len(sources) != 1:
+            return None
+        part = sources[0]
+    ids: Any = part.args[1]
+    return (str(ids.target), str(ids.args)) if _is_word(part, labels) else None
 
 
 @axes_of(
@@ -303,34 +334,80 @@ def _convolution(node: fx.Node, labels: Labels) -> Axes:
 
 @axes_of(aten.stack.default)
 def _stack(node: fx.Node, labels: Labels) -> Axes | None:
-    """A new dimension: of tokens where these are the parts of one over tokens, else of features (heads, layers, members)."""
+    """A new dimension: of tokens where these are the parts of one over tokens, or words of several inputs, else of features (heads,
+    layers, members)."""
     parts: Any = node.args[0]
     known = next((part for part in parts if labels.of(part) is not None), None)
     if known is None:
         return _widest(node, labels)
     x, shape = labels.axes[known], labels.shape(node)
     dim = int(node.args[1]) % len(shape) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-    wholes = {_cut_into_tokens(part, labels) for part in parts}
-    role: Role = "token" if len(wholes) == 1 and None not in wholes else "feature"
-    return (*x[:dim], ((shape[dim], role),), *x[dim:])
+    return (*x[:dim], ((shape[dim], "token" if _are_tokens(parts, labels) else "feature"),), *x[dim:])
 
 
-def _cut_into_tokens(part: fx.Node, labels: Labels) -> fx.Node | None:
-    """The value over tokens of which one token, taken by select or unbind, made this part."""
+@axes_of(aten.cat.default)
+def _cat(node: fx.Node, labels: Labels) -> Axes | None:
+    """As the widest part; along a dimension of size 1 in all parts, [B, 1, D], as where these are stacked."""
+    parts: Any = [part for part in node.args[0] if labels.of(part) is not None]  # type: ignore[union-attr]
+    found, shape = _widest(node, labels), labels.shape(node)
+    dim = int(node.args[1]) % len(shape) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    new = len(shape) > 2 and len(parts) > 1 and all(size_of(labels.axes[part][dim]) == 1 for part in parts)
+    if found is None or not new or not _are_tokens(parts, labels):
+        return found
+    return (*found[:dim], ((shape[dim], "token"),), *found[dim + 1 :])
+
+
+def _are_tokens(parts: Sequence[fx.Node], labels: Labels) -> bool:
+    """Whether values that are joined along a new dimension are tokens of a sequence: parts of one value, cut apart where its tokens
+    lie, or look-ups of a word per sample each."""
+    cuts = [_cut_into_tokens(part, labels) for part in parts]
+    found = [cut for cut in cuts if cut is not None]
+    if len(found) == len(parts):
+        return len({whole for whole, _ in found}) == 1 and len({places for _, places in found}) == len(parts)
+    words = {_word(part, labels) for part in parts}
+    return None not in words and len(words) == len(parts)
+
+
+def _cut_into_tokens(part: fx.Node, labels: Labels) -> tuple[fx.Node, tuple[Any, ...]] | None:
+    """The value over tokens of which one token, or a run of them, made this part, and where it was cut out."""
     seen, todo = {part}, [part]
+    places: list[Any] = []
     while todo:
         node = todo.pop()
-        whole: Any = node.args[0] if node.args else None
-        taken = node if node.target is aten.select.int else whole if node.target is operator.getitem else None
-        if isinstance(taken, fx.Node) and taken.target in (aten.select.int, aten.unbind.int):
-            cut: Any = taken.args[0]
-            x = labels.of(cut)
-            dim: Any = taken.args[1] if len(taken.args) > 1 else 0
-            return cut if x is not None and any(role == "token" for _, role in x[dim]) else None
+        cut, place, of_tokens = _cut(node, labels)
+        if of_tokens:
+            places.append(place)
+            todo = [cut]
+            continue
+        moved = node.target in RESHAPES or cut is not None
+        if places and not (moved and node.args[0] in labels.axes):
+            return node, tuple(places)
+        if cut is not None and len(place) == 2:  # one entry, of what holds no tokens
+            return None
         new = [n for n in node.all_input_nodes if n in labels.axes and n not in seen]
         seen.update(new)
         todo += new
     return None
+
+
+def _cut(node: fx.Node, labels: Labels) -> tuple[Any, tuple[Any, ...], bool]:
+    """Of what a value was cut out, where, and whether its tokens lie there; (None, (), False) for what is no part of another."""
+    call: Any = node.args[0] if node.target is operator.getitem else node
+    if call.target not in _CUTS:
+        return None, (), False
+    whole, *given = call.args
+    x = labels.of(whole)
+    single = call.target in (aten.select.int, aten.unbind.int)
+    at = 0 if single or call.target is aten.slice.Tensor else 1
+    dim = given[at] if len(given) > at else 0
+    if x is None or (call.target is aten.slice.Tensor and node is not call):
+        return None, (), False
+    place = (dim, node.args[1:]) if single else (dim, node.args[1:], given)
+    dim = dim % len(x)
+    tokens = any(role == "token" for _, role in x[dim])
+    # Of what is more than half of the whole there are no two that lie apart.
+    run = 2 * labels.shape(node)[dim] <= size_of(x[dim]) if not single else True
+    return whole, tuple(map(str, place)), tokens and run
 
 
 @axes_of(aten.index.Tensor)

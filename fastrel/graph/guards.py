@@ -30,7 +30,11 @@ class Guards:
         self.symbols = tuple(dict.fromkeys(size for size in dims if isinstance(size, sympy.Symbol)))
         #: The symbols that are sizes of a batch.
         self.batch = frozenset(sizes[0] for sizes in self._sizes if sizes and isinstance(sizes[0], sympy.Symbol))
-        self._holds = functools.lru_cache(maxsize=256)(_predicate(self._conditions(fakes), self.symbols))
+        conditions = self._conditions(fakes)
+        #: Whether the batch times another size is a number, as the model computed with it as with a number of Python's
+        #: (`len(ids.view(-1, T))`): the graph is of no other batch.
+        self.divides_batch = any(_is_product(x, self.batch) for x in conditions)
+        self._holds = functools.lru_cache(maxsize=256)(_predicate(conditions, self.symbols))
 
     def _conditions(self, fakes: Sequence[Any]) -> list[Any]:
         """Everything that must hold, as expressions over the symbols."""
@@ -85,6 +89,13 @@ def _expression(size: Any) -> Any:
         return int(size)
     expression = size.node.expr
     return int(expression) if expression.is_Integer else expression
+
+
+def _is_product(condition: Any, batch: frozenset[Any]) -> bool:
+    """Whether a condition says that the batch times another size is a number."""
+    if not isinstance(condition, sympy.Eq) or not any(side.is_Integer for side in condition.args):
+        return False
+    return bool(batch & condition.free_symbols) and any(side.is_Mul for side in condition.args)
 
 
 def _predicate(conditions: Sequence[Any], symbols: Sequence[Any]) -> Any:

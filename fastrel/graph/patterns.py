@@ -141,6 +141,19 @@ def reads(node: fx.Node) -> list[fx.Node]:
 SOFTMAXES = {aten.softmax.int, aten._softmax.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
 
+#: How places are found in masks and ids.
+_OVER_TOKENS = {
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    aten.amin.default,
+    aten.max.dim,
+    aten.min.dim,
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.count_nonzero.dim_IntList,
+    aten.count_nonzero.default,
+}
+
 #: Operators that return several runs of entries along a dimension, and those that return one.
 _CUTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 _RUNS = {aten.slice.Tensor, aten.narrow.default}
@@ -163,7 +176,22 @@ def enters(node: fx.Node) -> bool:
         return False
     x: Any = node.args[0]
     picture = x.meta["val"].dtype == torch.uint8 and x.meta["val"].dim() > 2
-    return picture or x.target is aten.one_hot.default
+    return picture or (x.target is aten.one_hot.default and not _is_of_places(x))
+
+
+def _is_of_places(code: fx.Node) -> bool:
+    """Whether one-hot codes are of places in a sequence and not of words: as many as there are tokens, or of what was reduced over
+    tokens, such as the lengths in a mask."""
+    if len(code.args) > 1 and isinstance(code.args[1], fx.Node):
+        return True
+    todo, seen = [code], {code}
+    while todo:
+        new = [x for x in reads(todo.pop()) if x not in seen]
+        if any(x.target in _OVER_TOKENS for x in new):
+            return True
+        seen.update(new)
+        todo += new
+    return False
 
 
 def is_pointwise(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from fastrel.data.preprocessing import Preprocessing, Wrapped
 from fastrel.errors import InputError
 from fastrel.models import from_timm, from_transformers, state
 from fastrel.models.loaded import Loaded
-from fastrel.models.readers import Pictures
+from fastrel.models.readers import TEXTS, Pictures
 from fastrel.models.request import Request
 
 
@@ -26,8 +26,9 @@ def claims(name: str) -> bool:
 def load(request: Request) -> Loaded:
     """What the function returns: a model, (model, preprocessing), (model, tokenizer) or a `Loaded`.
 
-    A preprocessing is a `Preprocessing` or a callable, picture -> [C, H, W]. A model alone reads pictures as timm would
-    prepare them: by its `pretrained_cfg`, or 224 x 224 pixels normalised as for ImageNet.
+    A tokenizer is called as Hugging Face's and has `convert_ids_to_tokens`, `model_input_names` and `pad_token_id`; the model
+    beside it has a Hugging Face config. A preprocessing is a `Preprocessing` or a callable, picture -> [C, H, W]. A model alone
+    reads pictures as timm would prepare them: by its `pretrained_cfg`, or 224 x 224 pixels normalised as for ImageNet.
     """
     found = call(request.name)
     loaded = _loaded(request.name, found)
@@ -66,6 +67,10 @@ def _loaded(name: str, found: Any) -> Loaded:
             f"{name} returned {type(found).__name__}, not a model, (model, preprocessing) or (model, tokenizer)"
         )
     if hasattr(extra, "convert_ids_to_tokens"):
+        if not hasattr(model, "config"):
+            raise InputError(
+                f"{name} returned a tokenizer and a model without a config, which would name its classes; {TEXTS}"
+            )
         return from_transformers.text(model, extra, source)
     if extra is None:
         prepare = from_timm.preprocessing(model)

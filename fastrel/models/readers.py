@@ -18,6 +18,15 @@ from fastrel.errors import InputError
 Sample: TypeAlias = dict[str, np.ndarray]
 
 
+#: What a function of the user's returns for texts, for messages.
+TEXTS = (
+    "for texts return (model, tokenizer), the model with a Hugging Face config, or "
+    'fastrel.models.Loaded(model, "text", fastrel.models.Texts(tokenizer, limit), class_names); '
+    "a tokenizer is called as Hugging Face's, gives input_ids, and has convert_ids_to_tokens, model_input_names and pad_token_id; "
+    "transformers.PreTrainedTokenizerFast(tokenizer_object=…) makes one of a tokenizers.Tokenizer"
+)
+
+
 @dataclass(frozen=True)
 class Pictures:
     """A reader of pictures. name: how a batch of them is called."""

@@ -36,13 +36,13 @@ def evidence(x: Tensor, grad: Tensor, rel: Tensor, over: Sequence[int], features
 
     Pooling is an attention map of one query whose values are the tokens x [*]: its gradient at a token is Σ x ∇ over features, its
     relevance Σ R, and they make its part of eq. (13). `grad` and `rel` are x's, [K, *]; shares [K, *] sum to 1 over `over`, in equal
-    parts where nothing is positive.
+    parts among tokens that are not 0 where nothing is positive.
     """
+    equal = token_weights(x, None, over, features)
     over = tuple(dim + 1 for dim in over)
     weights = parts_of_eq_13(x, grad, rel, features)
     total = weights.sum(over, keepdim=True)
-    count = weights[0].numel() // total[0].numel()
-    return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), 1.0 / count)
+    return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), equal)
 
 
 def parts_of_eq_13(x: Tensor, grad: Tensor, rel: Tensor, features: Sequence[int]) -> Tensor:
