@@ -1,10 +1,10 @@
 """Do maps of trained models that pool their tokens find the word that decides, and do sums of maps tell which text decides?
 
-    python -m studies.pooling [POOLING …]
+    python -m studies.pooling [POOLING …] [--against]
 
 Small models (two pre-norm blocks, 32 features) learn a planted task: of ten words one is a key, and which of two keys it is decides the
 class. They differ in how tokens become one vector. In how many of 32 new texts is the key the highest word? Occlusion puts a word that
-means nothing in the place of each word. Beside the methods stand candidates: other readings of what the default computes in every block.
+means nothing in the place of each word. Beside the methods stand candidates: other readings of what the default has of each block.
 Models of two texts learn whether both keys are equal, or the key of the second text alone; how much the answer falls without each key
 stands beside the sums of the two maps. About four minutes on one core.
 """
@@ -159,24 +159,24 @@ def learn(model: nn.Module, samples: Callable[[torch.Generator], tuple[tuple[Ten
 
 class Lanes(NamedTuple):
     """What the default computes: the row where the head reads the last block [B, Tq]; per block, from the input, (∇A ⊙ R)⁺, R and
-    |∇A| of the map, mean over heads [B, Tq, Tk], and the relevance of what it reads [B, Tk]."""
+    |∇A| of the map, mean over heads [B, Tq, Tk], and the relevance of what it reads [B, Tk], where it is carried so far."""
 
     read: Tensor
     parts: list[Tensor]
     relevance: list[Tensor]
     gradient: list[Tensor]
-    inputs: list[Tensor]
+    inputs: list[Tensor | None]
 
 
 def lanes(explainer: fastrel.Explainer, args: Any, kwargs: Any, target: Any) -> Lanes:
     """The default's lanes for one target per sample."""
     found: list[Any] = []
 
-    def keep(read: Tensor, gradients: list[Tensor], relevances: list[Tensor], tokens: list[Tensor]) -> Tensor:
+    def keep(read: Tensor, gradients: list[Tensor], relevances: list[Tensor]) -> Tensor:
         found.extend((read[0], gradients, relevances))
-        return torch.zeros_like(tokens[0])
+        return torch.zeros_like(relevances[0][:, :, 0, 0])
 
-    reading = AllMaps(keep, of=("gradient", "relevance", "tokens"))
+    reading = AllMaps(keep, of=("gradient", "relevance"))
     method = replace(methods.METHODS["frozen_attribution"], name="lanes", reading=reading)
     traced = explainer.using(method).trace(*args, **kwargs, target=target)
     read, gradients, relevances = found
@@ -185,7 +185,7 @@ def lanes(explainer: fastrel.Explainer, args: Any, kwargs: Any, target: Any) -> 
         [(g[0] * r[0]).clamp(min=0).mean(1) for g, r in zip(gradients, relevances, strict=True)],
         [r[0].mean(1) for r in relevances],
         [g[0].abs().mean(1) for g in gradients],
-        [block.input_relevance[0].sum(-1) for block in traced],
+        [None if block.input_relevance is None else block.input_relevance[0].sum(-1) for block in traced],
     )
 
 
@@ -217,16 +217,18 @@ def of_one_query(own: Lanes) -> list[Tensor]:
 
 
 def of_attention(own: Lanes) -> list[Tensor]:
-    """The share [B, Tq] of each token's relevance, after the residual add, that came by attention: what is not in the values' columns
-    came past it."""
+    """The share [B, Tq] of each token's relevance, after the residual add, that came by attention: rows of R in what the next block
+    reads, or in what they and what is not in its columns make. A pooling has no residual connection."""
     found = []
-    for r, whole in zip(own.relevance, own.inputs, strict=True):
-        r = r * HEADS
+    for number, r in enumerate(own.relevance):
+        r, reads = r * HEADS, own.inputs[number]
+        came = r.sum(-1)
         if r.shape[1] != r.shape[2]:
-            found.append(torch.ones_like(r.sum(-1)))
+            found.append(torch.ones_like(came))
             continue
-        past = (whole - r.sum(1)).clamp(min=0)
-        found.append(ratio(r.sum(-1), r.sum(-1) + past))
+        after = own.inputs[number + 1] if reads is None else came + (reads - r.sum(1)).clamp(min=0)
+        assert after is not None
+        found.append(ratio(came, after).clamp(max=1))
     return found
 
 
@@ -290,7 +292,6 @@ def row_of(pooling: str, question: Callable[[Tensor, Tensor], Tensor]) -> list[s
     return cells + [hits(candidate(own), places) for candidate in CANDIDATES.values()]
 
 
-@functools.cache
 def trained(pooling: str) -> tuple[nn.Module, tuple[Tensor, Tensor, Tensor]]:
     """A classifier that has learnt the task, and new texts."""
     torch.manual_seed(0)
@@ -345,13 +346,12 @@ def main() -> None:
     """Train, explain, and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("poolings", nargs="*", default=list(POOLINGS), metavar="POOLING")
-    poolings = parser.parse_args().poolings
-    torch.set_num_threads(1)
+    parser.add_argument("--against", action="store_true", help="ask for the answer's logit less the other one")
+    given = parser.parse_args()
     head = ["pooling", "occlusion", *METHODS, *CANDIDATES]
-    for question in (of_class, against_other):
-        print(f"\n{question.__name__}\n\n{line(head)}\n{line(['---'] * len(head))}")
-        for pooling in poolings:
-            print(line([pooling, *row_of(pooling, question)]), flush=True)
+    print(f"{line(head)}\n{line(['---'] * len(head))}")
+    for pooling in given.poolings:
+        print(line([pooling, *row_of(pooling, against_other if given.against else of_class)]), flush=True)
     each = [
         f"{method}, {text}: {what}"
         for method in ("default", "attnlrp")

@@ -262,8 +262,8 @@ def cat(t: Context, node: fx.Node, out: Lanes) -> None:
     """Values joined along a dimension: each takes its own part.
 
     A row is divided among parts that are features: among heads by their sizes, among values that no longer have tokens
-    (CLS beside the mean over patches, two towers' outputs) by their relevance, or evidence if the method says so. Where attention's output
-    and that of an MLP beside it go through one layer, they are what a block adds up to, like the operands of a sum.
+    (CLS beside the mean over patches, two towers' outputs) by their relevance, or evidence if the method says so. Where
+    attention's output and that of an MLP beside it go through one layer, they are what a block adds up to, like the operands of a sum.
     """
     parts, dim = arguments(node, 0, count=2)
     dim %= _ndim(node)
