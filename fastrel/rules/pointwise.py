@@ -108,8 +108,8 @@ def add(t: Context, node: fx.Node, out: Lanes) -> None:
     if out.grad and minus and operands[-1] is v and t.wants(v):
         grads[-1] = Lane(t.emit.call(torch.neg, out.grad.node), out.grad.rows)
     rows = forked(t, out.row, node, operands, rels, grads)
-    for x, *lanes in zip(operands, grads, rels, rows, strict=True):
-        _give_broadcast(t, x, node, Lanes(*lanes))
+    for x, grad, rel, row in zip(operands, grads, rels, rows, strict=True):
+        _give_broadcast(t, x, node, Lanes(grad, rel, row))
 
 
 def forked(
