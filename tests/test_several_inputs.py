@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastrel
+from fastrel.reference import rules
+from fastrel.reference.pooling import evidence_of_entries
 from tests.small import ids, made, whole
 
 
@@ -44,6 +46,39 @@ def test_texts_that_share_an_embedding_have_a_map_each(name: str) -> None:
     report = explainer.verify(first, second, target=1)
     assert report.ok, report
     torch.testing.assert_close(whole(model, first, second, target=1), torch.full((2,), 4.0).double())
+
+
+@pytest.mark.parametrize("how", ["beside each other", "added"])
+def test_two_texts_share_what_the_head_reads_by_evidence(how: str) -> None:
+    """Attention gives nothing here: a map is its text's share, at the token that is read. The paper's method shares by relevance."""
+    added = how == "added"
+
+    def towers(m: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return m.encoder(a)[:, 0], m.second(b)[:, 0]
+
+    def joined(m: Any, a: Tensor, b: Tensor) -> Tensor:
+        u, v = towers(m, a, b)
+        return m.head(u + v) if added else m.wide(torch.cat((u, v), -1))
+
+    model: Any = made(joined)
+    for block in (*model.encoder.blocks, *model.second.blocks):
+        nn.init.zeros_(block.attention.v.weight)
+        nn.init.zeros_(block.attention.v.bias)
+    texts = ids(2, 7), ids(2, 5, seed=2)
+    with torch.no_grad():
+        u, v = towers(model, *texts)
+        weight = (model.head if added else model.wide).weight
+        one_hot = F.one_hot(torch.full((2,), 1), 3).double()
+        rel = rules.linear(u + v if added else torch.cat((u, v), -1), weight, one_hot, "positive")
+        rels = rules.add(u, v, rel, "positive") if added else rel.split(16, 1)
+        grads = (weight[1], weight[1]) if added else weight[1].split(16)
+        parts = [evidence_of_entries(*lanes).sum(1) for lanes in zip((u, v), grads, rels, strict=True)]
+    by = {"frozen_attribution": parts, "transformer_attribution": [one.sum(1) for one in rels]}
+    for method, (a, b) in by.items():
+        maps = fastrel.Explainer(model, method, backend="torch")(*texts, target=1).maps
+        for one, share in zip((maps["first"], maps["second"]), (a / (a + b), b / (a + b)), strict=True):
+            expected = F.pad(share[:, None], (0, one.relevance.shape[1] - 1))
+            torch.testing.assert_close(one.relevance, expected, rtol=1e-10, atol=1e-12)
 
 
 def cosine(m: Any, a: Tensor, b: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ def parts_of_eq_13(x: Tensor, grad: Tensor, rel: Tensor, features: Sequence[int]
     return (slopes * rel).clamp(min=0)
 
 
+def evidence_of_entries(x: Tensor, grad: Tensor, rel: Tensor) -> Tensor:
+    """(x ∇ R)⁺ of every entry: by its sums two values that make one (two texts' vectors) share a row. [*], [K, *], [K, *] -> [K, *]."""
+    return (x * grad * rel).clamp(min=0)
+
+
 def sums_at_places(sums: Callable[[Tensor], Tensor], row: Tensor, weights: Tensor) -> Tensor:
     """A row [K, *y] of y = sums(x), entries of x added up at places, divided among the entries of each place by `weights` [K, *x] ≥ 0,
     in equal parts where all are 0."""

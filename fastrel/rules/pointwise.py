@@ -13,6 +13,7 @@ from fastrel.graph.nodes import arguments, describe
 from fastrel.graph.patterns import ACTIVATIONS, DIVISIONS, IDENTITIES, PRODUCTS
 from fastrel.graph.zero import value_at_zero, vanishes
 from fastrel.ops.steps import gelu, gelu_backward
+from fastrel.reference import pooling
 from fastrel.reference import rules as reference
 from fastrel.reference.gradients import secant
 from fastrel.rules.registry import rule
@@ -103,25 +104,42 @@ def add(t: Context, node: fx.Node, out: Lanes) -> None:
             t.give(t.facts.roots[node], rel=out.rel)
         else:
             rels = [rel for x, rel in zip((u, v), _share(t, node, out.rel, minus), strict=True) if x in operands]
-    for x, rel, row in zip(operands, rels, forked(t, out.row, node, operands, rels), strict=True):
-        grad = out.grad
-        if grad and minus and x is v and t.wants(x):
-            grad = Lane(t.emit.call(torch.neg, grad.node), grad.rows)
+    grads = [out.grad] * len(operands)
+    if out.grad and minus and operands[-1] is v and t.wants(v):
+        grads[-1] = Lane(t.emit.call(torch.neg, out.grad.node), out.grad.rows)
+    rows = forked(t, out.row, node, operands, rels, grads)
+    for x, grad, rel, row in zip(operands, grads, rels, rows, strict=True):
         _give_broadcast(t, x, node, Lanes(grad, rel, row))
 
 
 def forked(
-    t: Context, row: Row | None, node: fx.Node, operands: Sequence[fx.Node], rels: Sequence[Lane | None]
+    t: Context,
+    row: Row | None,
+    node: fx.Node,
+    operands: Sequence[fx.Node],
+    rels: Sequence[Lane | None],
+    grads: Sequence[Lane | None] = (),
 ) -> list[Row | None]:
-    """The row of a sum for each of its operands, charged by their relevance where that is known."""
+    """The row of a sum for each of its operands, charged by their relevance where that is known: streams by their evidence, where
+    `grads` are given and the method says so."""
     if row is None or len(rels) == 1:
         return [row] * len(rels)
+    streams = t.facts.are_streams(operands, t.stretch.every)
     shares = None
     first = t.axes(node)[0]
     if all(rels) and len(first) == 1 and first[0][1] == "batch":
         lanes = [rel.node for rel in rels if rel]
+        if streams and t.method.evidence and grads and all(grads):
+            lanes = [_evidence(t, node, *given) for given in zip(operands, grads, rels, strict=True)]
         shares = tuple(t.emit.parts(t.emit.call(operand_shares, *lanes), len(lanes)))
-    return [*t.rollout.fork(row, len(rels), shares, t.facts.are_streams(operands, t.stretch.every))]
+    return [*t.rollout.fork(row, len(rels), shares, streams)]
+
+
+def _evidence(t: Context, node: fx.Node, x: fx.Node, grad: Lane | None, rel: Lane | None) -> fx.Node:
+    """The evidence of an operand's entries [K, *]."""
+    assert grad
+    assert rel
+    return t.emit.call(pooling.evidence_of_entries, t.value(x), t.dense(grad, node).node, t.dense(rel, node).node)
 
 
 def _share(t: Context, node: fx.Node, rel: Lane, minus: bool) -> list[Lane | None]:

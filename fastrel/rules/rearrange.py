@@ -11,7 +11,7 @@ from torch import fx
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments, describe
-from fastrel.reference import operators
+from fastrel.reference import operators, pooling
 from fastrel.rules.generic import divided_row, index_map
 from fastrel.rules.reduce import pick
 from fastrel.rules.registry import rule
@@ -262,8 +262,8 @@ def cat(t: Context, node: fx.Node, out: Lanes) -> None:
     """Values joined along a dimension: each takes its own part.
 
     A row is divided among parts that are features: among heads by their sizes, among values that no longer have tokens
-    (CLS beside the mean over patches, two towers' outputs) by their relevance. Where attention's output and that of an MLP beside it
-    go through one layer, they are what a block adds up to, like the operands of a sum.
+    (CLS beside the mean over patches, two towers' outputs) by their relevance, or evidence if the method says so. Where
+    attention's output and that of an MLP beside it go through one layer, they are what a block adds up to, like the operands of a sum.
     """
     parts, dim = arguments(node, 0, count=2)
     dim %= _ndim(node)
@@ -275,7 +275,7 @@ def cat(t: Context, node: fx.Node, out: Lanes) -> None:
     if out.row and feature:
         groups = _what_adds_up(t, node, parts, active)
         for group, row in zip(groups, t.rollout.fork(out.row, len(groups)), strict=True):
-            own = _shares(t, node, parts, dim, lengths, group, out.rel)
+            own = _shares(t, node, parts, dim, lengths, group, out)
             for i in group:
                 rows[i], shares[i] = row, own[i]
     start: Any = 0
@@ -310,14 +310,16 @@ def _pooled(t: Context, node: fx.Node) -> bool:
 
 
 def _shares(
-    t: Context, node: fx.Node, parts: Sequence[fx.Node], dim: int, lengths: list[Any], active: list[int], rel: Lane | None
+    t: Context, node: fx.Node, parts: Sequence[fx.Node], dim: int, lengths: list[Any], active: list[int], out: Lanes
 ) -> list[Any]:
     """What each of some parts that are features takes of a row: a number, or [K, B]; parts that are constants take nothing."""
-    if _pooled(t, node) and rel:
-        dense, begin, own = t.dense(rel, node).node, 0, []
+    if _pooled(t, node) and out.rel:
+        lane, begin, own = t.dense(out.rel, node).node, 0, []
+        if t.method.evidence and out.grad:
+            lane = t.emit.call(pooling.evidence_of_entries, t.value(node), t.dense(out.grad, node).node, lane)
         for i, length in enumerate(lengths):
             if i in active:
-                own.append(t.emit.call(aten.narrow.default, dense, dim + 1, begin, length))
+                own.append(t.emit.call(aten.narrow.default, lane, dim + 1, begin, length))
             begin = t.emit.arith("add", begin, length)
         given = iter(t.emit.parts(t.emit.call(operand_shares, *own), len(own)))
         return [next(given) if i in active else 0.0 for i in range(len(parts))]

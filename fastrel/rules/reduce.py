@@ -171,7 +171,8 @@ def by_relevance(t: Context, node: fx.Node, x: fx.Node, out: Lanes, back: Callab
     """A row that goes back entry by entry, divided among features in proportion to their relevance (or gradient)."""
     assert out.row
     lanes = [t.dense(lane, node).node for lane in (out.rel, out.grad) if lane]
-    by = t.emit.call(toward, t.value(node), *lanes) if t.method.evidence and len(lanes) == 2 else next(iter(lanes), None)
+    both = t.method.evidence and len(lanes) == 2
+    by = t.emit.call(pooling.evidence_of_entries, t.value(node), *reversed(lanes)) if both else next(iter(lanes), None)
     features, own = ([dim + 1 for dim in t.features(value)] for value in (node, x))
 
     def moved(lane: Lane) -> Lane:
@@ -180,11 +181,6 @@ def by_relevance(t: Context, node: fx.Node, x: fx.Node, out: Lanes, back: Callab
         return Lane(t.emit.call(aten.sum.dim_IntList, full, own, True) if own else full)
 
     return out.row.map(moved)
-
-
-def toward(x: Tensor, rel: Tensor, grad: Tensor) -> Tensor:
-    """The part of eq. (13) of each feature of x, [K, *]."""
-    return (x * grad * rel).clamp(min=0)
 
 
 def weighted_row(row: Tensor, by: Tensor | None, features: list[int], *shape: int) -> Tensor:
