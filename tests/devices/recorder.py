@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -179,6 +179,10 @@ def recorded(capability: int = 90, devices: int = 2, checked: bool = True) -> It
         return fresh.setdefault(self, defaultdict(self.create_binder))
 
     number = (capability // 10, capability % 10)
+    with (
+        FakeTensorMode()
+    ):  # a first guard of a device finds out that there is none, which it may not once there seem to be some
+        torch.empty(2, device="cuda")[:1]
     with (
         mock.patch.object(JITFunction, "_do_compile", compile_),
         mock.patch.object(JITFunction, "device_caches", property(caches, lambda self, value: None), create=True),
