@@ -108,7 +108,7 @@ def measured() -> Iterator[Record]:
     """Every kind of explanation on the current GPU. One that fails is left out, and said."""
     major, minor = torch.cuda.get_device_capability()
     for what, width, precision in roofline.KINDS:
-        if precision == "low" and (major, minor) < (8, 9):
+        if precision == "low" and (major, minor) < (9, 0):
             continue
         dtype = torch.float32 if width == 4 else torch.bfloat16
         model = test_gpu.build("vit_base_patch16_224", 224).to("cuda", dtype)

@@ -63,8 +63,8 @@ def products(
     """The products of a model whose lanes are of this dtype, on this device.
 
     On a CPU "mixed" multiplies in bfloat16 and "low" in int8, each only where that is faster than float32; where int8 is not,
-    "low" is "mixed". A GPU multiplies in bfloat16, and for "low" in float8 where it can (Triton kernels, compute capability
-    8.9 or newer; they multiply few rows in bfloat16). float64 models are left alone.
+    "low" is "mixed". A GPU multiplies in bfloat16, and for "low" in float8 where it can (Triton kernels, many rows, compute
+    capability 9.0 or newer: Ada's sums of 14 bits cannot be promoted to float32). float64 models are left alone.
 
     Raises:
         InputError: as `check`.
@@ -90,7 +90,7 @@ def _fast_float8(device: torch.device | None, backend: str) -> bool:
         return True
     if torch.version.hip:  # CDNA3's float8 is another one, and CDNA2 has none
         return torch.cuda.get_device_properties(device).gcnArchName.startswith(("gfx95", "gfx12"))
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def is_fast(dtype: str, backend: str = "auto") -> bool:

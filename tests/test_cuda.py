@@ -14,13 +14,9 @@ from fastrel import build
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
-#: The same sources for the host: one fiber per CUDA thread, blocks of 64 to keep it quick.
+#: The same sources for the host: one fiber per CUDA thread.
 SHIM = build.Part(
-    "CUDA shim",
-    "_C_cuda",
-    "cuda/*.cu",
-    ("-fPIC", "-xc++", "-Wno-psabi", "-DFASTREL_THREADS=64", f"-I{ROOT}/tests/shim"),
-    ("-ltorch_cpu",),
+    "CUDA shim", "_C_cuda", "cuda/*.cu", ("-fPIC", "-xc++", "-Wno-psabi", f"-I{ROOT}/tests/shim"), ("-ltorch_cpu",)
 )
 
 
@@ -30,8 +26,10 @@ def _compiler_library(name: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-def test_the_passes_through_a_host_shim_with_sanitizers(tmp_path: Path) -> None:
-    build.compile_library(tmp_path / "_C_cuda.so", SHIM, SANITIZERS)
+@pytest.mark.parametrize("threads", [64, 256])
+def test_the_passes_through_a_host_shim_with_sanitizers(tmp_path: Path, threads: int) -> None:
+    """In blocks of the size that a device gets, and in smaller ones, of which rows take several."""
+    build.compile_library(tmp_path / "_C_cuda.so", SHIM, (*SANITIZERS, f"-DFASTREL_THREADS={threads}"))
     preload = ":".join(map(_compiler_library, ("libasan.so", "libubsan.so", "libstdc++.so")))
     environment = {
         **os.environ,
