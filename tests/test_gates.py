@@ -28,6 +28,8 @@ MLPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a product that is not 0 at 0": lambda x, _: x.cos() * x.exp(),
     "a quotient": lambda x, _: x / (1 + (-x).exp()),
     "hardsigmoid gate": lambda x, g: x * F.hardsigmoid(g),
+    "steps": lambda x, g: g + x.sign() + x.ceil() * 0.1,
+    "a quotient of what is 0 at 0": lambda x, _: x.sin() / x,
 }
 
 activation, half = gradients.activation, gradients.half
@@ -44,6 +46,8 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a product that is not 0 at 0": lambda x, _: activation(torch.cos, x) * activation(torch.exp, x),
     "a quotient": lambda x, _: activation(F.silu, x),
     "hardsigmoid gate": lambda x, g: half(x) * half(activation(F.hardsigmoid, g)),
+    "steps": lambda x, g: g + x.sign() + x.ceil() * 0.1,
+    "a quotient of what is 0 at 0": lambda x, _: activation(torch.sin, x) / x,
 }
 
 

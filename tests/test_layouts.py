@@ -398,3 +398,23 @@ def test_texts_folded_into_the_batch_are_refused_in_words(size: Callable[[Tensor
 
     with pytest.raises(fastrel.UnsupportedModelError, match="12 samples and the prediction 3"):
         fastrel.Explainer(Choices().eval())(torch.randint(0, 9, (3, 4, 5)))
+
+
+class Grey(nn.Module):
+    """A grey picture [B, 1, 12, 12], its quarters as channels of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.body = nn.Conv2d(4, D, 2, 2), Body()
+
+    def forward(self, x: Tensor) -> Tensor:
+        quarters = torch.cat([x[:, :, i::2, j::2] for i in range(2) for j in range(2)], 1)
+        return self.body(self.stem(quarters).flatten(2).mT)
+
+
+def test_channels_of_a_grey_picture_are_no_tokens() -> None:
+    x = torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(3)).double()
+    report = fastrel.Explainer(Grey().double().eval(), backend="torch").verify(x, target=1)
+    assert report.ok, report
+    assert report.maps == {"x": "(9,) tokens"}

@@ -264,3 +264,53 @@ def test_a_convolution_whose_channels_are_tokens_is_refused() -> None:
     weight = torch.randn(LENGTH, LENGTH, 1, dtype=torch.float64)
     with pytest.raises(fastrel.UnsupportedModelError, match="mixes tokens, which lie along its channels"):
         explained(lambda w, x: w.o(F.conv1d(w.v(x), weight)))
+
+
+class Mixer(nn.Module):
+    """Two blocks over 6 tokens, in each attention, its queries turned or of a running mean, and a layer over tokens."""
+
+    def __init__(self, over: Callable[[Tensor], Tensor], queries: str = "plain") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.over, self.queries, self.embed, self.head = over, queries, nn.Embedding(20, 16), nn.Linear(16, 3)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(6, 12), nn.Linear(12, 6)]) for _ in range(2)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for qkv, out, first, last in self.blocks:  # type: ignore[misc]
+            q, k, v = qkv(x + x.cumsum(1) / 10 if self.queries == "running" else x).chunk(3, -1)
+            if self.queries == "turned":  # as rotary positions turn pairs of features
+                q = q + torch.stack([-q[..., 1::2], q[..., ::2]], -1).flatten(-2) / 10
+            x = x + out((q @ k.mT / 4).softmax(-1) @ v)
+            x = x + last(self.over(first(x.mT))).mT
+        return self.head(x.mean(1))
+
+
+IDS = torch.randint(20, (3, 6), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("queries", ["turned", "running"])
+def test_what_is_no_linear_attention_is_explained(queries: str) -> None:
+    report = fastrel.Explainer(Mixer(F.gelu, queries).double().eval(), backend="torch").verify(IDS, target=1)
+    assert report.ok, report
+    assert report.blocks == 2
+
+
+@pytest.mark.parametrize("over", [torch.tanh, F.leaky_relu, lambda x: x * x.sigmoid()])
+def test_a_layer_over_tokens_hands_the_row_on_whatever_follows_it(over: Callable[[Tensor], Tensor]) -> None:
+    """By its weights: in the last block, whose attention comes before, another layer is another map, not the identity."""
+    model = Mixer(over).double().eval()
+    explainer = fastrel.Explainer(model, "rollout", start_layer=-1, backend="torch")
+    found = explainer(IDS, target=1).relevance
+    first, last = model.blocks[-1][2:]  # type: ignore[index]
+    nn.init.eye_(first.weight), nn.init.eye_(last.weight)
+    assert (found - explainer(IDS, target=1).relevance).abs().max() > 1e-3
+
+
+def test_a_layer_over_tokens_that_is_not_seen_to_turn_back_is_refused() -> None:
+    with pytest.raises(
+        fastrel.UnsupportedModelError, match=r"blocks.1.2 mixes tokens, and what it makes is not turned back"
+    ):
+        fastrel.Explainer(Mixer(lambda x: x.softmax(-1)).eval())(IDS, target=1)

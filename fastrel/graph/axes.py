@@ -91,8 +91,13 @@ class Sizes:
 
 
 def is_feature(axis: Axis) -> bool:
-    """Whether a dimension holds nothing but features (sizes of 1 count as such)."""
+    """Whether a dimension holds nothing but features (sizes of 1 count as such, but for a batch of one sample)."""
     return all(role == "feature" for _, role in axis)
+
+
+def are_tokens(axis: Axis) -> bool:
+    """Whether a dimension holds nothing but tokens, more than one."""
+    return size_of(axis) > 1 and all(role == "token" for _, role in axis)
 
 
 def is_readable(axes: Axes) -> bool:
@@ -114,7 +119,7 @@ def size_of(axis: Axis) -> int:
 def regroup(axes: Axes, shape: Sequence[int]) -> Axes | None:
     """The axes after a reshape to `shape`, or None where a boundary cuts through a factor that cannot be split.
 
-    A batch of one sample goes where a larger one would.
+    A batch of one sample goes where a larger one would, unless dimensions of size 1 lie before it.
     """
     factors = [factor for axis in axes for factor in axis if factor[0] != 1 or factor[1] == "batch"]
     out: list[Axis] = []
@@ -247,13 +252,14 @@ def _fitting(nodes: Sequence[fx.Node], labels: Labels) -> int:
         if axes is None:
             continue
         if node.target in (aten.conv2d.default, aten.conv3d.default):
-            score += is_feature(axes[1]) and not any(_has_features(axis) for axis in axes[2:])
+            score += is_feature(axes[1]) and not any(has_features(axis) for axis in axes[2:])
         elif node.target is aten.linear.default:
-            score -= any(_has_features(axis) for axis in axes[1:-1])
+            score -= any(has_features(axis) for axis in axes[1:-1])
     return score
 
 
-def _has_features(axis: Axis) -> bool:
+def has_features(axis: Axis) -> bool:
+    """Whether a dimension holds features, more than one, with others or not."""
     return any(role == "feature" and size > 1 for size, role in axis)
 
 
@@ -325,7 +331,7 @@ def _convolution(node: fx.Node, labels: Labels) -> Axes:
     first = x[0] if x is not None and len(x) == len(shape) else ((shape[0], "batch"),)
     window = labels.shape(node.args[1])[2:]  # type: ignore[arg-type]
     kept = [
-        x is not None and len(x) == len(shape) and size == 1 and _has_features(x[dim]) and size_of(x[dim]) == shape[dim]
+        x is not None and len(x) == len(shape) and size == 1 and has_features(x[dim]) and size_of(x[dim]) == shape[dim]
         for dim, size in enumerate(window, 2)
     ]  # over heads and tokens of [B, h, T, d], each feature by itself
     places = [x[dim] if kept[dim - 2] else ((shape[dim], "token"),) for dim in range(2, len(shape))]  # type: ignore[index]
@@ -347,12 +353,15 @@ def _stack(node: fx.Node, labels: Labels) -> Axes | None:
 
 @axes_of(aten.cat.default)
 def _cat(node: fx.Node, labels: Labels) -> Axes | None:
-    """As the widest part; along a dimension of size 1 in all parts, [B, 1, D], as where these are stacked."""
+    """As the widest part; along a dimension of size 1 in all parts, [B, 1, D], as where these are stacked. What holds tokens beside it
+    (channels of a picture cut apart) gets no others."""
     parts: Any = [part for part in node.args[0] if labels.of(part) is not None]  # type: ignore[union-attr]
     found, shape = _widest(node, labels), labels.shape(node)
     dim = int(node.args[1]) % len(shape) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     new = len(shape) > 2 and len(parts) > 1 and all(size_of(labels.axes[part][dim]) == 1 for part in parts)
-    if found is None or not new or not _are_tokens(parts, labels):
+    if found is None or not new or any(role == "token" for i, axis in enumerate(found) if i != dim for _, role in axis):
+        return found
+    if not _are_tokens(parts, labels):
         return found
     return (*found[:dim], ((shape[dim], "token"),), *found[dim + 1 :])
 
@@ -393,7 +402,7 @@ def _cut_into_tokens(part: fx.Node, labels: Labels) -> tuple[fx.Node, tuple[Any,
 def _cut(node: fx.Node, labels: Labels) -> tuple[Any, tuple[Any, ...], bool]:
     """Of what a value was cut out, where, and whether its tokens lie there; (None, (), False) for what is no part of another."""
     call: Any = node.args[0] if node.target is operator.getitem else node
-    if call.target not in _CUTS:
+    if call.target not in _CUTS or not isinstance(node.meta["val"], Tensor):  # all parts together are no part
         return None, (), False
     whole, *given = call.args
     x = labels.of(whole)
@@ -406,8 +415,8 @@ def _cut(node: fx.Node, labels: Labels) -> tuple[Any, tuple[Any, ...], bool]:
     dim = dim % len(x)
     tokens = any(role == "token" for _, role in x[dim])
     # Of what is more than half of the whole there are no two that lie apart.
-    run = 2 * labels.shape(node)[dim] <= size_of(x[dim]) if not single else True
-    return whole, tuple(map(str, place)), tokens and run
+    apart = single or (tokens and 2 * labels.shape(node)[dim] <= size_of(x[dim]))
+    return whole, tuple(map(str, place)), tokens and apart
 
 
 @axes_of(aten.index.Tensor)
@@ -472,7 +481,19 @@ _BEFORE_TURNING = {
     aten.linear.default,
     aten.gelu.default,
     aten.relu.default,
+    aten.relu6.default,
     aten.silu.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.elu.default,
+    aten.leaky_relu.default,
+    aten.hardswish.default,
+    aten.mish.default,
+    aten.softplus.default,
+    aten.layer_norm.default,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.add.Tensor,
     aten.dropout.default,
     aten.clone.default,
     aten.contiguous.default,
@@ -481,21 +502,23 @@ _BEFORE_TURNING = {
 
 def _made_by_layer(node: fx.Node, x: Axes, size: int) -> Axis:
     """What a layer makes of the last dimension: features; tokens, where it is one over tokens (of [*, D, T]) and turned back after."""
-    over = len(x) > 1 and size_of(x[-1]) > 1 and all(role == "token" for _, role in x[-1]) and _has_features(x[-2])
+    over = len(x) > 1 and are_tokens(x[-1]) and has_features(x[-2])
     return ((size, "token" if over and _is_turned_back(node) else "feature"),)
 
 
 def _is_turned_back(node: fx.Node) -> bool:
-    while len(readers := [user for user in node.users if isinstance(user.meta.get("val"), Tensor)]) == 1:
-        node = readers[0]
-        ndim = node.meta["val"].dim()
-        if node.target is aten.transpose.int:
-            return {dim % ndim for dim in node.args[1:]} == {ndim - 2, ndim - 1}
-        if node.target is aten.permute.default:
-            return [dim % ndim for dim in node.args[1][-2:]] == [ndim - 1, ndim - 2]  # type: ignore
-        if node.target not in _BEFORE_TURNING:
-            return False
-    return False
+    """Whether all that is made of a value goes through a transpose of its last two dimensions."""
+    readers = [user for user in node.users if isinstance(user.meta.get("val"), Tensor)]
+    return bool(readers) and all(map(_turns_back, readers))
+
+
+def _turns_back(node: fx.Node) -> bool:
+    ndim = node.meta["val"].dim()
+    if node.target is aten.transpose.int:
+        return {dim % ndim for dim in node.args[1:]} == {ndim - 2, ndim - 1}
+    if node.target is aten.permute.default:
+        return [dim % ndim for dim in node.args[1][-2:]] == [ndim - 1, ndim - 2]  # type: ignore
+    return node.target in _BEFORE_TURNING and _is_turned_back(node)
 
 
 @axes_of(aten.scaled_dot_product_attention.default)
@@ -528,6 +551,27 @@ def _product(node: fx.Node, labels: Labels) -> Axes | None:
 def _reshape(node: fx.Node, labels: Labels) -> Axes | None:
     x = labels.of(node.args[0])
     return _widest(node, labels) if x is None else regroup(x, labels.shape(node))
+
+
+@axes_of(aten.unsqueeze.default)
+def _unsqueeze(node: fx.Node, labels: Labels) -> Axes | None:
+    x = labels.of(node.args[0])
+    if x is None:
+        return _widest(node, labels)
+    dim = int(node.args[1]) % (len(x) + 1)  # type: ignore[arg-type]
+    return (*x[:dim], (), *x[dim:])
+
+
+@axes_of(aten.expand.default)
+def _expand(node: fx.Node, labels: Labels) -> Axes | None:
+    """As elementwise; one sample that is repeated is no batch."""
+    x, found, shape = labels.of(node.args[0]), _widest(node, labels), labels.shape(node)
+    if x is None or found is None:
+        return found
+    repeated = {
+        i for i, axis in enumerate(x, len(shape) - len(x)) if axis and axis[0] == (1, "batch") and shape[i] != size_of(axis)
+    }
+    return tuple(((shape[i], "feature"),) if i in repeated else axis for i, axis in enumerate(found))
 
 
 @axes_of(aten.permute.default)

@@ -45,7 +45,7 @@ def is_map_value(node: fx.Node, axes: Labelled) -> bool:
     if (pair := _operands(node, axes)) is None:
         return False
     a, v = pair
-    queries = holds_tokens(a[-2]) or axes_.size_of(a[-2]) == 1
+    queries = holds_tokens(a[-2]) or (axes_.size_of(a[-2]) == 1 and all(role != "feature" for _, role in a[-2]))
     over = queries and holds_tokens(a[-1]) and holds_tokens(v[-2]) and not holds_tokens(v[-1])
     return over and not is_product_of_maps(node.args[0], axes)
 
@@ -102,16 +102,23 @@ def _linearly_made_of(x: Any, axes: Labelled) -> Iterator[fx.Node]:
     while todo:
         node: fx.Node = todo.pop()
         yield node
-        if node.target in _LINEAR:
-            new = [y for y in reads(node) if y in axes and y not in seen]
+        new = [y for y in reads(node) if y in axes and y not in seen] if node.target in _LINEAR else []
+        if node.target in ARITHMETIC and len(new) > 1:
+            new = []  # a residual sum: what it holds is the stream's
+        if new:
             seen.update(new)
             todo += new
 
 
 def _runs_over_tokens(node: fx.Node, axes: Labelled) -> bool:
-    """Whether a value is a running sum over tokens."""
+    """Whether a value is a running sum over tokens of products k ⊗ v of two activations."""
     whole = axes.get(node.args[0]) if node.target is aten.cumsum.default else None  # type: ignore[arg-type]
-    return whole is not None and holds_tokens(whole[node.args[1]])  # type: ignore[index]
+    if whole is None or not holds_tokens(whole[node.args[1]]):  # type: ignore[index]
+        return False
+    summed: Any = _base(node.args[0])
+    return summed.target in {*PRODUCTS, aten.mul.Tensor} and all(
+        isinstance(x, fx.Node) and x in axes for x in summed.args[:2]
+    )
 
 
 def linear_attention(graph: fx.Graph, axes: Labelled) -> bool:

@@ -98,6 +98,9 @@ ACTIVATIONS = {
     aten.erfinv.default,
 }
 
+#: Those whose slope is 0 but where they jump.
+STEPS = {aten.sign.default, aten.round.default, aten.floor.default, aten.ceil.default}
+
 DIVISIONS = {aten.div.Tensor, aten.div.Scalar}
 
 PRODUCTS = {aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar} | DIVISIONS
@@ -187,11 +190,18 @@ def _is_of_places(code: fx.Node) -> bool:
     todo, seen = [code], {code}
     while todo:
         new = [x for x in reads(todo.pop()) if x not in seen]
-        if any(x.target in _OVER_TOKENS for x in new):
+        if any(x.target in _OVER_TOKENS and _reduces_tokens(x) for x in new):
             return True
         seen.update(new)
         todo += new
     return False
+
+
+def _reduces_tokens(node: fx.Node) -> bool:
+    """Whether a reduction is over the second dimension, where tokens lie in ids and masks."""
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    ndim = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    return dims is None or 1 in {dim % ndim for dim in ([dims] if isinstance(dims, int) else dims)}
 
 
 def is_pointwise(node: fx.Node) -> bool:

@@ -347,7 +347,7 @@ def _pass_row(t: Context, node: fx.Node, operands: tuple[fx.Node, ...], row: Row
 
 def _pairs_row(t: Context, node: fx.Node, left: fx.Node, right: fx.Node, row: Row) -> None:
     """u vᵀ of two sets of samples [A, D] and [B, D], as similarities are: each pair's row in equal parts to both."""
-    streams = t.facts.are_streams((left, right), t.stretch.blocks)
+    streams = t.facts.are_streams((left, right), t.stretch.every)
     for x, dim, own in zip((left, right), (2, 1), t.rollout.fork(row, 2, None, streams), strict=True):
 
         def back(lane: Lane, x: fx.Node = x, dim: int = dim) -> Lane:

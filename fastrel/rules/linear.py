@@ -37,15 +37,25 @@ def linear(t: Context, node: fx.Node, out: Lanes) -> None:
     grad = rel = None
     if t.wants(x):
         grad, rel = _back(t, node, x, t.value(weight), t.value(bias) if isinstance(bias, fx.Node) else None, out)
-    t.give(x, grad, rel, _row(t, node, weight, out.row))
+    t.give(x, grad, rel, _row(t, node, x, weight, out.row))
 
 
-def _row(t: Context, node: fx.Node, weight: fx.Node, row: Row | None, turned: bool = False) -> Row | None:
+def _row(t: Context, node: fx.Node, x: fx.Node, weight: fx.Node, row: Row | None, turned: bool = False) -> Row | None:
     """The row as it is; of a layer over tokens, each token's is divided among those that it is made of, by |W|.
 
     `turned`: the weight is [in, out].
+
+    Raises:
+        UnsupportedModelError: what a layer makes of tokens is neither seen to be tokens again nor one number.
     """
-    if row is None or axes_.is_feature(t.axes(node)[-1]):
+    if row is None:
+        return None
+    if axes_.is_feature(t.axes(node)[-1]):
+        read, made = t.axes(x)[-2:], t.axes(node)[-1]
+        if axes_.size_of(made) > 1 and axes_.are_tokens(read[-1]) and len(read) > 1 and axes_.has_features(read[-2]):
+            raise UnsupportedModelError(
+                f"{describe(node)} mixes tokens, and what it makes is not turned back to where they were"
+            )
         return row
 
     def back(lane: Lane) -> Lane:
@@ -77,7 +87,7 @@ def times_parameter(t: Context, node: fx.Node, x: fx.Node, weight: fx.Node, bias
     if t.wants(x):
         turned = t.emit.call(aten.t.default, t.value(weight))
         grad, rel = _back(t, node, x, turned, t.value(bias) if bias is not None else None, out)
-    t.give(x, grad, rel, _row(t, node, weight, out.row, turned=True))
+    t.give(x, grad, rel, _row(t, node, x, weight, out.row, turned=True))
 
 
 def times_parameters(t: Context, node: fx.Node, x: fx.Node, weight: fx.Node, out: Lanes) -> None:
