@@ -132,10 +132,12 @@ def operators() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def explained(model: nn.Module, image: Tensor, target: int, precision: str = "float32", exact: bool = False) -> Tensor:
-    """The map of one image, as the Triton backend would compute it; exact: the same operators without any rounding."""
+def explained(
+    model: nn.Module, given: dict[str, Tensor], classes: Tensor, precision: str = "float32", exact: bool = False
+) -> Tensor:
+    """The maps [B, K, T] of classes [B, K], as the Triton backend would compute it; exact: the same operators without any rounding."""
     with recorded(90), mock.patch.object(fusion, "fuse", lambda graph: None):  # operators one by one
-        program, values = lowered(model, {"x": image}, torch.device("cuda:0"), precision=precision)
+        program, values = lowered(model, given, torch.device("cuda:0"), precision=precision)
         launchers = triton.kernels()
     simulated = operators()
     if exact:
@@ -159,8 +161,8 @@ def explained(model: nn.Module, image: Tensor, target: int, precision: str = "fl
             node.target = REFERENCES[op]
     program.reverse.recompile()
     with torch.no_grad():
-        _, _, relevance, _ = run(program, values, torch.tensor([[target]]))
-    return relevance[0][0, 0]
+        _, _, relevance, _ = run(program, values, classes)
+    return relevance[0]
 
 
 def _widened(reference: Callable[..., Any]) -> Callable[..., Any]:
