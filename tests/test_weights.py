@@ -195,7 +195,7 @@ def counted() -> Callable[..., Any]:
     gc.collect()
     digested = weights.digested(DIGESTS[-1])
     kept = weights.kept(lambda w, purpose: (torch.zeros(250_000),))
-    return lambda w, purpose="int8": kept(w, purpose, digested(w))
+    return lambda w, purpose="int8": kept(w, purpose, digested(w))[0]
 
 
 def test_what_is_kept_is_counted_and_goes_with_its_weight_and_its_change(counted: Any) -> None:
@@ -233,3 +233,22 @@ def test_a_limit_that_is_no_number_is_refused_at_once(monkeypatch: pytest.Monkey
         with pytest.raises(fastrel.InputError, match=f"FASTREL_WEIGHTS_MB='{value}' is no number of megabytes; set 0"):
             fastrel.Explainer(model, precision="mixed")
     fastrel.Explainer(copy.deepcopy(model))  # which keeps nothing
+
+
+def test_what_holds_the_weight_itself_is_kept_without_it() -> None:
+    """Of a 16-bit weight in float8 the part for gradients is that weight; what was made was made anew at every call."""
+    calls = []
+
+    def prepare(weight: Tensor, purpose: str) -> tuple[Tensor, ...]:
+        calls.append(purpose)
+        return weight * 2, weight
+
+    kept, w = weights.kept_by_version(prepare), torch.randn(4, 4)
+    before = weights.kept_bytes()
+    first, second = kept(w, "float8"), kept(w, "float8")
+    assert first[0] is second[0]
+    assert first[1] is second[1] is w
+    assert (len(calls), weights.kept_bytes()) == (1, before + 64)
+    del w, first, second
+    gc.collect()
+    assert weights.kept_bytes() == before
