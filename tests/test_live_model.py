@@ -1242,3 +1242,16 @@ def test_a_graph_that_is_no_longer_the_model_is_used_for_no_kind_of_call(
         explainer(several)
     assert off(explainer, model, several) < EXACT
     assert off(explainer, model, one) < EXACT
+
+
+def test_masked_numbers_within_reach_are_compared() -> None:
+    """numpy writes into its constant `np.ma.masked` when that is asked for its bytes, and does not let itself."""
+    import numpy as np
+
+    from fastrel.graph.watched import Numbers
+
+    assert Numbers(np.ma.masked).same()
+    numbers = np.ma.masked_equal([1.0, 2.0, 3.0], 2)
+    seen = Numbers(numbers)
+    numbers[0] = np.ma.masked
+    assert not seen.same()

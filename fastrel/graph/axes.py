@@ -353,13 +353,13 @@ def _stack(node: fx.Node, labels: Labels) -> Axes | None:
 
 @axes_of(aten.cat.default)
 def _cat(node: fx.Node, labels: Labels) -> Axes | None:
-    """As the widest part; along a dimension of size 1 in all parts, [B, 1, D], as where these are stacked. What holds tokens beside it
-    (channels of a picture cut apart) gets no others."""
+    """As the widest part; along a dimension of size 1 in all parts, [B, 1, D], as where these are stacked. What holds tokens in two
+    dimensions beside it (channels of a picture cut apart) gets no others."""
     parts: Any = [part for part in node.args[0] if labels.of(part) is not None]  # type: ignore[union-attr]
     found, shape = _widest(node, labels), labels.shape(node)
     dim = int(node.args[1]) % len(shape) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     new = len(shape) > 2 and len(parts) > 1 and all(size_of(labels.axes[part][dim]) == 1 for part in parts)
-    if found is None or not new or any(role == "token" for i, axis in enumerate(found) if i != dim for _, role in axis):
+    if found is None or not new or sum(are_tokens(axis) for i, axis in enumerate(found) if i != dim) > 1:
         return found
     if not _are_tokens(parts, labels):
         return found

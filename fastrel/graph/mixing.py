@@ -103,7 +103,7 @@ def _linearly_made_of(x: Any, axes: Labelled) -> Iterator[fx.Node]:
         node: fx.Node = todo.pop()
         yield node
         new = [y for y in reads(node) if y in axes and y not in seen] if node.target in _LINEAR else []
-        if node.target in ARITHMETIC and len(new) > 1:
+        if node.target in ARITHMETIC and len(new) > 1 and any(map(holds_tokens, axes[node])):
             new = []  # a residual sum: what it holds is the stream's
         if new:
             seen.update(new)

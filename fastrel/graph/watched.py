@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -251,7 +252,11 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _bytes(x: Any) -> bytes:
-    return bytes(x) if isinstance(x, bytearray) else x.tobytes()
+    if isinstance(x, bytearray):
+        return bytes(x)
+    if isinstance(x, np.ma.MaskedArray):  # whose own method writes what fills it into `np.ma.masked`
+        return np.asarray(x).tobytes() + np.ma.getmaskarray(x).tobytes()
+    return x.tobytes()
 
 
 class Local(Place):
