@@ -266,7 +266,10 @@ class Reach:
         if members:
             places.add(Slots(x, members))
             found += [held_in(x, member) for member in members]
-        attributes = getattr(x, "__dict__", None)
+        try:
+            attributes = getattr(x, "__dict__", None)
+        except Exception:  # what has none may say so in its own way, as pydantic's stand-ins do
+            return found
         if not isinstance(attributes, dict):
             return found
         self._attributes.append((attributes, places))
