@@ -165,7 +165,7 @@ class Facts:
 
     def unknown_mixing(self, node: fx.Node) -> str | None:
         """What to say of a product that mixes tokens by a map that is not known, or brings sums over them back; else None."""
-        if node.target not in mixing.PRODUCTS or self._attends(node):
+        if node.target not in mixing.MATRIX_PRODUCTS or self._attends(node):
             return None
         if mixing.is_product_of_maps(node.args[0], self.axes) and not mixing.is_product_of_maps(node, self.axes):
             return (

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 Labelled = Mapping[fx.Node, axes_.Axes]
 
-PRODUCTS = {aten.matmul.default, aten.bmm.default}
+MATRIX_PRODUCTS = {aten.matmul.default, aten.bmm.default}
 _TURNS = {aten.transpose.int, aten.permute.default}
 
 #: Operators through which a value goes on entry by entry, or in sums of its entries by constant weights.
@@ -76,7 +76,7 @@ def contracts_tokens(node: fx.Node, axes: Labelled) -> bool:
 
 
 def _operands(node: fx.Node, axes: Labelled) -> tuple[axes_.Axes, axes_.Axes] | None:
-    if node.target not in PRODUCTS:
+    if node.target not in MATRIX_PRODUCTS:
         return None
     a, b = (axes.get(x, ()) for x in node.args)  # type: ignore[arg-type]
     return (a, b) if len(a) > 1 and len(b) > 1 else None
@@ -116,7 +116,7 @@ def _runs_over_tokens(node: fx.Node, axes: Labelled) -> bool:
     if whole is None or not holds_tokens(whole[node.args[1]]):  # type: ignore[index]
         return False
     summed: Any = _base(node.args[0])
-    return summed.target in {*PRODUCTS, aten.mul.Tensor} and all(
+    return summed.target in {*MATRIX_PRODUCTS, aten.mul.Tensor} and all(
         isinstance(x, fx.Node) and x in axes for x in summed.args[:2]
     )
 
@@ -302,7 +302,7 @@ def _normalises(c: fx.Node, product: fx.Node, axes: Labelled) -> bool:
     """Whether a value is made of the map A of a product A v, or of all that A's scores are made of, and not of v."""
     attn, values = product.args
     scores: Any = attn
-    while scores.target not in PRODUCTS:
+    while scores.target not in MATRIX_PRODUCTS:
         sources = [x for x in reads(scores) if x in axes] if scores.target in _LINEAR else []
         if len(sources) != 1:
             break
@@ -310,7 +310,7 @@ def _normalises(c: fx.Node, product: fx.Node, axes: Labelled) -> bool:
     made_of = _upstream(c, axes)
     if product in made_of or values in made_of:
         return False
-    pair = [_base(x) for x in scores.args] if scores.target in PRODUCTS else [attn]
+    pair = [_base(x) for x in scores.args] if scores.target in MATRIX_PRODUCTS else [attn]
     return attn in made_of or scores in made_of or all(x in made_of for x in pair)
 
 

@@ -14,6 +14,7 @@ from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments, insert_like, is_view
 from fastrel.graph.nodes import replace as replace_node
 from fastrel.graph.patterns import IDENTITIES, is_softmax_over_keys, reads
+from fastrel.graph.places import ZEROS
 
 aten = torch.ops.aten
 
@@ -21,8 +22,6 @@ Labelled = Mapping[fx.Node, axes_.Axes]
 
 #: Operators that return the parts of a value.
 _CUTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
-
-_ZEROS = {aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default}
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _bias(x: Any, node: fx.Node) -> tuple[fx.Node, ...] | None:
     """A constant that is added as a bias; nothing where that is 0; None for others."""
     if not isinstance(x, fx.Node):
         return () if x == 0 else None
-    if x.target in _ZEROS:
+    if x.target in ZEROS:
         return ()
     return (x,) if x.meta["val"].shape == node.meta["val"].shape[-1:] else None
 

@@ -14,7 +14,8 @@ aten = torch.ops.aten
 #: What adds up entries of a source, its argument of this number, at places of its first argument.
 SUMS = {aten.index_add.default: 3, aten.scatter_add.default: 3, aten.index_put.default: 2}
 
-_ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
+#: Operators that make zeros.
+ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 _COPIES = {aten.expand.default, aten.clone.default, aten.to.dtype, aten.view.default}
 
 
@@ -28,7 +29,7 @@ def is_sum(node: fx.Node) -> bool:
 def _is_zero(x: Any) -> bool:
     while x.target in _COPIES:
         x = x.args[0]
-    return x.target in _ZEROS
+    return x.target in ZEROS
 
 
 def _onto(insert: Any, base: fx.Node, added: Callable[[fx.Node], fx.Node]) -> fx.Node:

@@ -44,6 +44,13 @@ def seen() -> Iterator[Recorded]:
         yield launches
 
 
+@pytest.fixture
+def cuda_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA passes seem to be compiled."""
+    monkeypatch.setattr(backends.cuda, "unavailable", lambda: None)
+    monkeypatch.setitem(backends.BACKENDS, "cuda", dataclasses.replace(backends.BACKENDS["cuda"], unavailable=lambda: None))
+
+
 def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=DEVICE)
 
@@ -427,9 +434,8 @@ assert not [name for name, module in sys.modules.items() if "triton_kernels" in 
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def test_targets_of_a_sample_share_the_launches_of_the_cuda_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.cuda, "unavailable", lambda: None)
-    monkeypatch.setitem(backends.BACKENDS, "cuda", dataclasses.replace(backends.BACKENDS["cuda"], unavailable=lambda: None))
+@pytest.mark.usefixtures("cuda_passes")
+def test_targets_of_a_sample_share_the_launches_of_the_cuda_passes() -> None:
     model, given = _vit(torch.float32)
     passes = []
     with recorded(90) as seen:
@@ -455,12 +461,9 @@ def test_nothing_is_compiled_for_an_operator_that_the_backend_has_not(monkeypatc
 
 @pytest.mark.parametrize("precision", ["float32", "mixed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_values_reach_the_cuda_passes_without_casts(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, precision: str
-) -> None:
+@pytest.mark.usefixtures("cuda_passes")
+def test_16_bit_values_reach_the_cuda_passes_without_casts(dtype: torch.dtype, precision: str) -> None:
     """And torch's products their operands, apart from attention's; what is made of a weight is made once."""
-    monkeypatch.setattr(backends.cuda, "unavailable", lambda: None)
-    monkeypatch.setitem(backends.BACKENDS, "cuda", dataclasses.replace(backends.BACKENDS["cuda"], unavailable=lambda: None))
     model, given = _vit(dtype)
     with recorded(90) as seen:
         program, values = lowered(model, given, DEVICE, precision=precision, backend="cuda")
