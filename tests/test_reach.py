@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fastrel.graph.fingerprint import Fingerprint
+from fastrel.graph.reach import Reach
+from fastrel.graph.watched import Code
 
 scale = 2.0
 options = types.SimpleNamespace(strength=1.0)
@@ -400,3 +402,16 @@ def test_names_of_attributes_are_no_references_and_odd_arrays_no_obstacle() -> N
     model = class_of(global_model)
     assert Fingerprint(model).tells_apart is None
     assert Fingerprint(model).matches()
+
+
+class Asserting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 1, "which pytest has written anew"
+        return helper(x)
+
+
+def test_an_assertion_does_not_lead_to_the_session_of_pytest() -> None:
+    """By way of it all that was ever collected was within reach, and every capture took half a minute."""
+    code = [place.of for place in Reach(Asserting(), frozenset()).around.all if isinstance(place, Code)]
+    assert helper in code
+    assert {function.__module__.partition(".")[0] for function in code} <= {"tests", "torch"}

@@ -74,8 +74,8 @@ _RUN_BY_TORCH = frozenset(vars(nn.Module())) | {"forward"}
 #: Hooks on every module of the process.
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
-#: Packages whose code is taken to stay what it is.
-_FOREIGN = frozenset({"torch", "numpy", "fastrel", *sys.stdlib_module_names}) - {"__main__"}
+#: Packages whose code is taken to stay what it is. pytest's stands in every assertion of a test file, and leads to the whole session.
+_FOREIGN = frozenset({"torch", "numpy", "fastrel", "_pytest", *sys.stdlib_module_names}) - {"__main__"}
 
 #: What keeps its items in dicts.
 _AROUND_DICTS = (collections.ChainMap, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
