@@ -12,7 +12,13 @@ import fastrel
 from fastrel.graph.capture import Captured, capture
 
 #: How many random transformers are tried, and so how thorough some other tests are; before a release 300.
-EXAMPLES = int(os.environ.get("FASTREL_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("FASTREL_EXAMPLES", "40"))
+
+#: Whether nothing is left out, as before a release.
+RELEASE = EXAMPLES >= 300
+
+#: Which of the many cases of kernels run where they take long, interpreted or sanitized (`tests.conftest.ONE_IN`).
+CHOSEN = () if RELEASE else ("-m", "not slow")
 
 WIDTH = 16
 

@@ -624,7 +624,7 @@ def state() -> tuple[Any, ...]:
 
 
 #: How often 8 models are first explained in 8 threads at once; before a release 15 times.
-ROUNDS = max(1, EXAMPLES // 20)
+ROUNDS = max(3, EXAMPLES // 20)
 
 
 def in_threads(work: list[Callable[[], None]]) -> list[BaseException]:

@@ -150,6 +150,11 @@ class Transformer(nn.Module):
         return self.head(torch.cat((h[:, 0], h.mean(1)), -1))
 
 
+def well_conditioned(choice: dict[str, Any]) -> bool:
+    """A norm over two features makes ±1 of both, whose sums cancel: inputs that differ by 1e-15 differ by 5e-6 in their relevance."""
+    return choice["heads"] * choice["head_size"] > 2
+
+
 CHOICES = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 10_000),
@@ -166,7 +171,7 @@ CHOICES = st.fixed_dictionaries(
         "batch": st.integers(1, 3),
         "length": st.integers(2, 6),
     }
-)
+).filter(well_conditioned)
 
 
 def inputs(choice: dict[str, Any], batch: int, length: int) -> tuple[Tensor, Tensor]:

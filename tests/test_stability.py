@@ -51,6 +51,13 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return (request.param, *SUBJECTS[request.param]())
 
 
+@pytest.fixture(scope="module")
+def exact(subject: Subject) -> fastrel.Explanation:
+    """The map in float64."""
+    _, model, given = subject
+    return fastrel.Explainer(copy.deepcopy(model).double())(**cast(given, torch.float64))
+
+
 def rows(explanation: fastrel.Explanation, given: dict[str, Tensor]) -> Iterator[Tensor]:
     """Each sample's map over its real tokens."""
     for i, row in enumerate(explanation.relevance):
@@ -67,10 +74,9 @@ def needs_short_products(name: str) -> None:
         pytest.skip("this processor has no products of 16 or 8 bits, and without them CLIP takes minutes")
 
 
-def test_float32_maps_are_those_of_float64(subject: Subject) -> None:
+def test_float32_maps_are_those_of_float64(subject: Subject, exact: fastrel.Explanation) -> None:
     _, model, given = subject
-    exact = fastrel.Explainer(model.double())(**cast(given, torch.float64))
-    ours = fastrel.Explainer(model.float())(**given, target=exact.target)
+    ours = fastrel.Explainer(model)(**given, target=exact.target)
     for a, b in zip(rows(ours, given), rows(exact, given), strict=True):
         assert golden.map_error(a[None], b[None]) < 1e-4
         assert spearman(a, b) > 0.9999
@@ -105,15 +111,14 @@ def test_the_reverse_pass_of_bfloat16_models_is_exact(subject: Subject) -> None:
     ("precision", "bfloat16", "rank"), [("mixed", "1", 0.9999), ("low", "0", 0.999), ("low", "1", 0.999)]
 )
 def test_reduced_precision_gives_the_same_map(
-    subject: Subject, precision: str, bfloat16: str, rank: float, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, exact: fastrel.Explanation, precision: str, bfloat16: str, rank: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against float64, and at least 97 % of the highest fifth of all tokens are the same, over the inputs together."""
     name, model, given = subject
     needs_short_products(name)
-    exact = fastrel.Explainer(model.double())(**cast(given, torch.float64))
     monkeypatch.setenv("FASTREL_BF16", bfloat16)  # also where the processor would rather not
     monkeypatch.setenv("FASTREL_INT8", "1")
-    ours = fastrel.Explainer(model.float(), precision=precision)(**given, target=exact.target)
+    ours = fastrel.Explainer(model, precision=precision)(**given, target=exact.target)
     same = total = 0
     for a, b in zip(rows(ours, given), rows(exact, given), strict=True):
         assert spearman(a, b) >= rank

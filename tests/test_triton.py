@@ -21,7 +21,7 @@ from fastrel.backends import BACKENDS
 from fastrel.graphed import run
 from tests import golden_files as golden
 from tests import models
-from tests.small import EXAMPLES
+from tests.small import CHOSEN, RELEASE
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = json.loads(compiled.TABLE.read_text())
@@ -31,23 +31,14 @@ ALL_CASES = compiled.cases
 @pytest.mark.slow
 def test_kernels_under_the_interpreter() -> None:
     """In a process of its own, because Triton decides at import."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "tests/devices/test_triton_interpreted.py",
-    ]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *CHOSEN]
+    command += ["tests/devices/test_triton_interpreted.py"]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 
 
-#: What is compiled anew here, every kernel for one of them; the rest of the table is as `python -m benchmarks.compiled --write` left
-#: it.
+#: What kernels are compiled anew for here; the rest of the table is as `python -m benchmarks.compiled --write` left it.
 COMPILED = ("sm_80", "sm_120")
 
 #: Bytes that may be spilled. AMD's compiler keeps two to four registers elsewhere; nobody has tuned for it.
@@ -61,9 +52,8 @@ def resources() -> dict[str, dict[str, compiled.Resources]]:
 
 
 def some_cases(target: str) -> tuple[compiled.Case, ...]:
-    """Every second one, and those between for the other target; all before a release."""
-    i = COMPILED.index(target)
-    return ALL_CASES(target) if EXAMPLES >= 300 else ALL_CASES(target)[i :: len(COMPILED)]
+    """Every fourth one, and others for the other target; all before a release."""
+    return ALL_CASES(target) if RELEASE else ALL_CASES(target)[COMPILED.index(target) :: 4]
 
 
 @pytest.mark.parametrize("target", compiled.TARGETS)
@@ -77,7 +67,7 @@ def test_every_launch_fits_its_device(target: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize("target", compiled.TARGETS if RELEASE else ("sm_80", "sm_90", "sm_120", "gfx942"))
 def test_the_table_has_what_is_launched(target: str) -> None:
     """What launchers launch and what models of the zoo do, recorded; no list by hand."""
     cases = compiled.cases(target)
