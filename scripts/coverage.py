@@ -185,10 +185,10 @@ def page(rows: dict[str, list[tuple[str, ...]]]) -> str:
         "and DINOv2, two blocks were built. Made by `python scripts/coverage.py`.\n",
         "*evidence found*: `scripts/planted.py` puts one of two things (words, patterns of a cell of 4 × 4, tones) somewhere into",
         "noise. Small models learn to tell which, and one answer against the other is explained; large ones (timm's) stay *untrained*,",
-        "and what the thing does to the answer is explained. *7 of 8*: in seven of eight samples the default map is highest at the",
-        "thing's place; in brackets how many other methods find. *not learnt*: nothing to be found. Where it is less than all, the",
-        "method does not always find evidence in models of that kind: check it on yours (`fastrel.metrics`). `frozen_attribution`,",
-        "which leaves norms out of its gradients and reads pooled tokens by their evidence, misses far less ([why](numerics.md)).\n",
+        "and what the thing does to the answer is explained. *7 of 8*: in seven of eight samples the default's map is highest at the",
+        "thing's place; in brackets how many other methods find, first of them the paper's, `transformer_attribution`",
+        "([why it misses more](numerics.md#the-default)). *not learnt*: nothing to be found. Where it is less than all, the",
+        "default does not always find evidence in models of that kind: check it on yours (`fastrel.metrics`).\n",
         "The method chains attention maps over tokens, a softmax or any other (relu, sigmoid, decay, differences); linear attention,",
         "q (kᵀ v), by the map q kᵀ that it implies (CoaT, EfficientViT-B, the content of LambdaNets). Models that have none are",
         "refused: additive or channel attention (EdgeNeXt, MobileViTv2, SwiftFormer), pooling or Fourier mixing (PoolFormer, FNet);",
@@ -225,8 +225,8 @@ def page(rows: dict[str, list[tuple[str, ...]]]) -> str:
 
 def _hits(evidence: str) -> list[tuple[int, int, int]]:
     """(found by the default, found by the first other method, samples) of every input in which evidence decided."""
-    found = re.findall(rf"(?:^|[ ;])(\d+) of (\d+)(?: \({OTHERS[0]} (\w+))?", evidence)
-    return [(int(mine), int(mine if not other else other if other.isdigit() else 0), int(of)) for mine, of, other in found]
+    found = re.findall(rf"(?:^|[ ;])(\d+) of (\d+) \({OTHERS[0]} (\w+)", evidence)
+    return [(int(mine), int(other) if other.isdigit() else 0, int(of)) for mine, of, other in found]
 
 
 def _spellings() -> int:

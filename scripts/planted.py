@@ -26,8 +26,8 @@ CELLS, PIECES = 4, 8
 #: Training: steps at most, samples of each, samples that are explained.
 STEPS, BATCH, EXPLAINED = 400, 32, 8
 
-#: Methods that are tried where the default does not find all.
-OTHERS = ("frozen_attribution", "attnlrp")
+#: Methods that are tried beside the default.
+OTHERS = ("transformer_attribution", "attnlrp")
 
 #: Larger pictures take too long to learn from.
 LEARNT = 64
@@ -124,9 +124,7 @@ def _hits(explainer: fastrel.Explainer, given: dict[str, Any], name: str, place:
         except fastrel.FastrelError:
             return f"{method} refused"
 
-    found = hits(explainer)
-    verdict = f"{found} of {len(where)}"
-    return verdict if found == len(where) else f"{verdict} ({', '.join(map(of, OTHERS))})"
+    return f"{hits(explainer)} of {len(where)} ({', '.join(map(of, OTHERS))})"
 
 
 def _answer(case: Case, out: Any) -> Tensor:

@@ -18,6 +18,8 @@ class Blocks(NamedTuple):
 
     relevance, attention, frozen [L, T, T]: E_h[(∇A ⊙ R)⁺], E_h[(∇A ⊙ A)⁺], and the first with ∇A by AttnLRP's rules.
     gradient, received [L, T]: ∇A⁺ and A, mean over heads and queries; read: A over the queries that lead to the output.
+    shares, came [L, T]: by AttnLRP's rules, the share of each query in the block's relevance times that in its |∇A|; and the share
+    of a token's relevance, behind the residual add, that came by attention.
     """
 
     relevance: Array
@@ -26,6 +28,8 @@ class Blocks(NamedTuple):
     gradient: Array
     received: Array
     read: Array
+    shares: Array
+    came: Array
 
 
 Reading = Callable[[Blocks], Array]
@@ -38,6 +42,27 @@ def chain(maps: Array, normalize: bool = False) -> Array:
     for m in maps[::-1]:
         kept = row / (1 + m.sum(-1)) if normalize else row
         row = kept + kept @ m
+    return row
+
+
+def of_sum_1(maps: Array) -> Array:
+    """Rows scaled to sum 1; rows of 0 stay."""
+    sums = maps.sum(-1, keepdims=True)
+    return np.divide(maps, sums, out=np.zeros_like(maps), where=sums > 0)
+
+
+def of_one_query(b: Blocks) -> Array:
+    """Each query's row as if all relevance and gradient came to it."""
+    shares = b.shares[..., None]
+    return np.divide(b.frozen, shares, out=np.zeros_like(b.frozen), where=shares > 0)
+
+
+def conserving(b: Blocks) -> Array:
+    """r ← r (1 − s) + (r s) M̂: M̂ with rows of sum 1, s the share of attention."""
+    row = np.zeros(b.frozen.shape[-1])
+    row[0] = 1
+    for m, s in zip(of_sum_1(b.frozen)[::-1], b.came[::-1], strict=True):
+        row = row * (1 - s * (m.sum(-1) > 0)) + (row * s) @ m
     return row
 
 
@@ -97,5 +122,8 @@ READINGS: dict[str, Reading] = {
     "frozen gradient": lambda b: chain(b.frozen),
     "frozen gradient, per attention received": lambda b: per(chain(b.frozen), b.received.mean(0)),
     "frozen gradient, per root of attention received": lambda b: per(chain(b.frozen), b.received.mean(0), 0.5),
+    "frozen gradient, rows of M of sum 1": lambda b: chain(of_sum_1(b.frozen)),
+    "frozen gradient, rows of one query": lambda b: chain(of_one_query(b)),
+    "frozen gradient, conserving": conserving,
     "default times gradient": lambda b: (chain(b.relevance) * b.gradient.sum(0)) ** 0.5,
 }

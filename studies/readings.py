@@ -27,6 +27,7 @@ from fastrel.evaluation import ImageSubject, TextSubject
 from fastrel.evaluation.store import Score
 from fastrel.evaluation.summary import Row, holm, summarise
 from fastrel.methods import AllMaps, Method
+from fastrel.trace import BlockTrace
 from fastrel.transform.method import Chain
 from studies.blends import READINGS, Blocks
 from tests.real_models import SHARED
@@ -80,7 +81,35 @@ def blocks(explainer: fastrel.Explainer, args: Any, kwargs: Any, target: int) ->
         gradient=np.stack([b.gradient[0, 0].clamp(min=0).mean(0).sum(0).numpy() / tokens for b in traced]),
         received=np.stack([m.mean((0, 1)).numpy() for m in attention]),
         read=np.stack([b.attention[0].mean((0, 1)).numpy() for b in traced]),
+        shares=np.stack([_padded(shares(b), tokens) for b in frozen]),
+        came=np.stack([_padded(s, tokens) for s in came(frozen)]),
     )
+
+
+def shares(block: BlockTrace) -> Tensor:
+    """Each query's share of the block's relevance times its share of |∇A|, [Tq]."""
+    assert block.relevance is not None
+    assert block.gradient is not None
+    relevance, gradient = block.relevance[0, 0].sum((0, -1)), block.gradient[0, 0].abs().sum((0, -1))
+    return relevance / relevance.sum() * gradient / gradient.sum()
+
+
+def came(traced: Sequence[BlockTrace]) -> list[Tensor]:
+    """The share of each query's relevance, behind the residual add, that came by attention, [Tq] per block."""
+    found = []
+    for block in traced:
+        assert block.relevance is not None
+        assert block.input_relevance is not None
+        relevance = block.relevance[0, 0].sum(0)
+        by_attention = relevance.sum(-1)
+        # What a block reads is what it carried to its columns, and what passed it by the residual connection.
+        past = (block.input_relevance[0, 0].sum(-1) - relevance.sum(0))[: len(by_attention)].clamp(min=0)
+        found.append(torch.nan_to_num(by_attention / (by_attention + past)))
+    return found
+
+
+def _padded(row: Tensor, tokens: int) -> np.ndarray:
+    return np.pad(row.numpy(), (0, tokens - len(row)))
 
 
 def items_of(subject: str, limit: int | None) -> tuple[Any, list[Any]]:

@@ -196,7 +196,9 @@ def chained(traced: reference.Trace) -> Tensor:
 
 @pytest.mark.parametrize("rules", ["positive", "official"])
 @pytest.mark.parametrize("spelling", ["mean", "sum", "masked"])
-def test_frozen_attribution_reads_pooled_tokens_by_their_part_of_eq_13(spelling: str, rules: rules_.Rules) -> None:
+def test_frozen_attribution_reads_pooled_tokens_by_their_part_of_eq_13_and_counts_blocks_by_them(
+    spelling: str, rules: rules_.Rules
+) -> None:
     torch.manual_seed(3)
     vit = VisionTransformer(16, 4, embed_dim=12, depth=2, num_heads=2, num_classes=5, global_pool="avg", class_token=False)
     vit.fc_norm = nn.Identity()
@@ -230,8 +232,10 @@ def test_frozen_attribution_reads_pooled_tokens_by_their_part_of_eq_13(spelling:
         row = shares / shares.sum(1, keepdim=True)
         assert (shares > 0).any(1).all()
         assert (shares == 0).any()
+        read = 1 / row.square().sum(1)
         for block in reversed(explainer.trace(images, target=target)):
-            row = row + (row[:, None] @ gradient_relevance(block.gradient[0], block.relevance[0]))[:, 0]
+            m = gradient_relevance(block.gradient[0], block.relevance[0]) * read[:, None, None] ** 2
+            row = row + (row[:, None] @ m)[:, 0]
     assert golden.map_error(explanation.relevance, row) < 1e-10
 
 

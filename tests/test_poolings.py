@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastrel
-from fastrel.reference.pooling import evidence_of_windows
+from fastrel.reference.pooling import evidence_of_windows, tokens_read
+from fastrel.rules.attention import squared_tokens_read
+from fastrel.transform.rollout import times_samples
+from studies import pooling as study
 
 T, D = 6, 8
 SEGMENTS = torch.tensor([2, 0, 1, 0, 2, 1])
@@ -242,3 +246,42 @@ def test_a_window_is_read_as_an_attention_map_by_definition() -> None:
             expected[b, : t + 1] += row[b, t] * own
     torch.testing.assert_close(found[0, ..., 0], expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(found.sum(), row.sum())
+
+
+@pytest.mark.parametrize("pooling", ["class token", "mean", "sum, softmax weights", "max"])
+def test_blocks_of_pooled_models_count_by_the_tokens_that_are_read(pooling: str) -> None:
+    """The default is r ← r (I + N² M); where a class token is read, N is 1 and nothing is multiplied."""
+    torch.manual_seed(0)
+    model = study.Classifier(pooling).double().eval()
+    ids, _, _ = study.texts(3, torch.Generator().manual_seed(2))
+    explainer = fastrel.Explainer(model)
+    ours = explainer(ids, target=1).relevance
+    own = study.lanes(explainer, (ids,), {}, 1)
+    *blocks, last = own.parts
+    pooled = last.shape[1] == 1
+    row = torch.einsum("bi,bij->bj", own.read, last) if pooled else own.read
+    read = tokens_read(row[None])[0]
+    for m in reversed(blocks if pooled else own.parts):
+        row = row + read[:, None] ** 2 * torch.einsum("bi,bij->bj", row, m)
+    torch.testing.assert_close(ours, row, rtol=1e-10, atol=1e-14)
+    alike = explainer.using(replace(fastrel.methods.METHODS["frozen_attribution"], evidence=False))(ids, target=1).relevance
+    assert torch.equal(ours, alike) == (pooling == "class token")
+
+
+def test_a_pooled_model_that_learnt_is_explained_by_what_it_learnt() -> None:
+    """The key is the highest word; with what a block adds counted once it stays with tokens that have read the key."""
+    model, (ids, classes, places_) = study.trained("mean")
+    found = fastrel.Explainer(model)(ids, target=functools.partial(study.of_class, classes))
+    assert (found.relevance.argmax(1) == places_).double().mean() > 0.95
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_tokens_in_windows_are_counted_by_sample(inner: bool) -> None:
+    row = torch.rand(2, 3, 4, 5, dtype=torch.float64)  # targets, samples, windows, tokens
+    expected = row.flatten(2).sum(2) ** 4 / row.flatten(2).square().sum(2) ** 2
+    folded = (row.transpose(1, 2) if inner else row).reshape(2, 12, 5)
+    found = squared_tokens_read(folded, 0, 4, inner)
+    torch.testing.assert_close(found, expected)
+    times = (row * expected[:, :, None, None]).transpose(1, 2) if inner else row * expected[:, :, None, None]
+    torch.testing.assert_close(times_samples(folded, found, 0, inner), times.reshape(2, 12, 5))
+    assert tokens_read(torch.tensor([[[0.0, 0.0], [0.0, 3.0], [1.0, 1.0]]])).tolist() == [[1, 1, 2]]

@@ -111,7 +111,12 @@ def test_the_reverse_pass_of_bfloat16_models_is_exact(subject: Subject) -> None:
     ("precision", "bfloat16", "rank"), [("mixed", "1", 0.9999), ("low", "0", 0.999), ("low", "1", 0.999)]
 )
 def test_reduced_precision_gives_the_same_map(
-    subject: Subject, exact: fastrel.Explanation, precision: str, bfloat16: str, rank: float, monkeypatch: pytest.MonkeyPatch
+    subject: Subject,
+    exact: fastrel.Explanation,
+    precision: str,
+    bfloat16: str,
+    rank: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against float64, and at least 97 % of the highest fifth of all tokens are the same, over the inputs together."""
     name, model, given = subject

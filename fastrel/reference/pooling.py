@@ -54,6 +54,13 @@ def parts_of_eq_13(x: Tensor, grad: Tensor, rel: Tensor, features: Sequence[int]
     return (slopes * rel).clamp(min=0)
 
 
+def tokens_read(row: Tensor) -> Tensor:
+    """Over how many tokens a row [K, B, *] is spread: (Σ r)²/Σ r², [K, B]; 1 where it is 0."""
+    tokens = row.flatten(2)
+    squares = tokens.square().sum(2)
+    return torch.where(squares > 0, tokens.sum(2).square() / torch.where(squares > 0, squares, 1.0), 1.0)
+
+
 def evidence_of_entries(x: Tensor, grad: Tensor, rel: Tensor) -> Tensor:
     """(x ∇ R)⁺ of every entry: by its sums two values that make one (two texts' vectors) share a row. [*], [K, *], [K, *] -> [K, *]."""
     return (x * grad * rel).clamp(min=0)

@@ -14,6 +14,7 @@ from fastrel.graph.patterns import IDENTITIES, SOFTMAXES, is_attention_value
 from fastrel.ops.attention import attention_probabilities, attention_scores, carries_scores
 from fastrel.ops.library import REFERENCES
 from fastrel.reference import rules as reference
+from fastrel.reference.pooling import tokens_read
 from fastrel.reference.rollout import attention_received
 from fastrel.rules.contributions import contributions
 from fastrel.rules.linear import sum_lead, times_parameter, times_parameters
@@ -22,7 +23,7 @@ from fastrel.rules.registry import rule
 from fastrel.transform.context import Context
 from fastrel.transform.lanes import Lane, Lanes, Part, Path, Row, Rows
 from fastrel.transform.method import NEEDS_SAME_TOKENS, Kind
-from fastrel.transform.rollout import settled_share
+from fastrel.transform.rollout import settled_share, times_samples
 
 aten = torch.ops.aten
 
@@ -99,7 +100,7 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
         t.give(mask, grad=Lane(t.emit.call(sum_to, t.dense(lane, mask).node, *t.shape(mask))))
     if row_node and out.row:
         queries = {path: _queries(t, part.lane.node, rows, query_dim) for path, part in out.row.parts.items() if part.lane}
-        _give_row(t, q, v, rows, out.row, queries, row_node, kept, through)
+        _give_row(t, node, q, v, rows, out.row, queries, row_node, kept, through)
     if block is None and out.row:
         # Below the first block that takes part, tokens stay where they are.
         if t.row_shape(v) == t.row_shape(node):
@@ -165,6 +166,7 @@ def _queries(t: Context, row: fx.Node, rows: Rows | None, query_dim: int) -> fx.
 
 def _give_row(
     t: Context,
+    block: fx.Node,
     q: fx.Node,
     v: fx.Node,
     rows: Rows | None,
@@ -188,6 +190,8 @@ def _give_row(
         return t.dense(Lane(spread, own_rows), x, is_row=True)
 
     stream = t.rollout.stream(entering)
+    if t.method.evidence:
+        through = _times_read(t, block, stream, rows, whole, through)
     mixed: dict[Path, Part] = {stream: Part(lane(v, through))}
     inner = [path for path in entering.parts if path != stream]
     if not (t.method.residual and t.method.normalize):
@@ -207,6 +211,30 @@ def _give_row(
         t.give(q, row=Row(left))
         left = {}
     t.give(v, row=Row({**mixed, **left}))
+
+
+def _times_read(t: Context, block: fx.Node, stream: Path, rows: Rows | None, row: fx.Node, through: fx.Node) -> fx.Node:
+    """r M times N², N the number of tokens that the head reads of the stream.
+
+    Each of the T queries of a pooled model has 1/T of the gradient and 1/T of the relevance that one query would have, so that M is
+    of the order of 1/T² beside the identity. `row`: that which enters, [K, *B, Tq]; the first block that has several queries says N.
+    """
+    add = t.sum_of_rows(block)
+    if not any(path == stream[: len(path)] for path in t.read):
+        if block.meta["val"].shape[-2] == 1:
+            return through  # a pooling by attention
+        windows = math.prod(size for size, role in t.axes(block)[add.batch] if role == "token")
+        one = rows is not None and rows.length == 1
+        t.read[stream] = None if one else t.emit.call(squared_tokens_read, row, add.batch, windows, add.inner)
+    read = t.read[max((path for path in t.read if path == stream[: len(path)]), key=len)]
+    return through if read is None else t.emit.call(times_samples, through, read, add.batch, add.inner)
+
+
+def squared_tokens_read(row: Tensor, batch: int, windows: int, inner: bool) -> Tensor:
+    """N² [K, B] of a row [K, *B, Tq], a sample's `windows` lying along dimension `batch` beside it."""
+    row = row.movedim(batch + 1, 1)
+    row = row.unflatten(1, (windows, -1)).transpose(1, 2) if inner else row.unflatten(1, (-1, windows))
+    return tokens_read(row).square()
 
 
 def received(attention: Tensor) -> Tensor:
@@ -426,7 +454,7 @@ def _roll(
     t.read_row = t.read_row or queries(entering, None)
     kept, through = t.emit.parts(t.emit.call(ops.rollout_row, whole, update, t.method.normalize), 2)
     parts = {path: queries(part.lane.node) for path, part in row.parts.items() if part.lane}
-    _give_row(t, q, v, rows, row, parts, whole, kept, through, heads)
+    _give_row(t, node, q, v, rows, row, parts, whole, kept, through, heads)
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)

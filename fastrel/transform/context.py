@@ -19,7 +19,7 @@ from fastrel.ops.steps import add_rows
 from fastrel.precision import Products
 from fastrel.reference.rules import Rules, safe_divide
 from fastrel.transform.emit import Emitter
-from fastrel.transform.lanes import Lane, Lanes, Row, Rows
+from fastrel.transform.lanes import Lane, Lanes, Path, Row, Rows
 from fastrel.transform.method import Kind, Method
 from fastrel.transform.rollout import Rollout, Sum
 
@@ -47,6 +47,7 @@ class Context:
         generic: operators that took the generic rule.
         maps: by kind, what the method's reading asks for of the blocks met so far, by their number.
         read_row: what the head reads of the last block, [K, B, Tq].
+        read: for methods that read by evidence, N² [K, B] of the tokens that the head reads of each stream; None: it reads one.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Context:
         self.generic: list[str] = []
         self.maps: dict[Kind, dict[int, fx.Node]] = defaultdict(dict)
         self.read_row: fx.Node | None = None
+        self.read: dict[Path, fx.Node | None] = {}
         self.block = stretch.total  #: number of the block entered last
 
     # What rules ask.

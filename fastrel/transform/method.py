@@ -107,7 +107,8 @@ class Method:
         start_layer: the attention block that it starts with, counted from the input; negative from the output.
         normalize: scale the rows of I + M to sum 1.
         attnlrp: the gradient lane follows AttnLRP's rules.
-        evidence: where tokens are pooled, each is read by its part of eq. (13) instead of in equal parts.
+        evidence: where tokens are pooled, each is read by its part of eq. (13) instead of in equal parts, and what a block adds
+            counts N² times, N the number of tokens that are read (`fastrel.reference.pooling.tokens_read`).
         per_attention: divide by the attention that each token receives, mean over blocks.
     """
 
