@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import fastrel
 from fastrel import methods
 from fastrel.methods import AllMaps
+from fastrel.reference import pooling as reference
 
 WORDS, LENGTH, FEATURES, HEADS, BLOCKS = 20, 10, 32, 4, 2
 KEYS, PADDING = 2, 0  # words 1 and 2 are keys, 0 is padding, from 3 on they mean nothing
@@ -63,12 +64,12 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Ids [B, T] -> tokens [B, T, D], behind a class token if asked for."""
 
-    def __init__(self, class_token: bool = False) -> None:
+    def __init__(self, class_token: bool = False, blocks: int = BLOCKS) -> None:
         super().__init__()
         self.words = nn.Embedding(WORDS, FEATURES)
         self.places = nn.Parameter(torch.randn(LENGTH, FEATURES) * 0.02)
         self.token = nn.Parameter(torch.randn(1, 1, FEATURES) * 0.02) if class_token else None
-        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.norm = nn.LayerNorm(FEATURES)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -104,9 +105,9 @@ POOLINGS: dict[str, Pooling] = {
 class Classifier(nn.Module):
     """Two logits of pooled tokens."""
 
-    def __init__(self, pooling: str) -> None:
+    def __init__(self, pooling: str, blocks: int = BLOCKS) -> None:
         super().__init__()
-        self.encoder, self.pool = Encoder(pooling == "class token"), POOLINGS[pooling]
+        self.encoder, self.pool = Encoder(pooling == "class token", blocks), POOLINGS[pooling]
         self.score, self.head = nn.Linear(FEATURES, 1), nn.Linear(FEATURES, 2)
         self.masked = pooling == "masked mean"
 
@@ -216,6 +217,37 @@ def of_one_query(own: Lanes) -> list[Tensor]:
     return [ratio(m, r * g) for m, r, g in zip(own.parts, shares[:half], shares[half:], strict=True)]
 
 
+def times(own: Lanes, factors: list[Tensor]) -> Tensor:
+    """r ← r (I + f M), a factor [B] for each block; a pooling, which has no I, is left as it is."""
+    return chained(
+        own,
+        [m if m.shape[1] != m.shape[2] else m * f[:, None, None] for m, f in zip(own.parts, factors, strict=True)],
+    )
+
+
+def tokens(own: Lanes, power: int) -> list[Tensor]:
+    """A power of the number of tokens of each block."""
+    return [torch.full((len(m),), float(m.shape[2] ** power), dtype=m.dtype) for m in own.parts]
+
+
+def tokens_read(own: Lanes) -> list[Tensor]:
+    """Over how many tokens the row that enters the last block is spread, for each block."""
+    *_, last = own.parts
+    row = torch.einsum("bi,bij->bj", own.read, last) if last.shape[1] == 1 < last.shape[2] else own.read
+    return [reference.tokens_read(row[None])[0]] * len(own.parts)
+
+
+def by_shares(own: Lanes) -> list[Tensor]:
+    """1/Σ of the products of each query's shares of a block's relevance and gradient."""
+    lanes = zip(own.relevance, own.gradient, strict=True)
+    return [ratio(torch.ones(len(r)), (share(r) * share(g)).sum(-1)) for r, g in lanes]
+
+
+def share(lane: Tensor) -> Tensor:
+    """The share of each query, [B, Tq]."""
+    return ratio(lane.sum(-1), lane.sum((-2, -1))[:, None])
+
+
 def of_attention(own: Lanes) -> list[Tensor]:
     """The share [B, Tq] of each token's relevance, after the residual add, that came by attention: rows of R in what the next block
     reads, or in what they and what is not in its columns make. A pooling has no residual connection."""
@@ -242,6 +274,11 @@ def conserving(own: Lanes) -> Tensor:
 
 #: Other readings of the default's lanes.
 CANDIDATES: dict[str, Callable[[Lanes], Tensor]] = {
+    "once": lambda own: chained(own, own.parts),
+    "N times": lambda own: times(own, tokens_read(own)),
+    "T times": lambda own: times(own, tokens(own, 1)),
+    "T² times": lambda own: times(own, tokens(own, 2)),
+    "by shares": lambda own: times(own, by_shares(own)),
     "rows of one query": lambda own: chained(own, of_one_query(own)),
     "conserving": conserving,
     "pool alone": lambda own: (
@@ -277,9 +314,9 @@ def hits(relevance: Tensor, places: Tensor) -> str:
     return f"{float((relevance[:, -LENGTH:].argmax(1) == places).float().mean()):.2f}"
 
 
-def row_of(pooling: str, question: Callable[[Tensor, Tensor], Tensor]) -> list[str]:
+def row_of(pooling: str, question: Callable[[Tensor, Tensor], Tensor], blocks: int = BLOCKS) -> list[str]:
     """What each method and candidate finds in a trained classifier."""
-    model, (ids, classes, places) = trained(pooling)
+    model, (ids, classes, places) = trained(pooling, blocks)
     target = functools.partial(question, classes)
     explainer = fastrel.Explainer(model)
     cells = [hits(occlusion(lambda x: target(model(x)), ids), places)]
@@ -292,10 +329,10 @@ def row_of(pooling: str, question: Callable[[Tensor, Tensor], Tensor]) -> list[s
     return cells + [hits(candidate(own), places) for candidate in CANDIDATES.values()]
 
 
-def trained(pooling: str) -> tuple[nn.Module, tuple[Tensor, Tensor, Tensor]]:
+def trained(pooling: str, blocks: int = BLOCKS) -> tuple[nn.Module, tuple[Tensor, Tensor, Tensor]]:
     """A classifier that has learnt the task, and new texts."""
     torch.manual_seed(0)
-    model, padded = Classifier(pooling), pooling == "masked mean"
+    model, padded = Classifier(pooling, blocks), pooling == "masked mean"
 
     def samples(generator: torch.Generator) -> tuple[tuple[Tensor, ...], Tensor]:
         ids, kinds, _ = texts(BATCH, generator, padded)
@@ -348,10 +385,13 @@ def main() -> None:
     parser.add_argument("poolings", nargs="*", default=list(POOLINGS), metavar="POOLING")
     parser.add_argument("--against", action="store_true", help="ask for the answer's logit less the other one")
     given = parser.parse_args()
+    question = against_other if given.against else of_class
     head = ["pooling", "occlusion", *METHODS, *CANDIDATES]
     print(f"{line(head)}\n{line(['---'] * len(head))}")
-    for pooling in given.poolings:
-        print(line([pooling, *row_of(pooling, against_other if given.against else of_class)]), flush=True)
+    for name in given.poolings:
+        print(line([name, *row_of(name, question)]), flush=True)
+    for name in given.poolings[:2]:
+        print(line([f"{name}, {2 * BLOCKS} blocks", *row_of(name, question, 2 * BLOCKS)]), flush=True)
     each = [
         f"{method}, {text}: {what}"
         for method in ("default", "attnlrp")

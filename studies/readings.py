@@ -129,7 +129,7 @@ def collect(subject: str, limit: int | None) -> None:
     """Keep what readings are made of, for every item that has none yet."""
     (RESULTS / subject).mkdir(parents=True, exist_ok=True)
     own, items = items_of(subject, limit)
-    explainer = fastrel.Explainer(own.loaded.model)
+    explainer = fastrel.Explainer(own.loaded.model, "transformer_attribution")
     for number, item in enumerate(items):
         path = file_of(subject, item)
         if path.exists():

@@ -283,5 +283,5 @@ def test_tokens_in_windows_are_counted_by_sample(inner: bool) -> None:
     found = squared_tokens_read(folded, 0, 4, inner)
     torch.testing.assert_close(found, expected)
     times = (row * expected[:, :, None, None]).transpose(1, 2) if inner else row * expected[:, :, None, None]
-    torch.testing.assert_close(times_samples(folded, found, 0, inner), times.reshape(2, 12, 5))
+    torch.testing.assert_close(times_samples(folded, found, 4, 0, inner), times.reshape(2, 12, 5))
     assert tokens_read(torch.tensor([[[0.0, 0.0], [0.0, 3.0], [1.0, 1.0]]])).tolist() == [[1, 1, 2]]

@@ -108,12 +108,17 @@ def is_readable(axes: Axes) -> bool:
 def _holds_frames(axis: Axis) -> bool:
     """Whether a dimension holds samples and, of each, a fixed number of tokens."""
     others = [factor for factor in axis if factor[1] != "batch"]
-    return len(others) == len(axis) - 1 and all(role == "token" and size < _PRIMES[0] for size, role in others)
+    return len(others) == len(axis) - 1 and all(role == "token" and not varies(size) for size, role in others)
 
 
 def size_of(axis: Axis) -> int:
     """Number of entries along a dimension."""
     return math.prod(size for size, _ in axis)
+
+
+def varies(size: int) -> bool:
+    """Whether a size stands for one that varies between calls (or a multiple of it)."""
+    return size >= _PRIMES[0]
 
 
 def regroup(axes: Axes, shape: Sequence[int]) -> Axes | None:

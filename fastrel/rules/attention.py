@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from fastrel import ops
 from fastrel.errors import InputError, UnsupportedModelError
+from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments, describe
 from fastrel.graph.patterns import IDENTITIES, SOFTMAXES, is_attention_value
 from fastrel.ops.attention import attention_probabilities, attention_scores, carries_scores
@@ -223,11 +224,23 @@ def _times_read(t: Context, block: fx.Node, stream: Path, rows: Rows | None, row
     if not any(path == stream[: len(path)] for path in t.read):
         if block.meta["val"].shape[-2] == 1:
             return through  # a pooling by attention
-        windows = math.prod(size for size, role in t.axes(block)[add.batch] if role == "token")
         one = rows is not None and rows.length == 1
+        windows = 1 if one else _windows(t, block, add.batch)
         t.read[stream] = None if one else t.emit.call(squared_tokens_read, row, add.batch, windows, add.inner)
     read = t.read[max((path for path in t.read if path == stream[: len(path)]), key=len)]
-    return through if read is None else t.emit.call(times_samples, through, read, add.batch, add.inner)
+    if read is None:
+        return through
+    return t.emit.call(times_samples, through, read, _windows(t, block, add.batch), add.batch, add.inner)
+
+
+def _windows(t: Context, block: fx.Node, batch: int) -> int:
+    """How many windows of tokens a sample has along the dimension of a block's samples."""
+    windows = math.prod(size for size, role in t.axes(block)[batch] if role == "token")
+    if axes_.varies(windows):
+        raise UnsupportedModelError(
+            f"{describe(block)}: how many windows of tokens a sample has varies; method='transformer_attribution' does not ask"
+        )
+    return windows
 
 
 def squared_tokens_read(row: Tensor, batch: int, windows: int, inner: bool) -> Tensor:
