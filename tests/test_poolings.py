@@ -268,6 +268,15 @@ def test_blocks_of_pooled_models_count_by_the_tokens_that_are_read(pooling: str)
     assert torch.equal(ours, alike) == (pooling == "class token")
 
 
+def test_normalised_rows_of_pooled_models_add_up_to_one() -> None:
+    """Where rows of I + M have sum 1, M counts once."""
+    torch.manual_seed(0)
+    model = study.Classifier("mean").double().eval()
+    ids, _, _ = study.texts(3, torch.Generator().manual_seed(2))
+    found = fastrel.Explainer(model, normalize_rollout=True)(ids, target=1).relevance
+    torch.testing.assert_close(found.sum(1), torch.ones(3, dtype=torch.float64))
+
+
 def test_a_pooled_model_that_learnt_is_explained_by_what_it_learnt() -> None:
     """The key is the highest word; with what a block adds counted once it stays with tokens that have read the key."""
     model, (ids, classes, places_) = study.trained("mean")

@@ -191,7 +191,7 @@ def _give_row(
         return t.dense(Lane(spread, own_rows), x, is_row=True)
 
     stream = t.rollout.stream(entering)
-    if t.method.evidence:
+    if t.method.evidence and not t.method.normalize:
         through = _times_read(t, block, stream, rows, whole, through)
     mixed: dict[Path, Part] = {stream: Part(lane(v, through))}
     inner = [path for path in entering.parts if path != stream]

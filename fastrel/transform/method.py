@@ -108,7 +108,7 @@ class Method:
         normalize: scale the rows of I + M to sum 1.
         attnlrp: the gradient lane follows AttnLRP's rules.
         evidence: where tokens are pooled, each is read by its part of eq. (13) instead of in equal parts, and what a block adds
-            counts N² times, N the number of tokens that are read (`fastrel.reference.pooling.tokens_read`).
+            counts N² times, N the number of tokens that are read (`fastrel.reference.pooling.tokens_read`), unless rows are normalised.
         per_attention: divide by the attention that each token receives, mean over blocks.
     """
 
