@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -292,5 +293,17 @@ def test_tokens_in_windows_are_counted_by_sample(inner: bool) -> None:
     found = squared_tokens_read(folded, 0, 4, inner)
     torch.testing.assert_close(found, expected)
     times = (row * expected[:, :, None, None]).transpose(1, 2) if inner else row * expected[:, :, None, None]
-    torch.testing.assert_close(times_samples(folded, found, 4, 0, inner), times.reshape(2, 12, 5))
+    torch.testing.assert_close(times_samples(folded, found, 0, inner), times.reshape(2, 12, 5))
     assert tokens_read(torch.tensor([[[0.0, 0.0], [0.0, 3.0], [1.0, 1.0]]])).tolist() == [[1, 1, 2]]
+
+
+@pytest.mark.slow
+def test_windows_that_share_their_queries_are_counted_by_sample() -> None:
+    """GCViT repeats its queries for every window, so that nothing says what its windows are but their number."""
+    torch.manual_seed(0)
+    explainer, images = (
+        fastrel.Explainer(timm.create_model("gcvit_xxtiny", num_classes=5).eval()),
+        torch.randn(2, 3, 224, 224),
+    )
+    both, alone = explainer(images, target=1).relevance, explainer(images[1:], target=1).relevance
+    torch.testing.assert_close(both[1:], alone, rtol=1e-3, atol=1e-4 * float(alone.max()))

@@ -230,7 +230,7 @@ def _times_read(t: Context, block: fx.Node, stream: Path, rows: Rows | None, row
     read = t.read[max((path for path in t.read if path == stream[: len(path)]), key=len)]
     if read is None:
         return through
-    return t.emit.call(times_samples, through, read, _windows(t, block, add.batch), add.batch, add.inner)
+    return t.emit.call(times_samples, through, read, add.batch, add.inner)
 
 
 def _windows(t: Context, block: fx.Node, batch: int) -> int:

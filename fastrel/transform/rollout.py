@@ -219,12 +219,13 @@ def weighted(count: int, batch: int, inner: bool, *given: Tensor) -> Tensor:
     shares = torch.where(total > 0, shares / torch.where(total > 0, total, 1.0), 1.0 / len(among))
     result = torch.zeros_like(lanes[0])
     for lane, share in zip(lanes, shares, strict=True):
-        result = result + times_samples(lane, share, lane.shape[batch + 1] // share.shape[1], batch, inner)
+        result = result + times_samples(lane, share, batch, inner)
     return result
 
 
-def times_samples(lane: Tensor, factors: Tensor, windows: int, batch: int, inner: bool) -> Tensor:
+def times_samples(lane: Tensor, factors: Tensor, batch: int, inner: bool) -> Tensor:
     """A lane [K, …, B·windows, …], samples along dimension `batch`, times a factor of each sample [K, B]."""
+    windows = lane.shape[batch + 1] // factors.shape[1]
     if windows != 1:  # those of one sample are neighbours, unless they share a dimension in which samples come last
         factors = factors.repeat(1, windows) if inner else factors.repeat_interleave(windows, 1)
     return lane * factors.reshape(len(factors), *([1] * batch), -1, *([1] * (lane.dim() - batch - 2)))
