@@ -290,8 +290,9 @@ def test_tokens_in_windows_are_counted_by_sample(inner: bool) -> None:
     row = torch.rand(2, 3, 4, 5, dtype=torch.float64)  # targets, samples, windows, tokens
     expected = row.flatten(2).sum(2) ** 4 / row.flatten(2).square().sum(2) ** 2
     folded = (row.transpose(1, 2) if inner else row).reshape(2, 12, 5)
-    found = squared_tokens_read(folded, 0, 4, inner)
+    found = squared_tokens_read(folded, row, 0, 4, inner)
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(squared_tokens_read(folded, row, 0, None, inner), expected)
     times = (row * expected[:, :, None, None]).transpose(1, 2) if inner else row * expected[:, :, None, None]
     torch.testing.assert_close(times_samples(folded, found, 0, inner), times.reshape(2, 12, 5))
     assert tokens_read(torch.tensor([[[0.0, 0.0], [0.0, 3.0], [1.0, 1.0]]])).tolist() == [[1, 1, 2]]

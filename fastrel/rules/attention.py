@@ -225,27 +225,20 @@ def _times_read(t: Context, block: fx.Node, stream: Path, rows: Rows | None, row
         if block.meta["val"].shape[-2] == 1:
             return through  # a pooling by attention
         one = rows is not None and rows.length == 1
-        windows = 1 if one else _windows(t, block, add.batch)
-        t.read[stream] = None if one else t.emit.call(squared_tokens_read, row, add.batch, windows, add.inner)
+        windows = math.prod(size for size, role in t.axes(block)[add.batch] if role == "token")
+        how = (add.batch, None if axes_.varies(windows) else windows, add.inner)
+        t.read[stream] = None if one else t.emit.call(squared_tokens_read, row, t.seed, *how)
     read = t.read[max((path for path in t.read if path == stream[: len(path)]), key=len)]
     if read is None:
         return through
     return t.emit.call(times_samples, through, read, add.batch, add.inner)
 
 
-def _windows(t: Context, block: fx.Node, batch: int) -> int:
-    """How many windows of tokens a sample has along the dimension of a block's samples."""
-    windows = math.prod(size for size, role in t.axes(block)[batch] if role == "token")
-    if axes_.varies(windows):
-        raise UnsupportedModelError(
-            f"{describe(block)}: how many windows of tokens a sample has varies; method='transformer_attribution' does not ask"
-        )
-    return windows
-
-
-def squared_tokens_read(row: Tensor, batch: int, windows: int, inner: bool) -> Tensor:
-    """N² [K, B] of a row [K, *B, Tq], a sample's `windows` lying along dimension `batch` beside it."""
+def squared_tokens_read(row: Tensor, seed: Tensor, batch: int, windows: int | None, inner: bool) -> Tensor:
+    """N² [K, B] of a row [K, *B, Tq], a sample's `windows` lying along dimension `batch` beside it; None: as many as the rows of an
+    output's `seed` [K, B, *] say."""
     row = row.movedim(batch + 1, 1)
+    windows = row.shape[1] // seed.shape[1] if windows is None else windows
     row = row.unflatten(1, (windows, -1)).transpose(1, 2) if inner else row.unflatten(1, (-1, windows))
     return tokens_read(row).square()
 

@@ -47,6 +47,7 @@ class Context:
         generic: operators that took the generic rule.
         maps: by kind, what the method's reading asks for of the blocks met so far, by their number.
         read_row: what the head reads of the last block, [K, B, Tq].
+        seed: the row at an output of the model, [K, B, *].
         read: for methods that read by evidence, N² [K, B] of the tokens that the head reads of each stream; None: it reads one.
     """
 
@@ -63,6 +64,7 @@ class Context:
         self.maps: dict[Kind, dict[int, fx.Node]] = defaultdict(dict)
         self.read_row: fx.Node | None = None
         self.read: dict[Path, fx.Node | None] = {}
+        self.seed: fx.Node | None = None
         self.block = stretch.total  #: number of the block entered last
 
     # What rules ask.

@@ -74,6 +74,7 @@ def transform(
         if lane_dtype(leaf.meta["val"].dtype) != dtype:
             seeds = [emit.call(aten.to.dtype, seed, dtype) for seed in seeds]
         grad, rel, row = seeds
+        t.seed = t.seed or row
         t.give(
             leaf,
             Lane(grad) if method.needs_gradient else None,
