@@ -47,14 +47,12 @@ def chain(maps: Array, normalize: bool = False) -> Array:
 
 def of_sum_1(maps: Array) -> Array:
     """Rows scaled to sum 1; rows of 0 stay."""
-    sums = maps.sum(-1, keepdims=True)
-    return np.divide(maps, sums, out=np.zeros_like(maps), where=sums > 0)
+    return ratio(maps, maps.sum(-1, keepdims=True))
 
 
-def of_one_query(b: Blocks) -> Array:
-    """Each query's row as if all relevance and gradient came to it."""
-    shares = b.shares[..., None]
-    return np.divide(b.frozen, shares, out=np.zeros_like(b.frozen), where=shares > 0)
+def ratio(a: Array, b: Array) -> Array:
+    """a / b, 0 where b is 0."""
+    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
 
 
 def conserving(b: Blocks) -> Array:
@@ -123,7 +121,7 @@ READINGS: dict[str, Reading] = {
     "frozen gradient, per attention received": lambda b: per(chain(b.frozen), b.received.mean(0)),
     "frozen gradient, per root of attention received": lambda b: per(chain(b.frozen), b.received.mean(0), 0.5),
     "frozen gradient, rows of M of sum 1": lambda b: chain(of_sum_1(b.frozen)),
-    "frozen gradient, rows of one query": lambda b: chain(of_one_query(b)),
+    "frozen gradient, rows of one query": lambda b: chain(ratio(b.frozen, b.shares[..., None])),
     "frozen gradient, conserving": conserving,
     "default times gradient": lambda b: (chain(b.relevance) * b.gradient.sum(0)) ** 0.5,
 }

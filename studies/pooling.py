@@ -212,9 +212,17 @@ def ratio(a: Tensor, b: Tensor) -> Tensor:
 
 def of_one_query(own: Lanes) -> list[Tensor]:
     """M with each query's row as if all relevance and gradient came to it: divided by its shares of both."""
-    shares = [ratio(x.sum(-1, keepdim=True), x.sum((-2, -1), keepdim=True)) for x in (*own.relevance, *own.gradient)]
-    half = len(own.parts)
-    return [ratio(m, r * g) for m, r, g in zip(own.parts, shares[:half], shares[half:], strict=True)]
+    return [ratio(m, both[..., None]) for m, both in zip(own.parts, shares(own), strict=True)]
+
+
+def shares(own: Lanes) -> list[Tensor]:
+    """Each query's share of a block's relevance times that of its gradient, [B, Tq]."""
+    return [share(r) * share(g) for r, g in zip(own.relevance, own.gradient, strict=True)]
+
+
+def share(lane: Tensor) -> Tensor:
+    """The share of each query, [B, Tq]."""
+    return ratio(lane.sum(-1), lane.sum((-2, -1))[:, None])
 
 
 def times(own: Lanes, factors: list[Tensor]) -> Tensor:
@@ -239,13 +247,7 @@ def tokens_read(own: Lanes) -> list[Tensor]:
 
 def by_shares(own: Lanes) -> list[Tensor]:
     """1/Σ of the products of each query's shares of a block's relevance and gradient."""
-    lanes = zip(own.relevance, own.gradient, strict=True)
-    return [ratio(torch.ones(len(r)), (share(r) * share(g)).sum(-1)) for r, g in lanes]
-
-
-def share(lane: Tensor) -> Tensor:
-    """The share of each query, [B, Tq]."""
-    return ratio(lane.sum(-1), lane.sum((-2, -1))[:, None])
+    return [ratio(torch.ones(len(both)), both.sum(-1)) for both in shares(own)]
 
 
 def of_attention(own: Lanes) -> list[Tensor]:

@@ -30,6 +30,7 @@ from fastrel.methods import AllMaps, Method
 from fastrel.trace import BlockTrace
 from fastrel.transform.method import Chain
 from studies.blends import READINGS, Blocks
+from studies.pooling import ratio, share
 from tests.real_models import SHARED
 
 RESULTS = Path(__file__).parent / "results" / "readings"
@@ -90,8 +91,7 @@ def shares(block: BlockTrace) -> Tensor:
     """Each query's share of the block's relevance times its share of |∇A|, [Tq]."""
     assert block.relevance is not None
     assert block.gradient is not None
-    relevance, gradient = block.relevance[0, 0].sum((0, -1)), block.gradient[0, 0].abs().sum((0, -1))
-    return relevance / relevance.sum() * gradient / gradient.sum()
+    return (share(block.relevance[0].sum(1)) * share(block.gradient[0].abs().sum(1)))[0]
 
 
 def came(traced: Sequence[BlockTrace]) -> list[Tensor]:
@@ -104,7 +104,7 @@ def came(traced: Sequence[BlockTrace]) -> list[Tensor]:
         by_attention = relevance.sum(-1)
         # What a block reads is what it carried to its columns, and what passed it by the residual connection.
         past = (block.input_relevance[0, 0].sum(-1) - relevance.sum(0))[: len(by_attention)].clamp(min=0)
-        found.append(torch.nan_to_num(by_attention / (by_attention + past)))
+        found.append(ratio(by_attention, by_attention + past))
     return found
 
 

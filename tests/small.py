@@ -1,6 +1,7 @@
 """A home-made encoder to build small models of, and what must hold of every explanation."""
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,10 @@ EXAMPLES = int(os.environ.get("FASTREL_EXAMPLES", "40"))
 #: Whether nothing is left out, as before a release.
 RELEASE = EXAMPLES >= 300
 
-#: Which of the many cases of kernels run where they take long, interpreted or sanitized (`tests.conftest.ONE_IN`).
-CHOSEN = () if RELEASE else ("-m", "not slow")
+#: pytest in a process of its own where kernels take long, interpreted or sanitized: on some of their many cases
+#: (`tests.conftest.ONE_IN`).
+ON_SOME_KERNELS = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
+ON_SOME_KERNELS += [] if RELEASE else ["-m", "not slow"]
 
 WIDTH = 16
 

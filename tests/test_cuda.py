@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import triton
 
 from fastrel import build
-from tests.small import CHOSEN, RELEASE
+from tests.small import ON_SOME_KERNELS, RELEASE
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
@@ -38,8 +37,7 @@ def test_the_passes_through_a_host_shim_with_sanitizers(tmp_path: Path, threads:
         "LD_PRELOAD": preload,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",  # Python leaks at exit; fibers change stacks
     }
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *CHOSEN]
-    command += ["tests/devices/test_cuda_shimmed.py"]
+    command = [*ON_SOME_KERNELS, "tests/devices/test_cuda_shimmed.py"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout

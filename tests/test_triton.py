@@ -21,7 +21,7 @@ from fastrel.backends import BACKENDS
 from fastrel.graphed import run
 from tests import golden_files as golden
 from tests import models
-from tests.small import CHOSEN, RELEASE
+from tests.small import ON_SOME_KERNELS, RELEASE
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = json.loads(compiled.TABLE.read_text())
@@ -31,8 +31,7 @@ ALL_CASES = compiled.cases
 @pytest.mark.slow
 def test_kernels_under_the_interpreter() -> None:
     """In a process of its own, because Triton decides at import."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *CHOSEN]
-    command += ["tests/devices/test_triton_interpreted.py"]
+    command = [*ON_SOME_KERNELS, "tests/devices/test_triton_interpreted.py"]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout

@@ -221,17 +221,18 @@ def _times_read(t: Context, block: fx.Node, stream: Path, rows: Rows | None, row
     of the order of 1/T² beside the identity. `row`: that which enters, [K, *B, Tq]; the first block that has several queries says N.
     """
     add = t.sum_of_rows(block)
-    if not any(path == stream[: len(path)] for path in t.read):
-        if block.meta["val"].shape[-2] == 1:
-            return through  # a pooling by attention
-        one = rows is not None and rows.length == 1
+    known = [path for path in t.read if path == stream[: len(path)]]
+    if known:
+        read = t.read[max(known, key=len)]
+    elif block.meta["val"].shape[-2] == 1:
+        return through  # a pooling by attention
+    elif rows is not None and rows.length == 1:
+        read = t.read[stream] = None
+    else:
         windows = math.prod(size for size, role in t.axes(block)[add.batch] if role == "token")
         how = (add.batch, None if axes_.varies(windows) else windows, add.inner)
-        t.read[stream] = None if one else t.emit.call(squared_tokens_read, row, t.seed, *how)
-    read = t.read[max((path for path in t.read if path == stream[: len(path)]), key=len)]
-    if read is None:
-        return through
-    return t.emit.call(times_samples, through, read, add.batch, add.inner)
+        read = t.read[stream] = t.emit.call(squared_tokens_read, row, t.seed, *how)
+    return through if read is None else t.emit.call(times_samples, through, read, add.batch, add.inner)
 
 
 def squared_tokens_read(row: Tensor, seed: Tensor, batch: int, windows: int | None, inner: bool) -> Tensor:
