@@ -29,7 +29,7 @@ from fastrel.graph.ambient import outside_inference
 from fastrel.graph.capture import LOCK, Captured, Signature, capture, check_weights, in_order
 from fastrel.graph.clone import unwrapped
 from fastrel.graph.fingerprint import Fingerprint
-from fastrel.inputs import DEVICE_ERRORS, Checks, check_inputs, input_names, rejected
+from fastrel.inputs import Checks, check_inputs, input_names, is_device_error, rejected
 from fastrel.options import Options
 from fastrel.outputs import logits_index
 from fastrel.transform.lanes import lane_dtype
@@ -313,12 +313,10 @@ class Engine:
         """Tell a model that rejects its inputs from one that cannot be captured."""
         try:
             run_model(self.model, args, kwargs)
-        except DEVICE_ERRORS:
-            raise
         except Exception as error:
-            raise rejected(
-                self.model, error, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            ) from error
+            if is_device_error(error):
+                raise
+            raise rejected(self.model, error, pytree.tree_leaves((args, kwargs))) from error
 
 
 def _program(captured: Captured, options: Options, outputs: tuple[int, ...], trace: bool) -> Program:

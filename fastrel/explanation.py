@@ -55,6 +55,10 @@ class Explanation:
 
     def __getitem__(self, index: int | slice) -> Explanation:
         """The explanation of one sample, as a batch of one, or of a run of them. Holds copies: the batch may go."""
+        if isinstance(index, str):
+            raise InputError(
+                f"explanations are indexed by sample, not by {index!r}; there are the maps {', '.join(self.maps)}: use .maps"
+            )
         if isinstance(index, slice):
             part = index
         elif -len(self) <= int(index) < len(self):

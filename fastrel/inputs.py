@@ -13,11 +13,16 @@ from torch import Tensor, nn
 from fastrel.errors import InputError, first_line
 from fastrel.graph.results import with_paths
 
-#: What a device reports, and neither a model nor a rule is to blame for: it is passed on as it is.
-DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+#: How plain RuntimeErrors begin that a device is to blame for: Triton's launcher, and libraries such as cuBLAS.
+_DEVICE_ERRORS = ("Triton Error [", "CUDA error", "CUDA driver error", "HIP error")
 
 #: What to do about numbers that a model made, none of which were among its inputs.
 _OVERFLOW = "look for NaN in its weights, for values that overflow its dtype, and for rows that a mask hides whole"
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether a device reports it, so that neither a model nor a rule is to blame: such errors are passed on as they are."""
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or str(error).startswith(_DEVICE_ERRORS)
 
 
 class Checks:
@@ -102,10 +107,25 @@ def check_finite(name: str, x: Tensor, allowed: float | None = None, advice: str
         raise InputError(f"{name} holds NaN or infinity{sample}: {x[tuple(place)].item()}; {advice}")
 
 
-def rejected(model: nn.Module, error: Exception, tensors: Sequence[Tensor]) -> InputError:
-    """What to say of inputs that a model fails on: its own words, and what the inputs are."""
+def rejected(model: nn.Module, error: Exception, leaves: Sequence[Any]) -> InputError:
+    """What to say of inputs that a model fails on: its own words, what the inputs are, and what may be meant."""
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    numbers = [torch.tensor(x) for x in leaves if isinstance(x, int) and not isinstance(x, bool)]
     given = ", ".join(_described(x) for x in tensors)
-    return InputError(f"{type(model).__name__} rejects these inputs: {first_line(error)} (given: {given})")
+    return InputError(
+        f"{type(model).__name__} rejects these inputs: {first_line(error)} (given: {given}){_meant([*tensors, *numbers])}"
+    )
+
+
+def _meant(tensors: Sequence[Tensor]) -> str:
+    """What was probably meant by inputs that a model fails on: one picture or text without a dimension of samples, or a class."""
+    first = tensors[0] if tensors else torch.empty(1)
+    picture = first.dim() == 3 and len(first) == 3 and first.shape[1] == first.shape[2]
+    if picture or (first.dim() == 1 and not first.is_floating_point()):
+        return "; inputs are batches: x[None] is a batch of one"
+    last = tensors[-1] if len(tensors) > 1 else first
+    classes = not last.is_floating_point() and last.shape in ((), first.shape[:1])
+    return "; if the last one is a class, give it as target=" if len(tensors) > 1 and classes else ""
 
 
 def _described(x: Tensor) -> str:

@@ -37,7 +37,9 @@ class TokenMap:
             InputError: the tokens of this input do not come from a grid of patches.
         """
         if self.grid is None:
-            raise InputError("this model's tokens do not lie on an image; use `relevance`, one value per token")
+            raise InputError(
+                "this model's tokens do not lie on an image, as far as is known; pass grid=(rows, columns) or use `relevance`"
+            )
         return self.grid
 
     def heatmap(self, size: int | tuple[int, int] | None = None) -> Tensor:

@@ -24,7 +24,8 @@ class _Output:
     shape: tuple[Any, ...]
 
     def __str__(self) -> str:
-        return f"{self.name} [{', '.join(str(size) if isinstance(size, int) else 'B' for size in self.shape)}]"
+        sizes = [str(size) if isinstance(size, int) else "T" if dim else "B" for dim, size in enumerate(self.shape)]
+        return f"{self.name} [{', '.join(sizes)}]"
 
 
 def logits_in(output: Any) -> Any:
@@ -44,10 +45,11 @@ def logits_index(captured: Captured, output: str | int | None = None) -> int:
     return candidates(captured, output)[0].index
 
 
-def unclear(captured: Captured, output: str | int | None = None) -> str | None:
-    """Why no class can be picked without asking; None where it is clear what the logits are."""
+def unclear(captured: Captured, output: str | int | None, headless: bool) -> str | None:
+    """Why no class can be picked without asking; None where it is clear what the logits are. `headless`: the model says that it has
+    no classes."""
     found = candidates(captured, output)
-    if output is None and all(_is_features(one) for one in found):
+    if output is None and (headless or all(_is_features(one) for one in found)):
         return f"the model returns features, not logits: {', '.join(map(str, found))}; {_ASK}"
     if len(found) == 1:
         return None

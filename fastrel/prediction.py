@@ -18,7 +18,7 @@ from fastrel.engine import Call, Engine
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.explanation import Explanation
 from fastrel.graph.ambient import plainly
-from fastrel.inputs import DEVICE_ERRORS, Checks, image_size, rejected
+from fastrel.inputs import Checks, image_size, is_device_error, rejected
 from fastrel.maps import TokenMap
 from fastrel.methods.integrated_gradients import integrated_gradients
 from fastrel.noise import Maps, floor, perturbed
@@ -276,17 +276,17 @@ class Prediction:
         """Outputs and saved values; the graph's own failures are those of the model on these inputs."""
         try:
             return program.forward(*self._call.values)
-        except DEVICE_ERRORS:
-            raise
         except (RuntimeError, IndexError, ValueError) as error:
+            if is_device_error(error):
+                raise
             raise rejected(self._engine.model, error, self._call.tensors) from error
 
     def _run_reverse(self, program: Program, arguments: list[Any]) -> Any:
         try:
             return program.reverse(arguments)
-        except DEVICE_ERRORS:
-            raise
         except RuntimeError as error:
+            if is_device_error(error):
+                raise
             name = type(self._engine.model).__name__
             rule = program.rule_of(error) or "an operator"
             raise UnsupportedModelError(f"cannot explain {name}, the rule of {rule} does not take it: {error}") from error
@@ -298,7 +298,8 @@ class Prediction:
             InputError: the target does not fit the output.
         """
         if not callable(target):
-            why = unclear(self._call.captured, self._options.output)
+            headless = target is None and getattr(self._engine.model, "num_classes", None) == 0  # as timm calls it
+            why = unclear(self._call.captured, self._options.output, headless)
             if target is None and self._options.method.is_class_blind and (why or self.logits.dim() > 2):
                 return even_seeds(self.logits, self._program.leaves[0])
             if why:

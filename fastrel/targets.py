@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastrel.errors import InputError
-from fastrel.inputs import Checks, check_finite, waits
+from fastrel.errors import FastrelError, InputError, first_line
+from fastrel.inputs import Checks, check_finite, is_device_error, waits
 from fastrel.transform.lanes import lane_dtype
 
 #: None (predicted class) · int · [B] · [B, K] · callable(output) -> [B] or [B, K]
@@ -130,9 +130,22 @@ def function_seeds(outputs: list[Any], rebuild: Callable[[list[Any]], Any], func
     """
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in outputs]
-        value = function(rebuild(leaves))
+        output = rebuild(leaves)
+        try:
+            value = function(output)
+        except FastrelError:
+            raise
+        except Exception as error:
+            if is_device_error(error):
+                raise
+            given = f"{type(output).__name__} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"the target function failed on the model's output, a {given}: {what}") from error
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise InputError(f"the target function must return a floating-point tensor, not {type(value).__name__}")
+            found = f"one of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {str(value)[:50]}"
+            raise InputError(
+                f"the target function must return a floating-point tensor, not {found}; return scores, not classes"
+            )
         if value.dim() not in (1, 2) or len(value) != batch:
             raise InputError(f"the target function returned shape {tuple(value.shape)}; expected [{batch}] or [{batch}, K]")
         check_finite("what the target function returned", value)

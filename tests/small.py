@@ -13,7 +13,7 @@ import fastrel
 from fastrel.graph.capture import Captured, capture
 
 #: How many random transformers are tried, and so how thorough some other tests are; before a release 300.
-EXAMPLES = int(os.environ.get("FASTREL_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("FASTREL_EXAMPLES", "30"))
 
 #: Whether nothing is left out, as before a release.
 RELEASE = EXAMPLES >= 300

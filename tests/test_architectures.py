@@ -245,3 +245,37 @@ def test_tensordot_is_a_layer() -> None:
         for f in forms
     ]
     torch.testing.assert_close(maps[1].relevance, maps[0].relevance, rtol=1e-8, atol=1e-10)
+
+
+def _maxvit() -> tuple[nn.Module, tuple[int, ...]]:
+    """Windows of 7 × 7 pixels on a grid of 8 × 8, then as many windows that hold one pixel of each."""
+    from torchvision.models.maxvit import MaxVit
+
+    sizes = {"stem_channels": 8, "partition_size": 7, "block_channels": [16, 32], "block_layers": [1, 1], "head_dim": 8}
+    return MaxVit((56, 56), stochastic_depth_prob=0.0, num_classes=5, **sizes), (3, 56, 56)
+
+
+def _swin3d() -> tuple[nn.Module, tuple[int, ...]]:
+    from torchvision.models.video import SwinTransformer3d
+
+    sizes = {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": [4, 4, 4]}
+    return SwinTransformer3d([2, 4, 4], stochastic_depth_prob=0.0, num_classes=5, **sizes), (3, 8, 32, 32)
+
+
+def _mvit() -> tuple[nn.Module, tuple[int, ...]]:
+    """Queries, keys and values pooled by convolutions over frames and pixels, residuals by maxima."""
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+    def block(stride_q: list[int], stride_kv: list[int]) -> Any:
+        return MSBlockConfig(2, 16, 16, kernel_q=[3, 3, 3], kernel_kv=[3, 3, 3], stride_q=stride_q, stride_kv=stride_kv)
+
+    blocks = [block([1, 1, 1], [1, 2, 2]), block([1, 2, 2], [1, 1, 1])]
+    pooled = {"residual_pool": True, "residual_with_cls_embed": False, "rel_pos_embed": True, "proj_after_attn": True}
+    return MViT((32, 32), 4, blocks, **pooled, stochastic_depth_prob=0.0, dropout=0.0, num_classes=5), (3, 4, 32, 32)
+
+
+@pytest.mark.parametrize(("build", "blocks"), [(_maxvit, 4), (_swin3d, 2), (_mvit, 2)])
+def test_models_of_torchvision_for_films_and_on_two_grids(build: Any, blocks: int) -> None:
+    torch.manual_seed(0)
+    model, shape = build()
+    assert verified(model.double().eval(), torch.randn(2, *shape, dtype=torch.float64), target=1).blocks == blocks

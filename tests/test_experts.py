@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations import moe  # noqa: F401  (which defines the operator grouped_mm_fallback)
 
 import fastrel
+from fastrel.rules.generic import divided_row
 from tests.small import WIDTH, Encoder
 
 HEADS, EXPERTS = 2, 3
@@ -157,3 +158,30 @@ def test_the_next_token_of_gpt_oss_is_explained() -> None:
     explanation = fastrel.Explainer(model).next_token(found)
     assert explanation.relevance.shape == (2, 9)
     assert bool((explanation.relevance.sum(1) > 0).all())
+
+
+def test_an_expert_that_no_token_chooses_has_no_row() -> None:
+    assert divided_row(torch.zeros(1, 0, 1), 0, 4).shape == (1, 0, 4)
+
+
+class _LastPlace(nn.Module):
+    """As nanoGPT's forward returns without targets."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, None]:
+        return self.model(input_ids=ids).logits[:, [-1]], None
+
+
+def test_the_next_token_is_explained_of_logits_of_the_last_place_alone() -> None:
+    config = transformers.GPT2Config(
+        n_layer=1, n_embd=16, n_head=2, vocab_size=20, n_positions=16, bos_token_id=0, eos_token_id=1
+    )
+    model, ids = transformers.GPT2LMHeadModel(config).double().eval(), torch.randint(0, 20, (2, 6))
+    ours, expected = (fastrel.Explainer(m).next_token(ids, token=3).relevance for m in (_LastPlace(model).eval(), model))
+    torch.testing.assert_close(ours, expected)
+    explainer = fastrel.Explainer(_LastPlace(model).eval())
+    with pytest.raises(fastrel.InputError, match=r"\[2, 1, 20\] for texts of 8 tokens, which lack place 5; let it return"):
+        explainer.continuation(ids, ids[:, :2])

@@ -34,6 +34,12 @@ class Choosing(Plain):
         return self.layer(x) if x.mean() > 0 else -self.layer(x)
 
 
+def _lost(m: Any, tokens: Tensor) -> Tensor:
+    """Correlations of features over tokens, from which nothing leads back to one token."""
+    x = m.encoder(tokens)
+    return m.head((x.mT @ x).mean(1))
+
+
 def _poisoned() -> nn.Module:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()
     nn.init.constant_(model.head.weight, float("nan"))
@@ -79,6 +85,10 @@ def _nan(a: Any, value: float) -> Tensor:
     return images
 
 
+def _headless() -> Any:
+    return timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1).eval()
+
+
 #: A call, and what its message holds: the value, the place, what to do.
 CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a class beyond": (lambda a: a.see(a.images, target=99), r"99.*5 classes"),
@@ -91,6 +101,11 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "ragged classes": (lambda a: a.see(a.images, target=[[1, 2], [3]]), r"\[\[1, 2\], \[3\]\]"),
     "classes for three dimensions": (lambda a: a.see(a.images, target=torch.zeros(2, 1, 1, dtype=torch.long)), r"2, 1, 1"),
     "a target that returns a float": (lambda a: a.see(a.images, target=lambda out: 0.5), r"float"),
+    "a target that returns classes": (lambda a: a.see(a.images, target=lambda out: out.argmax(1)), r"torch.int64; return scores"),
+    "a target that fails": (lambda a: a.see(a.images, target=lambda out: out[:, 99]), r"failed.*Tensor \[2, 5\]: IndexError"),
+    "a target of two arguments": (lambda a: a.see(a.images, target=lambda a, b: a), r"target function failed.*missing 1 required"),
+    "a map by the explanation": (lambda a: a.seen["x"], r"by sample, not by 'x'; there are the maps x: use .maps"),
+    "a model that says it has no classes": (lambda a: fastrel.Explainer(_headless())(a.images), r"not logits: output \[B, 192\]"),
     "a target of another batch": (lambda a: a.see(a.images, target=lambda out: out[:1, 0]), r"1"),
     "a target without gradient": (lambda a: a.see(a.images, target=lambda out: out.detach()[:, 0]), r"depend|gradient"),
     "an output that is none": (lambda a: a.read.using(output="nope")(input_ids=a.ids), r"nope.*logits"),
@@ -107,7 +122,10 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a model that chooses by numbers": (lambda a: fastrel.Explainer(Choosing())(torch.zeros(2, 4)), r"Choosing.*torch\.where"),
     "live that is no switch": (lambda a: fastrel.Explainer(a.vit, live="no"), r"live.*'no'"),
     "four channels": (lambda a: a.see(torch.randn(2, 4, 32, 32)), r"2, 4, 32, 32|4 channels"),
-    "a picture without a batch": (lambda a: a.see(a.images[0]), r"3, 32, 32"),
+    "a picture without a batch": (lambda a: a.see(a.images[0]), r"3, 32, 32.*x\[None\] is a batch of one"),
+    "a class by position": (lambda a: a.see(a.images, 1), r"if the last one is a class, give it as target="),
+    "classes by position": (lambda a: a.see(a.images, torch.tensor([0, 1])), r"int64 \[2\].*give it as target="),
+    "tokens that are lost": (lambda a: fastrel.Explainer(made(_lost))(ids()), r"tokens through aten.matmul.*target= be a function"),
     "an array": (lambda a: a.see(a.images.numpy()), r"ndarray"),
     "a list of arrays": (lambda a: a.see([np.zeros((3, 32, 32))]), r"ndarray"),
     "another name": (lambda a: a.see(pixels=a.images), r"pixels"),
@@ -142,7 +160,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "ids that are floats": (lambda a: a.go_on.next_token(a.ids.float()), r"float32"),
     "a text beyond the positions": (lambda a: a.read(input_ids=ids(2, 30)), r"30"),
     "ids beyond the vocabulary": (lambda a: a.read(input_ids=a.ids + 60), r"index out of range.*64 to 109"),
-    "a model without attention": (lambda a: fastrel.Explainer(Plain())(torch.randn(2, 4)), r"no attention"),
+    "a model without attention": (lambda a: fastrel.Explainer(Plain())(torch.randn(2, 4)), r"no attention.*captum"),
     "no target for words": (lambda a: a.go_on(input_ids=a.ids), r"\(2, 7, 50\).*target"),
     "an input that changed": (_changed, r"changed in place"),
     "no draws": (lambda a: a.see.noise_floor(a.images, draws=0), r"0"),

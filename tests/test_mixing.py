@@ -314,3 +314,17 @@ def test_a_layer_over_tokens_that_is_not_seen_to_turn_back_is_refused() -> None:
         fastrel.UnsupportedModelError, match=r"blocks.1.2 mixes tokens, and what it makes is not turned back"
     ):
         fastrel.Explainer(Mixer(lambda x: x.softmax(-1)).eval())(IDS, target=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_head_of_keys_and_values_is_shared_by_all_queries_as_if_it_were_repeated(dtype: torch.dtype) -> None:
+    """Falcon's multi-query attention, which torch broadcasts."""
+    shared = model(lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1])).to(dtype)
+    repeated = model(lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1].expand_as(k), v[:, :1].expand_as(v))).to(
+        dtype
+    )
+    ours, expected = (fastrel.Explainer(one)(ids(), target=1) for one in (shared, repeated))
+    assert not ours.report
+    torch.testing.assert_close(ours.relevance, expected.relevance)
+    verified = fastrel.Explainer(shared).verify(ids(), target=1)
+    assert verified.ok, str(verified)

@@ -24,6 +24,16 @@ def spearman(ours: Tensor, theirs: Tensor) -> float:
     return float(spearmanr(ours[1:].double(), theirs[1:].double()).statistic)
 
 
+def apart(exact: Tensor) -> Tensor:
+    """Indices [n] of the first token and of others more than a step of bfloat16 (2⁻⁸) from each other: what lies closer has no order in
+    bfloat16, and one swap among the fourteen tokens of a text lowers their rank correlation to 0.9956."""
+    kept: list[int] = []
+    for i in (exact[1:].argsort() + 1).tolist():
+        if not kept or exact[i] > exact[kept[-1]] * (1 + 2**-8):
+            kept.append(i)
+    return torch.tensor([0, *kept])
+
+
 def shipped() -> tuple[nn.Module, dict[str, Tensor]]:
     return demo.load_model(), {"x": demo.to_input(demo.held_out()[0][:24])}
 
@@ -90,7 +100,9 @@ def test_maps_of_bfloat16_models_are_those_of_float64(subject: Subject) -> None:
     exact = fastrel.Explainer(rounded.double())(**cast(given, torch.float64), target=ours.target)
     assert ours.relevance.dtype == torch.float32
     for a, b in zip(rows(ours, given), rows(exact, given), strict=True):
-        assert spearman(a, b) > RANKS[name]
+        kept = apart(b)
+        assert len(kept) > 0.8 * len(b)
+        assert spearman(a[kept], b[kept]) > RANKS[name]
 
 
 def test_the_reverse_pass_of_bfloat16_models_is_exact(subject: Subject) -> None:

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastrel import functional
-from fastrel.eager.names import BROADCASTS, COPIES, FILLS, MOVES, OVER_FEATURES, PICKS
+from fastrel.eager.names import BROADCASTS, COPIES, FILLS, MOVES, OVER_FEATURES, PICKS, REARRANGEMENTS
 from fastrel.eager.tape import Tape, activations
 from fastrel.errors import UnsupportedModelError
 
@@ -64,6 +64,8 @@ def unchanged(tape: Tape, name: str, func: Callable[..., Tensor], args: Any, kwa
         scale=facts.scale and pointwise,
         head=facts.head if name in COPIES else None,
         softmax=facts.softmax if name in COPIES else None,
+        tokens=facts.tokens if pointwise else None,
+        shaped=facts.shaped or name not in COPIES,
     )
 
 
@@ -88,20 +90,22 @@ def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         return result
     x, facts = args[0], tape.facts(args[0])
     results = [result] if isinstance(result, Tensor) else list(result)
-    keys: list[int | None] = [None] * len(results)
+    nowhere: list[int | None] = [None] * len(results)
+    keys = tokens = nowhere
     place = facts.keys or facts.pairs
     if place and name not in PICKS:
         keys = _moved_keys(func, x, place, args[1:], kwargs)
-    pairs = [None] * len(keys) if facts.keys else keys
-    keys = keys if facts.keys else [None] * len(keys)
-    for y, key, pair in zip(results, keys, pairs, strict=True):
+    if facts.tokens and not place and name in REARRANGEMENTS:
+        tokens = _moved_keys(func, x, facts.tokens, args[1:], kwargs)
+    keys, pairs = (keys, nowhere) if facts.keys else (nowhere, keys)
+    for y, key, pair, of_tokens in zip(results, keys, pairs, tokens, strict=True):
         if not activations(y):
             continue
         merged = facts.merged if y.dim() == 3 and len(y) == len(x) else None
         if y.dim() == 3 and x.dim() == 4 and y.shape == (x.shape[0] * x.shape[1], *x.shape[2:]):
             merged = (x.shape[0], x.shape[1])
         scale = facts.scale and name in BROADCASTS and (name != "getitem" or y.numel() == x.numel())
-        kept = {"pairs": pair, "scaled": facts.scaled and pair is not None}
+        kept = {"pairs": pair, "scaled": facts.scaled and pair is not None, "tokens": of_tokens, "shaped": facts.shaped}
         tape.know(
             y, keys=key, mixed=facts.mixed and key is not None, scale=scale, merged=merged, origin=facts.origin, **kept
         )

@@ -39,6 +39,12 @@ MOVES = {
     "max", "min", "maximum", "minimum", "topk", "sort", "kthvalue", "median", "cummax", "cummin", "aminmax",
 }  # fmt: skip
 
+#: Those among them after which every number is there once, in another place.
+REARRANGEMENTS = {
+    "view", "reshape", "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "mT", "T", "flatten", "unflatten",
+    "squeeze", "unsqueeze", "getitem", "select", "clone",
+}  # fmt: skip
+
 #: Those among them that choose by size: an attention map does not stay one.
 PICKS = {"max", "min", "topk", "sort", "kthvalue", "median", "cummax", "cummin", "aminmax"}
 

@@ -26,7 +26,8 @@ def linear(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     keys, out = tape.facts(x).keys, functional.linear(x, weight, bias, tape.rules)
     if keys not in (None, -1):
         return tape.know(out, keys=keys, mixed=True)
-    return of_columns(tape, tape.know(out, origin=x), x, weight, weight, bias)
+    out = tape.know(out, origin=x, tokens=-2 if x.dim() == 3 else None)
+    return of_columns(tape, out, x, weight, weight, bias)
 
 
 @handles("addmm")
@@ -72,7 +73,9 @@ def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     if not is_activation(b) and b.dim() < 3:
         weight = b.detach().mT if b.dim() == 2 else b.detach()[None]
         out = tape.know(functional.linear(a, weight, None, tape.rules), origin=a)
-        return of_columns(tape, out, a, b, weight) if b.dim() == 2 else out.squeeze(-1)
+        if b.dim() == 2:
+            return of_columns(tape, out, a, b, weight)
+        return tape.know(out.squeeze(-1), tokens=-1 if a.dim() == 3 else None)
     if not is_activation(a) and a.dim() < 3:
         return matmul(tape, b.mT, a.mT).mT.contiguous()
     if not is_activation(a) and a.shape[-2] == 1 and tape.facts(a).keys is None:
@@ -93,7 +96,24 @@ def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
         return _attention_value(tape, a, b, replace(of_a, mixed=True))
     if of_b.pairs == -2 and of_a.pairs is None:
         return _attention_value(tape, b.mT, a.mT, replace(of_b, mixed=True)).mT.contiguous()
+    if is_gate(of_a, -1) and of_b.pairs is None:
+        return tape.know(_gated(tape, a, b), pairs=-1, scaled=True)
+    if is_gate(of_b, -2) and of_a.pairs is None:
+        return tape.know(_gated(tape, b.mT, a.mT).mT.contiguous(), pairs=-1, scaled=True)
     return tape.know(functional.matmul(a, b, tape.rules), pairs=-1, scaled=True)
+
+
+def is_gate(facts: Facts, tokens: int) -> bool:
+    """Whether a factor of a product over tokens is one number for each, or several that a function shaped, made of this token alone."""
+    x = facts.tensor
+    return x.dim() == 3 and facts.tokens == tokens and facts.pairs is None and (facts.shaped or x.shape[-3 - tokens] == 1)
+
+
+def _gated(tape: Tape, gates: Tensor, x: Tensor) -> Tensor:
+    """g x of gates [B, n, T] and values [B, T, d], as sums over tokens."""
+    weights = move(tape, "unsqueeze", torch.unsqueeze, (gates.mT, 3), {})
+    values = move(tape, "unsqueeze", torch.unsqueeze, (x, 2), {})
+    return sum_(tape, mul(tape, weights, values), 1)
 
 
 @handles("grouped_mm", "grouped_mm_fallback")

@@ -53,7 +53,8 @@ class Facts:
     `root`: the activation of which alone it is a pointwise function. `keys`: of an attention map, its dimension of keys, counted from
     the end; `mixed`: over heads. `pairs`: the same of a product of two activations and what is made of it entry by entry, scores or
     maps that are no softmax; `scaled`: nothing but scaled since. `scale`: one number per token, made of all its features. `merged`:
-    what its first dimension was.
+    what its first dimension was. `tokens`: of what a layer made of one token each, their dimension, counted from the end; `shaped`: by
+    a function since.
     """
 
     tensor: Tensor  # kept, so that no other tensor gets its id
@@ -65,6 +66,8 @@ class Facts:
     scaled: bool = False
     scale: bool = False
     merged: tuple[int, int] | None = None
+    tokens: int | None = None
+    shaped: bool = False
     whole: Tensor | None = None  # of a part of a weight, that weight
     layer: Any = None  # `fastrel.eager.parts.Layer`
     origin: Tensor | None = None  # of what a layer made, and of parts of it: what went in
@@ -221,6 +224,10 @@ class Tape:
             )
             known = dataclasses.replace(self.facts(out), seen=out.requires_grad, pairs=places.pop(), scaled=scaled)
             self._facts[id(out)] = known
+            return
+        tokens = {one.tokens for one in found}
+        if not places and len(tokens) == 1:
+            self.also(out, tokens=tokens.pop(), shaped=self.facts(out).shaped or all(one.shaped for one in found))
 
     def keep_map(self, out: Tensor, x: Tensor, factor: Any) -> Tensor:
         """`out`, x times a factor, still is an attention map where x is one and the factor the same for all keys, or a mask."""

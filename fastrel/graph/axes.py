@@ -144,6 +144,8 @@ def regroup(axes: Axes, shape: Sequence[int]) -> Axes | None:
                 taken.append((missing, role))
                 factors.insert(0, (available // missing, role))
                 missing = 1
+            elif role == "token" and factors and factors[0][1] == role:  # windows of another size
+                factors[0] = (available * factors[0][0], role)
             else:
                 return None
         out.append(tuple(taken))

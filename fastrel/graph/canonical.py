@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fastrel.graph import axes as axes_
 from fastrel.graph import mixing, parts
+from fastrel.graph.gates import gates_as_weights
 from fastrel.graph.nodes import arguments, insert_call, insert_like, replace
 from fastrel.graph.patterns import IDENTITIES, is_attention_value, is_softmax_over_keys
 from fastrel.graph.queries import learned_queries
@@ -251,33 +252,59 @@ def softmax_over_the_last(graph: fx.Graph, axes: Labelled) -> bool:
 
 @rewrite
 def weighted_sums_as_products(graph: fx.Graph, axes: Labelled) -> bool:
-    """(softmax(w, 1) · x).sum(1), of [B, T, 1] and [B, T, D], becomes softmax(wᵀ) x, attention pooling; whether there was any."""
+    """(softmax(w, 1) · x).sum(1), of [B, T, 1] and [B, T, D], and the same turned, become softmax(wᵀ) x, attention pooling; whether
+    there was any."""
     found = False
     for node in list(graph.nodes):
         if node.target is not aten.sum.dim_IntList or node.args[0].target is not aten.mul.Tensor:
             continue
         product = node.args[0]
-        if product.meta["val"].dim() != 3 or [dim % 3 for dim in node.args[1]] != [1]:
+        if product.meta["val"].dim() != 3 or len(node.args[1]) != 1 or (over := node.args[1][0] % 3) == 0:
             continue
-        for attn, x in (product.args[:2], product.args[1::-1]):
-            if not isinstance(attn, fx.Node) or attn not in axes or x not in axes or attn.target is not aten.softmax.int:
+        for weights, x in (product.args[:2], product.args[1::-1]):
+            if not isinstance(weights, fx.Node) or weights not in axes or x not in axes:
                 continue
-            if attn.args[1] % 3 != 1 or attn.meta["val"].dim() != 3 or attn.meta["val"].shape[2] != 1:  # type: ignore[operator]
-                continue
+            if not mixing.holds_tokens(axes[weights][over]):
+                continue  # a softmax over features
             with graph.inserting_before(node):
-                scores = insert_call(graph, aten.transpose.int, attn.args[0], 1, 2)
-                turned = insert_call(graph, aten.softmax.int, scores, -1)
-                result = insert_like(node, aten.matmul.default, turned, x)
+                if (attn := _pooling_map(graph, weights, over)) is None:
+                    continue
+                values = x if over == 1 else insert_call(graph, aten.transpose.int, x, 1, 2)
+                result = insert_like(node, aten.matmul.default, attn, values)
                 if node.meta["val"].dim() == 2:
                     result = insert_call(graph, aten.squeeze.dim, result, 1)
+                elif over == 2:
+                    result = insert_call(graph, aten.transpose.int, result, 1, 2)
             replace(node, result)
             found = True
             break
     return found
 
 
-rewrite(learned_queries)
+def _pooling_map(graph: fx.Graph, weights: fx.Node, over: int) -> fx.Node | None:
+    """The map [B, 1, T] of weights [B, T, 1] (over: 1) or [B, 1, T] (2) that are a softmax over tokens; None for others."""
+    if weights.meta["val"].dim() != 3 or weights.meta["val"].shape[3 - over] != 1:
+        return None
+    attn: Any = weights
+    while attn.target in IDENTITIES:
+        attn = attn.args[0]
+    if attn.target is aten.transpose.int and {dim % 3 for dim in attn.args[1:]} == {1, 2}:
+        return _pooling_map(graph, attn.args[0], 3 - over)
+    if attn.target in axes_.RESHAPES and is_softmax_over_keys(attn.args[0]):
+        shape, whole = attn.args[0].meta["val"].shape, weights.meta["val"].shape
+        if [str(size) for size in shape] == [
+            str(whole[0]),
+            str(whole[over]),
+        ]:  # of each sample its tokens, not of parts of them
+            return insert_call(graph, aten.unsqueeze.default, attn.args[0], 1)
+    if attn.target is not aten.softmax.int or attn.args[1] % 3 != over:
+        return None
+    scores = attn.args[0] if over == 2 else insert_call(graph, aten.transpose.int, attn.args[0], 1, 2)
+    return insert_call(graph, aten.softmax.int, scores, -1)
+
+
 rewrite(mixing.linear_attention)
+rewrite(gates_as_weights)
 
 
 @rewrite
@@ -314,12 +341,13 @@ def _turned_back(graph: fx.Graph, v: Any, turned: Any, axes: Labelled) -> fx.Nod
             return attn
     if turned.target is not aten.softmax.int or turned.args[1] % ndim != ndim - 2:
         return insert_call(graph, aten.transpose.int, turned, -2, -1) if mixing.is_value_map(v, turned, axes) else None
-    if any(axes_.is_feature(axis) for axis in axes[turned][-2:]):
+    if axes_.is_feature(axes[turned][-2]):
         return None
     scores = insert_call(graph, aten.transpose.int, turned.args[0], -2, -1)
     return insert_call(graph, aten.softmax.int, scores, -1)
 
 
+rewrite(learned_queries)
 rewrite(mixing.ones_beside_values)
 rewrite(mixing.normalised_afterwards)
 rewrite(parts.heads_one_by_one)

@@ -31,6 +31,7 @@ from fastrel.errors import CaptureError, InputError, first_line
 from fastrel.graph.ambient import casts
 from fastrel.graph.canonical import canonicalise
 from fastrel.graph.clone import structural_clone
+from fastrel.graph.constants import fold_constants
 from fastrel.graph.facts import Facts
 from fastrel.graph.functional import functional
 from fastrel.graph.guards import Guards
@@ -406,6 +407,7 @@ def _read(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
     results = zip(output.args[0], signature.output_specs, strict=True)
     output.args = (tuple(x for x, spec in results if spec.kind is OutputKind.USER_OUTPUT),)
     graph.eliminate_dead_code()
+    owners += fold_constants(graph, inputs[0] if inputs else output)
     guards = Guards(inputs)
     _check_batch(guards, inputs, output.args[0])
 

@@ -163,6 +163,21 @@ class Facts:
             return is_talking_heads_value(node)
         return is_talking_heads_value(node) or mixing.is_map_value(node, self.axes)
 
+    def not_followed(self, node: fx.Node) -> UnsupportedModelError:
+        """What to say of a value whose dimensions are not known: the first operator on the way to it that lost them."""
+        seen, todo = {node}, [node]
+        while todo:
+            lost = todo.pop()
+            before = [x for x in reads(lost) if x in self.active and x not in self.axes]
+            if not before:
+                break
+            todo += [x for x in before if x not in seen]
+            seen.update(before)
+        return UnsupportedModelError(
+            f"cannot follow tokens through {describe(lost)}; where no attention comes after it, let the model return what goes into it "
+            "and target= be a function that does the rest"
+        )
+
     def unknown_mixing(self, node: fx.Node) -> str | None:
         """What to say of a product that mixes tokens by a map that is not known, or brings sums over them back; else None."""
         if node.target not in mixing.MATRIX_PRODUCTS or self._attends(node):
@@ -280,7 +295,8 @@ class Facts:
                         "and the method chains such maps"
                     )
             raise UnsupportedModelError(
-                "no attention was found between the input and the prediction; fastrel explains transformers"
+                "no attention was found between the input and the prediction; fastrel explains transformers, of which this has no block"
+                " on its way (for other models: captum)"
             )
         self._refuse_complex_numbers(relevant)
         return found

@@ -45,9 +45,15 @@ def is_map_value(node: fx.Node, axes: Labelled) -> bool:
     if (pair := _operands(node, axes)) is None:
         return False
     a, v = pair
-    queries = holds_tokens(a[-2]) or (axes_.size_of(a[-2]) == 1 and all(role != "feature" for _, role in a[-2]))
-    over = queries and holds_tokens(a[-1]) and holds_tokens(v[-2]) and not holds_tokens(v[-1])
+    over = (
+        (holds_tokens(a[-2]) or _is_one(a[-2])) and holds_tokens(a[-1]) and holds_tokens(v[-2]) and not holds_tokens(v[-1])
+    )
     return over and not is_product_of_maps(node.args[0], axes)
+
+
+def _is_one(axis: axes_.Axis) -> bool:
+    """Whether a dimension is of one query."""
+    return axes_.size_of(axis) == 1 and all(role != "feature" for _, role in axis)
 
 
 def is_product_of_maps(x: Any, axes: Labelled) -> bool:
@@ -59,11 +65,11 @@ def is_product_of_maps(x: Any, axes: Labelled) -> bool:
 
 
 def is_value_map(v: fx.Node, turned: fx.Node, axes: Labelled) -> bool:
-    """Whether a product is V·Aᵀ: [*, d, Tk] times [*, Tk, Tq]."""
+    """Whether a product is V·Aᵀ: [*, d, Tk] times [*, Tk, Tq] (one query may be all)."""
     of_v, of_map = axes.get(v, ()), axes.get(turned, ())
     if len(of_v) < 2 or len(of_map) < 2 or holds_tokens(of_v[-2]) or not holds_tokens(of_v[-1]):
         return False
-    return all(map(holds_tokens, of_map[-2:]))
+    return holds_tokens(of_map[-2]) and (holds_tokens(of_map[-1]) or _is_one(of_map[-1]))
 
 
 def contracts_tokens(node: fx.Node, axes: Labelled) -> bool:

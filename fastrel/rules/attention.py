@@ -54,7 +54,7 @@ def scaled_dot_product_attention(t: Context, node: fx.Node, out: Lanes) -> None:
     if isinstance(mask, fx.Node):
         mask_value = t.value(mask, rows, node.meta["val"].dim())
     inputs = any(t.wants(x) for x in (q, k, v, mask))
-    groups = q.meta["val"].shape[-3] // k.meta["val"].shape[-3] if node.kwargs.get("enable_gqa", False) else 1
+    groups = _sharing(q, k)
     keys, values = t.value(k), t.value(v)
     if groups > 1:
         keys, values = (t.emit.call(torch.repeat_interleave, x, groups, -3) for x in (keys, values))
@@ -141,6 +141,12 @@ def bias_gradient(
     return weighted - attn * weighted.sum(-1, keepdim=True)
 
 
+def _sharing(q: fx.Node, k: fx.Node) -> int:
+    """How many heads of queries share one of keys and values: several as with `enable_gqa`, or one of all (multi-query)."""
+    heads, others = (x.meta["val"].shape[-3] if x.meta["val"].dim() > 3 else 1 for x in (q, k))
+    return heads // others if isinstance(heads, int) and isinstance(others, int) else 1
+
+
 def sum_groups(lane: Tensor, groups: int) -> Tensor:
     """Lanes [K, *B, h, T, d] of keys or values that `groups` query heads share, [K, *B, h / groups, T, d]."""
     return lane.unflatten(-3, (-1, groups)).sum(-3) if lane.numel() else lane
@@ -218,7 +224,8 @@ def _times_read(t: Context, block: fx.Node, stream: Path, rows: Rows | None, row
     """r M times N², N the number of tokens that the head reads of the stream.
 
     Each of the T queries of a pooled model has 1/T of the gradient and 1/T of the relevance that one query would have, so that M is
-    of the order of 1/T² beside the identity. `row`: that which enters, [K, *B, Tq]; the first block that has several queries says N.
+    of the order of 1/T² beside the identity; that of a stream which takes a share of the row, such as a member of an ensemble, has
+    that share of the relevance besides. `row`: that which enters, [K, *B, Tq]; the first block that has several queries says N.
     """
     add = t.sum_of_rows(block)
     known = [path for path in t.read if path == stream[: len(path)]]
@@ -232,7 +239,17 @@ def _times_read(t: Context, block: fx.Node, stream: Path, rows: Rows | None, row
         windows = math.prod(size for size, role in t.axes(block)[add.batch] if role == "token")
         how = (add.batch, None if axes_.varies(windows) else windows, add.inner)
         read = t.read[stream] = t.emit.call(squared_tokens_read, row, t.seed, *how)
-    return through if read is None else t.emit.call(times_samples, through, read, add.batch, add.inner)
+    if read is None:
+        return through
+    shares = t.rollout.shares(stream)
+    read = t.emit.call(of_whole_stream, read, *shares) if shares else read
+    return t.emit.call(times_samples, through, read, add.batch, add.inner)
+
+
+def of_whole_stream(read: Tensor, *shares: Tensor) -> Tensor:
+    """N² [K, B] over what a stream is charged of the row, [K, B] at each sum on its way: as if all of the relevance went there."""
+    share = math.prod(shares, start=torch.ones_like(read))
+    return torch.where(share > 0, read / torch.where(share > 0, share, 1.0), read)
 
 
 def squared_tokens_read(row: Tensor, seed: Tensor, batch: int, windows: int | None, inner: bool) -> Tensor:
@@ -377,7 +394,7 @@ def _pass_row(t: Context, node: fx.Node, operands: tuple[fx.Node, ...], row: Row
     for x in operands:
         if t.is_active(x) and t.row_shape(x) == t.row_shape(node):
             return t.give(x, row=row)
-    raise UnsupportedModelError(f"cannot follow tokens through {describe(node)}")
+    raise t.facts.not_followed(node)
 
 
 def _pairs_row(t: Context, node: fx.Node, left: fx.Node, right: fx.Node, row: Row) -> None:

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 _TURNED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input)
 
 
-@rule(aten.conv2d.default, aten.conv1d.default, *_TURNED)
+@rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, *_TURNED)
 def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
     """A linear layer over windows of tokens: eq. (5), and z^B for the first one, which reads the image itself."""
     one = [1] * (node.meta["val"].dim() - 2)
@@ -36,7 +36,13 @@ def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
     else:  # stride, padding, dilation, groups
         x, weight, _, *options = arguments(node, None, one, none, one, 1, count=7)
     pixels = t.facts.enters(x)
-    plain = not turned and not any(_numbers(options[1])) and set(_numbers(options[2])) == {1} and options[3] == 1
+    plain = (
+        len(one) == 2
+        and not turned
+        and not any(_numbers(options[1]))
+        and set(_numbers(options[2])) == {1}
+        and options[3] == 1
+    )
     grad = rel = row = None
     if t.wants(x):
         value, kernel = t.value(x), t.value(weight)
@@ -44,7 +50,7 @@ def convolution(t: Context, node: fx.Node, out: Lanes) -> None:
         if out.grad:
             grad = Lane(t.emit.call(vjp, node.target, t.dense(out.grad, node).node, 0, None, (), *args))
         if out.rel and pixels and not plain:
-            raise UnsupportedModelError(f"no pixel rule for {describe(node)}, which overlaps, pads or groups")
+            raise UnsupportedModelError(f"no pixel rule for {describe(node)}, which overlaps, pads, groups or reads films")
         if out.rel and pixels:
             rel = Lane(t.emit.call(pixel_convolution, value, kernel, t.dense(out.rel, node).node, _numbers(options[0])))
         elif out.rel:
@@ -84,7 +90,9 @@ def spread_windows(op: Any, row: Tensor, shape: list[int], window: list[int], *o
 _WINDOWS = {
     aten.avg_pool1d.default,
     aten.avg_pool2d.default,
+    aten.avg_pool3d.default,
     aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
     aten.adaptive_avg_pool1d.default,
     aten.cumsum.default,
 }

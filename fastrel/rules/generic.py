@@ -72,6 +72,7 @@ INDEX_MAPS = MIXING_IN | {
     aten.narrow.default,
     aten.diagonal.default,
     aten.max_pool2d.default,
+    aten.max_pool3d.default,
 }
 
 
@@ -148,7 +149,7 @@ def statistic(t: Context, node: fx.Node, out: Lanes) -> None:
 def divided_row(row: Tensor, *shape: int) -> Tensor:
     """A row [K, *], size 1 in feature dimensions, in equal parts over the features of a value."""
     full = row.expand(row.shape[0], *shape)
-    return full * (row.numel() / full.numel())
+    return full * (row.numel() / max(full.numel(), 1))
 
 
 def divided_among_taken(row: Tensor, op: Any, where: tuple[tuple[int, int | None], ...], kwargs: Any, *args: Any) -> Tensor:

@@ -36,6 +36,8 @@ PICKS = {
     aten.adaptive_max_pool1d.default,
     aten.adaptive_max_pool2d.default,
     aten.max_pool2d_with_indices.default,
+    aten.adaptive_max_pool3d.default,
+    aten.max_pool3d_with_indices.default,
 }
 
 

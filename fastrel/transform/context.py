@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastrel.errors import UnsupportedModelError
 from fastrel.graph import axes as axes_
 from fastrel.graph.facts import Facts, Stretch
-from fastrel.graph.nodes import describe
 from fastrel.ops.steps import add_rows
 from fastrel.precision import Products
 from fastrel.reference.rules import Rules, safe_divide
@@ -57,7 +55,7 @@ class Context:
         self.facts, self.stretch = facts, stretch
         self.method, self.rules, self.products, self.emit, self.trace = method, rules, products, emit, trace
         self.published = rules != "positive"
-        self.rollout = Rollout(emit.call)
+        self.rollout = Rollout(emit.call, linear=method.residual and not method.normalize)
         self.pending: dict[fx.Node, Pending] = {}
         self.records: list[tuple[tuple[int, str], fx.Node]] = []
         self.generic: list[str] = []
@@ -89,7 +87,7 @@ class Context:
     def axes(self, x: fx.Node) -> axes_.Axes:
         """What the dimensions of x stand for."""
         if x not in self.facts.axes:
-            raise UnsupportedModelError(f"cannot follow tokens through {describe(x)}")
+            raise self.facts.not_followed(x)
         return self.facts.axes[x]
 
     def features(self, x: fx.Node) -> list[int]:

@@ -16,12 +16,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from fastrel.errors import UnsupportedModelError
 from fastrel.transform.lanes import Branch, Lane, Part, Path, Row
 
 aten = torch.ops.aten
 
 #: Emits a call in the reverse graph.
 Emit = Callable[..., fx.Node]
+
+#: In how many parts a row is followed. Where streams exchange what their blocks add, at every block anew (CoaT's three scales, TNT),
+#: the ways by which a row comes are two to four times as many at each. A row is divided among them then and there: r (I + M) is linear
+#: in r, so that it is the same as dividing it in the end. Where blocks normalise rows, or r M takes the place of r, all ways are
+#: followed, up to a number for which there is time.
+MOST_PARTS, MOST_OTHERS = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,10 @@ class _Fork:
 
 @dataclass
 class Rollout:
-    """Keeps book of forks, and of the ways that end in an attention block."""
+    """Keeps book of forks, and of the ways that end in an attention block; `linear`: whether these make r (I + M) of a row."""
 
     emit: Emit
+    linear: bool
     _forks: list[_Fork] = field(default_factory=list)
     _by_path: dict[Path, list[int]] = field(default_factory=lambda: defaultdict(list))
     _gone: set[Path] = field(default_factory=set)
@@ -79,7 +87,11 @@ class Rollout:
         return [Row({(*path, Branch(number, i)): part for path, part in row.parts.items()}) for i in range(operands)]
 
     def merge(self, rows: Sequence[Row], add: Sum) -> tuple[Row, bool]:
-        """Rows that meet at one value, and whether an attention block's own row and its residual connection's are among them."""
+        """Rows that meet at one value, and whether an attention block's own row and its residual connection's are among them.
+
+        Raises:
+            UnsupportedModelError: rows that blocks normalise or replace come by too many ways.
+        """
         found: dict[Path, list[Part]] = defaultdict(list)
         for row in rows:
             for path, part in row.parts.items():
@@ -103,7 +115,15 @@ class Rollout:
                     self._replaced.add(path)
                 before = [parts[path]] if path in parts else []
                 parts[path] = self._added([*before, one], add)
-        return Row(parts), met
+        row = Row(parts)
+        if len(parts) > (MOST_PARTS if self.linear else MOST_OTHERS):
+            if not self.linear:
+                raise UnsupportedModelError(
+                    f"the streams of this model exchange what their blocks add, so that its rows come by more than {MOST_OTHERS} ways; "
+                    "choose a larger start_layer, or frozen_attribution, whose rows need not be followed by each of them"
+                )
+            row = self._divided(row, add)
+        return row, met
 
     def whole(self, row: Row, add: Sum) -> Lane:
         """All of the row in one lane, as if the ways that it came were the only ones (but for streams that it is not all of)."""
@@ -112,6 +132,13 @@ class Rollout:
     def share(self, row: Row, add: Sum) -> Lane:
         """The row in one lane, without what goes other ways that do not meet this one."""
         return self._gathered(row.parts, (), add, shared=True) or self._nothing()
+
+    def _divided(self, row: Row, add: Sum) -> Row:
+        """The row in one part, by the way that all its parts have in common."""
+        at = next(iter(row.parts))
+        while any(path[: len(at)] != at for path in row.parts):
+            at = at[:-1]
+        return Row({at: Part(self._gathered(row.parts, at, add, shared=True) or self._nothing())})
 
     def end(self, row: Row, replaced: bool = False) -> None:
         """An attention block takes the row and gives back r M: what else it came by leads no further, but for its stream.
@@ -126,6 +153,11 @@ class Rollout:
         """The streams that all parts of a row came by: where the r M that an attention block makes of it belongs."""
         paths = {self._stream(path) for path in row.parts}
         return paths.pop() if len(paths) == 1 else ()
+
+    def shares(self, path: Path) -> list[fx.Node]:
+        """By how much of the row each operand on a path is charged, [K, B], where that is not the same for all of a sum."""
+        forks = ((self._forks[branch.fork].shares, branch.operand) for branch in path)
+        return [shares[operand] for shares, operand in forks if shares is not None]
 
     def _stream(self, path: Path) -> Path:
         return tuple(branch for branch in path if self._forks[branch.fork].streams)
