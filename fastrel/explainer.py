@@ -50,7 +50,8 @@ class Explainer:
             False for the default.
         precision: "float32": the model's own dtype throughout (16-bit models: lanes in float32). "mixed": matrix products
             of relevance and gradient in bfloat16, where the processor does that faster than float32. "low": those of
-            relevance in int8, on a GPU in float8. Both need rules="positive"; the forward pass is the model's own.
+            relevance in int8, on a GPU in float8 where that is faster. Both need rules="positive"; the forward pass is the
+            model's own.
         memory: "normal", or "low": between prediction and explanation only what the blocks pass on is kept, and each block
             is computed again when its turn comes, for the time of one more forward pass.
         backend: "auto": per operator the first that can compute it of "triton" and "cuda" on a GPU, "cpp" (C++) on a CPU, and
@@ -193,7 +194,8 @@ class Explainer:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Explanation:
-        """Why a causal language model continues each text as it does.
+        """Why a language model continues each text as it does, or an encoder–decoder its answer, of which nothing is written yet unless
+        `decoder_input_ids` are given.
 
         Args:
             input_ids: token ids [B, T], padded on either side if there is a mask.
@@ -208,10 +210,16 @@ class Explainer:
         Raises:
             InputError: ids of other shapes or beyond the vocabulary; the model returns no logits [B, T, V].
         """
-        places = language.last_places(input_ids, attention_mask)
+        read, places = input_ids, language.last_places(input_ids, attention_mask)
+        if language.answers(self._engine.model):
+            if "decoder_input_ids" not in kwargs:
+                kwargs["decoder_input_ids"] = language.decoder_inputs(self._engine.model, input_ids[:, :1])
+            read = kwargs["decoder_input_ids"]
+            places = language.last_places(read, kwargs.get("decoder_attention_mask"))
         masked = {} if attention_mask is None else {"attention_mask": attention_mask}
         prediction = self._of_text(input_ids, **masked, **kwargs)
         logits = language.logits_of(prediction.output)
+        places = language.places_in(logits, places, read.shape[1])
         batch, vocabulary = len(logits), logits.shape[2]
         if token is None:
             token = logits[torch.arange(batch, device=logits.device), places].argmax(1)
@@ -227,21 +235,24 @@ class Explainer:
     def continuation(
         self, input_ids: Tensor, continuation: Any, *, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Explanation:
-        """Why a causal language model gives each token of a continuation, all of them by one forward pass; as `next_token`.
+        """Why a language model gives each token of a continuation, all of them by one forward pass; as `next_token`.
 
         Args:
-            input_ids: the prompts [B, T], padded on the left if there is a mask.
-            continuation: the N tokens that come after, [B, N].
+            input_ids: the prompts [B, T], padded on the left if there is a mask; of an encoder–decoder its texts, on either side.
+            continuation: the N tokens that come after, [B, N]; of an encoder–decoder those of its answer, without what it starts with.
             attention_mask: of the prompts, [B, T].
             kwargs: further inputs of the model.
 
         Returns:
             The explanation of N targets, over the T + N tokens of prompt and continuation (what comes after a token has none of
-            its relevance); its `target` is the continuation.
+            its relevance); its `target` is the continuation. Of an encoder–decoder two maps, over the text and over what the decoder
+            reads, `decoder_input_ids`: the start and the first N − 1 tokens.
 
         Raises:
-            InputError: as `next_token`.
+            InputError: as `next_token`; an encoder–decoder that does not say what answers start with.
         """
+        if language.answers(self._engine.model):
+            return self._answer(input_ids, language.tokens_after(continuation, input_ids), attention_mask, kwargs)
         ids, after, mask = language.joined(input_ids, continuation, attention_mask)
         masked = {} if mask is None else {"attention_mask": mask}
         prediction = self._of_text(ids, **masked, **kwargs)
@@ -249,12 +260,27 @@ class Explainer:
         tokens = language.tokens_of(after, len(logits), logits.shape[2], "continuation", logits)
         count = tokens.shape[1]
         places = torch.arange(ids.shape[1] - 1 - count, ids.shape[1] - 1, device=logits.device).expand_as(tokens)
+        places = language.places_in(logits, places, ids.shape[1])
+        return replace(prediction.explain(language.token_scores(places, tokens, None)), target=tokens)
+
+    def _answer(self, ids: Tensor, after: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Explanation:
+        """Why an encoder–decoder writes each token of `after` [B, N]."""
+        language.last_places(ids, mask)
+        masked = {} if mask is None else {"attention_mask": mask}
+        decoded = language.decoder_inputs(self._engine.model, after)
+        prediction = self.predict(input_ids=ids, decoder_input_ids=decoded, **masked, **kwargs)
+        logits = language.logits_of(prediction.output)
+        tokens = language.tokens_of(after, len(logits), logits.shape[2], "continuation", logits)
+        places = torch.arange(tokens.shape[1], device=logits.device).expand_as(tokens)
         return replace(prediction.explain(language.token_scores(places, tokens, None)), target=tokens)
 
     def _of_text(self, ids: Tensor, **kwargs: Any) -> Prediction:
-        """The prediction of token ids, which are `input_ids` where the model has an input of that name, else its first."""
-        takes = inspect.signature(self._engine.model.forward).parameters.values()
-        if any(one.name == "input_ids" or one.kind is one.VAR_KEYWORD for one in takes):
+        """The prediction of token ids, which are `input_ids` where the model has an input of that name, else its first. Texts padded on
+        the left have the positions that they would have alone, as `generate` gives them."""
+        takes = inspect.signature(self._engine.model.forward).parameters
+        if "position_ids" in takes and "position_ids" not in kwargs:
+            kwargs |= language.shifted_positions(self._engine.model, kwargs.get("attention_mask"))
+        if any(one.name == "input_ids" or one.kind is one.VAR_KEYWORD for one in takes.values()):
             return self.predict(input_ids=ids, **kwargs)
         return self.predict(ids, **kwargs)
 

@@ -1,4 +1,5 @@
-"""What is asked of a causal language model: the next token, one against another, a continuation."""
+"""What is asked of a language model: the next token, one against another, a continuation. An encoder–decoder (T5, BART) answers with a
+text of its own, its decoder's."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrel.errors import InputError
 from fastrel.outputs import logits_in
@@ -45,6 +46,33 @@ def last_places(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     if not bool(real.any(1).all()):
         raise InputError(f"attention_mask leaves no token of text {int((~real.any(1)).nonzero()[0, 0])}")
     return length - 1 - real.flip(1).int().argmax(1)
+
+
+def shifted_positions(model: nn.Module, attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """`position_ids` [B, T] that count from the first real token, of texts that are padded on the left; nothing for others, and for
+    models that find positions in the ids and count from another number (RoBERTa)."""
+    if attention_mask is None or bool((attention_mask[:, 0] != 0).all()):
+        return {}
+    tables = (x for name, x in model.named_modules() if name.endswith("position_embeddings"))
+    if any(getattr(table, "padding_idx", None) is not None for table in tables):
+        return {}
+    return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
+
+
+def places_in(logits: Tensor, places: Tensor, length: int) -> Tensor:
+    """Places of a text of this length as they are in logits [B, T, V], or in [B, 1, V] of a model that returns the last one alone.
+
+    Raises:
+        InputError: the logits are those of other places.
+    """
+    if logits.shape[1] == length:
+        return places
+    if logits.shape[1] == 1 and bool((places == length - 1).all()):
+        return torch.zeros_like(places)
+    raise InputError(
+        f"the model returned logits {list(logits.shape)} for texts of {length} tokens, which lack place {int(places.min())}; let it "
+        "return those of every token, or explain next_token of texts that are not padded on the right"
+    )
 
 
 def tokens_of(tokens: Any, batch: int, vocabulary: int, name: str, like: Tensor) -> Tensor:
@@ -93,17 +121,58 @@ def joined(input_ids: Tensor, continuation: Any, mask: Tensor | None) -> tuple[T
     Raises:
         InputError: the continuation is not [B, N] ids, or prompts are padded on the right, between both.
     """
-    batch, length = _checked_ids(input_ids)
-    after = torch.as_tensor(continuation, device=input_ids.device)
-    after = after[None] if after.dim() == 1 and batch == 1 else after
-    if after.dim() != 2 or len(after) != batch or not after.numel() or after.is_floating_point():
-        raise InputError(f"continuation must be token ids [{batch}, N], not {after.dtype} {tuple(after.shape)}")
+    _, length = _checked_ids(input_ids)
+    after = tokens_after(continuation, input_ids)
     if mask is not None:
         if not bool((last_places(input_ids, mask) == length - 1).all()):
             raise InputError("prompts padded on the right cannot be continued; pad them on the left")
         mask = torch.cat([mask, mask.new_ones(after.shape)], 1)
-    after = after.to(input_ids.dtype)
-    return torch.cat([input_ids, after], 1), after.long(), mask
+    return torch.cat([input_ids, after.to(input_ids.dtype)], 1), after, mask
+
+
+def answers(model: nn.Module) -> bool:
+    """Whether a model writes another text than it reads, by a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def start_of_answers(model: nn.Module) -> int:
+    """The token that a decoder reads first.
+
+    Raises:
+        InputError: nothing says what it is.
+    """
+    configs = (getattr(model, "generation_config", None), model.config)
+    names = ("decoder_start_token_id", "bos_token_id")  # in the order of `generate`
+    found = (getattr(config, name, None) for name in names for config in configs)
+    start = next((x for x in found if x is not None), None)
+    if not isinstance(start, int):
+        raise InputError(
+            f"{type(model).__name__} does not say what its answers start with; set config.decoder_start_token_id"
+        )
+    return int(start)
+
+
+def decoder_inputs(model: nn.Module, after: Tensor) -> Tensor:
+    """What the decoder of a model reads when it writes `after` [B, N]: the token that answers start with, and all but the last, [B, N].
+
+    Raises:
+        InputError: as `start_of_answers`.
+    """
+    return torch.cat([torch.full_like(after[:, :1], start_of_answers(model)), after[:, :-1]], 1)
+
+
+def tokens_after(continuation: Any, input_ids: Tensor) -> Tensor:
+    """The tokens [B, N] int64 that texts go on with, or are answered with.
+
+    Raises:
+        InputError: they are not [B, N] ids.
+    """
+    batch, _ = _checked_ids(input_ids)
+    after = torch.as_tensor(continuation, device=input_ids.device)
+    after = after[None] if after.dim() == 1 and batch == 1 else after
+    if after.dim() != 2 or len(after) != batch or not after.numel() or after.is_floating_point():
+        raise InputError(f"continuation must be token ids [{batch}, N], not {after.dtype} {tuple(after.shape)}")
+    return after.long()
 
 
 def _checked_ids(input_ids: Any) -> tuple[int, int]:

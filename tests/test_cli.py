@@ -469,6 +469,26 @@ def test_a_language_model_says_which_words_made_the_next_one(tmp_path: Path, cap
     assert "bad (" in out.read_text()
 
 
+def test_an_encoder_decoder_answers_and_says_which_words_made_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t5").mkdir()
+    model, out = str(tiny.t5_folder(tmp_path / "t5")), tmp_path / "map.html"
+    command = ["explain", "--text", "a clever film", "--model", model, "--out", str(out)]
+    assert main([*command, "--target", "bad"]) == 0  # the first token
+    assert ">clever</span>" in out.read_text()
+    assert main([*command, "--continuation", " bad film", "--npz"]) == 0
+    assert "'a clever film' is answered with ' bad film'" in capsys.readouterr().out
+    page = out.read_text()
+    assert page.count("<h2>→ ") == page.count("<h3>decoder_input_ids: ") > 1
+    held = np.load(out.with_suffix(".npz"))
+    count = len(held["target"])
+    assert held["relevance"].shape[0] == count
+    assert held["decoder_input_ids"].shape == (count, count)
+    assert main([*command, "--generate", "2"]) == 0
+    assert out.read_text().count("<h2>→ ") == 2
+
+
 def test_every_token_that_a_language_model_goes_on_with_has_its_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

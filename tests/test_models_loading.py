@@ -4,6 +4,7 @@ import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +123,19 @@ def test_a_folder_of_hugging_face_with_pictures(tmp_path: Path) -> None:
     theirs = AutoImageProcessor.from_pretrained(tmp_path)(images=NOISE, return_tensors="np")["pixel_values"][0]
     assert np.abs(sample["pixel_values"] - theirs).max() * 127.5 <= 1.001  # a grey level
     assert explained(loaded, NOISE, NOISE).patches.shape == (2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "made"),
+    [
+        ({"num_labels": 1}, None),
+        ({"num_labels": 1, "problem_type": "multi_label_classification"}, "sigmoid"),
+        ({"num_labels": 1, "problem_type": "regression"}, None),
+        ({}, "softmax"),
+    ],
+)
+def test_a_score_is_no_probability(config: dict[str, Any], made: str | None, tmp_path: Path) -> None:
+    assert load(str(tiny.bert_folder(tmp_path, **config))).probabilities == made
 
 
 def test_a_processor_of_another_kind_is_called_as_it_is(tmp_path: Path) -> None:

@@ -184,10 +184,70 @@ def test_padding_on_either_side_changes_no_map(gpt2: nn.Module, side: str) -> No
     explainer, prompt = fastrel.Explainer(gpt2), torch.randint(3, 50, (2, 6))
     pad = (2, 0) if side == "left" else (0, 2)
     ids, mask = F.pad(prompt, pad), F.pad(torch.ones_like(prompt), pad)
+    found, alone = explainer.next_token(ids, attention_mask=mask), explainer.next_token(prompt)
+    torch.testing.assert_close(found.relevance[:, mask[0].bool()], alone.relevance)
+    assert found.target is not None
+    generated = gpt2.generate(prompt, max_new_tokens=1, do_sample=False, pad_token_id=0)[:, -1]
+    assert found.target.tolist() == generated.tolist()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    found = explainer.next_token(ids, token=7, attention_mask=mask, position_ids=positions)
-    kept = found.maps["input_ids"].relevance[:, mask[0].bool()]
-    torch.testing.assert_close(kept, explainer.next_token(prompt, token=7).maps["input_ids"].relevance)
+    given = explainer.next_token(ids, attention_mask=mask, position_ids=positions)
+    assert torch.equal(given.relevance, found.relevance) or side == "right"
+
+
+def test_positions_that_a_model_finds_in_its_ids_are_left_to_it() -> None:
+    """RoBERTa counts from its padding's id on."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50, is_decoder=True
+    )
+    explainer = fastrel.Explainer(transformers.RobertaForCausalLM(config).double().eval())
+    prompt = torch.randint(3, 50, (2, 5))
+    ids, mask = F.pad(prompt, (2, 0), value=config.pad_token_id), F.pad(torch.ones_like(prompt), (2, 0))
+    found = explainer.next_token(ids, attention_mask=mask, token=7).relevance
+    torch.testing.assert_close(found[:, 2:], explainer.next_token(prompt, token=7).relevance)
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+def test_the_answer_of_an_encoder_decoder_is_explained_token_by_token(kind: str) -> None:
+    torch.manual_seed(0)
+    sizes = {
+        "T5": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
+        "Bart": {
+            "d_model": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+        },
+    }
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes[kind],
+        vocab_size=50,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        forced_eos_token_id=None,
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).double().eval()
+    explainer, ids = fastrel.Explainer(model), torch.randint(3, 50, (2, 6))
+    after = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)[:, 1:]
+    found = explainer.continuation(ids, after)
+    assert {name: tuple(one.relevance.shape) for name, one in found.maps.items()} == {
+        "input_ids": (2, 3, 6),
+        "decoder_input_ids": (2, 3, 3),
+    }
+    for n in range(3):
+        read = F.pad(after[:, :n], (1, 0))
+        alone = explainer.next_token(ids, decoder_input_ids=read)
+        assert alone.target is not None
+        assert torch.equal(alone.target, after[:, n])
+        assert not found.maps["decoder_input_ids"].relevance[:, n, n + 1 :].any()
+        if n == 0:  # a decoder of one token is a pooling by attention: blocks of the encoder count by the tokens read
+            continue
+        for name, length in (("input_ids", 6), ("decoder_input_ids", n + 1)):
+            torch.testing.assert_close(found.maps[name].relevance[:, n, :length], alone.maps[name].relevance)
+    assert explainer.next_token(ids).target.tolist() == after[:, 0].tolist()  # type: ignore[union-attr]
 
 
 def test_a_continuation_takes_one_forward_pass_for_all_its_tokens(gpt2: nn.Module) -> None:

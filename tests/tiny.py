@@ -150,6 +150,19 @@ def gpt_folder(folder: Path) -> Path:
     return folder
 
 
+def t5_folder(folder: Path) -> Path:
+    """An encoder–decoder with the language model's vocabulary."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    gpt_folder(folder)
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 259}
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).save_pretrained(folder)
+    return folder
+
+
 def clip_folder(folder: Path) -> Path:
     """Pictures with text."""
     from transformers import BertTokenizerFast, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor

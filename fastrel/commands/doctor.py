@@ -82,6 +82,10 @@ def _about(name: str, backend: backends.Backend) -> str:
         reason = backend.unavailable()
         if reason:
             return f"not available: {reason}"
+        devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if name in ("triton", "cuda") else []
+        failing = [found for device in devices if (found := backend.runs_on(device))]
+        if failing:
+            return f"not available on every device: {'; '.join(failing)}"
         return f"available: {native.instruction_set()}, C++ kernels: {native.origin()}" if name == "cpp" else "available"
     except Exception as error:
         return f"fails: {error!r}"

@@ -36,6 +36,7 @@ examples:
   fastrel explain cat.jpg --model deit_tiny_patch16_224 --weights deit.pth --target 281 tiger --out maps --npz
   fastrel explain --text "not bad at all" --model ./my-bert --target 0 1 --out map.html
   fastrel explain --text "The capital of France is" --model ./my-gpt2 --generate 5 --out map.html
+  fastrel explain --text "summarize: …" --model ./my-t5 --generate 9 --out map.html     text and answer so far
   fastrel explain cat.jpg --text "a photo of a cat" --model ./my-clip --out map.html          both maps
   fastrel explain --text "A man sleeps." --text-pair "Nobody sleeps." --model ./my-nli --out map.html
   fastrel explain reviews.csv --column text --model ./my-bert --out pages

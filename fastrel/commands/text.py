@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastrel import language
 from fastrel.batch import Explain
 from fastrel.batch.row import Row
 from fastrel.batch.stream import explained
@@ -21,7 +22,8 @@ from fastrel.data.inputs import Item, Pair, Value
 from fastrel.errors import InputError
 from fastrel.models import Loaded
 from fastrel.models.readers import TEXTS
-from fastrel.render.parts import page
+from fastrel.render.parts import page_of
+from fastrel.render.showing import parts_of
 from fastrel.render.text import words
 
 
@@ -67,7 +69,8 @@ def run(options: argparse.Namespace) -> int:
     files.write(out, text_page(rows))
     if options.npz:
         files.write(out.with_suffix(".npz"), raw(rows))
-    print("classes: " + ", ".join(_chances(explain, rows[0])))
+    said = _chances(explain, rows[0])
+    print(f"{'classes' if len(said) > 1 else 'score'}: {', '.join(said)}")
     for row in rows:
         best = _highest(row.tokens or [], np.asarray(row.relevance))
         print(f"{row.target_name}: {best}{noise_floor([row])}")
@@ -96,23 +99,32 @@ def _continued(options: argparse.Namespace, explain: Explain, out: Path) -> int:
     reader: Any = loaded.reader
     (sample,) = reader(options.text)
     ids = torch.from_numpy(sample["input_ids"])[None].to(loaded.device)
-    given = None if options.generate else _tokens(reader, options.continuation)
+    answers = language.answers(loaded.model)
+    given = None if options.generate else _tokens(reader, options.continuation, answers)
     count = options.generate if given is None else len(given)
-    if ids.shape[1] + count > reader.limit:
+    if not answers and ids.shape[1] + count > reader.limit:
         raise InputError(f"{ids.shape[1]} + {count} tokens, and the model reads {reader.limit}")
-    after = _generated(loaded.model, ids, count) if given is None else torch.tensor([given])
+    after = _generated(loaded.model, ids, count).cpu() if given is None else torch.tensor([given])
     explanation = explain.settings.explainer(loaded).continuation(ids, after.to(ids.device))
-    tokens = reader.tokens([*ids[0].tolist(), *after[0].tolist()])
+    if answers:
+        texts = {"input_ids": ids, "decoder_input_ids": language.decoder_inputs(loaded.model, after)}
+    else:
+        texts = {"input_ids": torch.cat([ids.cpu(), after], 1)}
+    tokens = {name: reader.tokens(one[0].tolist()) for name, one in texts.items()}
     names = [f"{loaded.class_names[i]!r}" for i in after[0].tolist()]
     files.folder(out.parent)
-    files.write(out, page(tokens, explanation.relevance[0], [f"→ {name}" for name in names]))
+    files.write(out, page_of(parts_of(explanation.maps, None, tokens), [f"→ {name}" for name in names]))
+    rows = {name: one.relevance[0].float().cpu() for name, one in explanation.maps.items()}
     if options.npz:
-        relevance = explanation.relevance[0].float().cpu()
-        files.write(out.with_suffix(".npz"), npz({"target": after[0].cpu(), "relevance": relevance}))
-    print(f"{options.text!r} goes on with {reader.tokenizer.decode(after[0])!r}")
-    for k, (name, row) in enumerate(zip(names, explanation.relevance[0].float().cpu().numpy(), strict=True)):
-        before = ids.shape[1] + k  # what a token was made of
-        print(f"{name}: {_highest(tokens[:before], row[:before])}")
+        held = {"relevance" if name == "input_ids" else name: x for name, x in rows.items()}
+        files.write(out.with_suffix(".npz"), npz({"target": after[0], **held}))
+    print(f"{options.text!r} {'is answered' if answers else 'goes on'} with {reader.tokenizer.decode(after[0])!r}")
+    for k, name in enumerate(names):
+        # What a token was made of, one text after the other.
+        made_of = {one: k + 1 if one != "input_ids" else ids.shape[1] + k * (not answers) for one in tokens}
+        before = [token for one, count in made_of.items() for token in tokens[one][:count]]
+        row = torch.cat([rows[one][k, :count] for one, count in made_of.items()])
+        print(f"{name}: {_highest(before, row.numpy())}")
     print(f"-> {out}")
     return 0
 
@@ -121,14 +133,16 @@ def _generated(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
     """The most likely tokens after a prompt, one by one, [1, N]."""
     with torch.inference_mode():
         found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, num_beams=1)
-    after = found[:, ids.shape[1] :].clone()
+    after = found[:, 1 if language.answers(model) else ids.shape[1] :].clone()
     if not after.numel():
         raise InputError("the model has nothing to add to this text")
     return after
 
 
-def _tokens(reader: Any, text: str) -> list[int]:
-    found = reader.tokenizer(text, add_special_tokens=False)["input_ids"]
+def _tokens(reader: Any, text: str, answers: bool) -> list[int]:
+    """The ids of a continuation, of an answer in the language that the model writes (Marian has a vocabulary for each)."""
+    given = {"text_target": text} if answers else {"text": text}
+    found = reader.tokenizer(**given, add_special_tokens=False)["input_ids"]
     if not found:
         raise InputError("--continuation is empty")
     return found

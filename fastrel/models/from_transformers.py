@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fastrel import language
 from fastrel.data.preprocessing import Prepare, Preprocessing, Wrapped
 from fastrel.errors import InputError, first_line, needed
 from fastrel.models import state, zero_shot
@@ -24,6 +25,8 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
     ("ForSequenceClassification", "text"),
     ("ForCausalLM", "causal"),
     ("LMHeadModel", "causal"),
+    ("ForConditionalGeneration", "causal"),
+    ("MTModel", "causal"),
     ("ForImageAndTextRetrieval", "multimodal"),
     ("CLIPModel", "multimodal"),
     ("SiglipModel", "multimodal"),
@@ -51,10 +54,12 @@ def load(request: Request) -> Loaded:
         raise InputError(f"{known}cannot load {request.name!r} from Hugging Face: {first_line(error)}") from error
     architectures = getattr(config, "architectures", None) or [""]
     kind = next((kind for ending, kind in _KINDS if architectures[0].endswith(ending)), None)
+    known = "none of " + ", ".join(f"…{ending}" for ending, _ in _KINDS)
+    if kind == "causal" and (reads := getattr(transformers, architectures[0]).main_input_name) != "input_ids":
+        kind, known = None, f"which reads {reads}, not a text"
     if kind is None:
-        known = ", ".join(f"…{ending}" for ending, _ in _KINDS)
         raise InputError(
-            f"{request.name!r} is a {architectures[0] or 'model that does not say what it is'}, none of {known}; "
+            f"{request.name!r} is a {architectures[0] or 'model that does not say what it is'}, {known}; "
             "write a function that returns the model and its preprocessing or tokenizer, and give MODULE:FUNCTION"
         )
     model = _build(transformers, getattr(transformers, architectures[0]), config, request)
@@ -86,14 +91,16 @@ def text(model: nn.Module, tokenizer: Any, source: dict[str, Any]) -> Loaded:
 
 
 def causal(model: nn.Module, tokenizer: Any, source: dict[str, Any]) -> Loaded:
-    """A language model, asked for the token after the last one: its classes are the vocabulary."""
+    """A language model, asked for the token after the last one, an encoder–decoder for the first of its answer: its classes are the
+    vocabulary."""
     config: Any = model.config
     _padding(config, tokenizer)
     names = [""] * config.get_text_config().vocab_size
     for token, i in tokenizer.get_vocab().items():
         if i < len(names):
             names[i] = tokenizer.convert_tokens_to_string([token])
-    return Loaded(NextToken(model), "causal", Texts(tokenizer, limit(model, tokenizer)), tuple(names), "softmax", source)
+    asked = FirstToken(model) if language.answers(model) else NextToken(model)
+    return Loaded(asked, "causal", Texts(tokenizer, limit(model, tokenizer)), tuple(names), "softmax", source)
 
 
 class NextToken(nn.Module):
@@ -107,6 +114,20 @@ class NextToken(nn.Module):
         """input_ids, attention_mask [B, T]."""
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return logits[torch.arange(input_ids.shape[0], device=logits.device), attention_mask.sum(1) - 1]
+
+
+class FirstToken(nn.Module):
+    """The logits [B, V] of the first token that an encoder–decoder answers each text with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask [B, T]."""
+        start = torch.full((len(input_ids), 1), language.start_of_answers(self.model), device=input_ids.device)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": start}
+        return self.model(**given, use_cache=False).logits[:, 0]
 
 
 class Processed:
@@ -201,6 +222,9 @@ def _padding(config: Any, tokenizer: Any) -> None:
 
 
 def _chances(config: Any) -> Any:
-    if getattr(config, "problem_type", None) == "regression":
+    """What makes probabilities of logits. One logit whose problem is not named is a score: the library trains it by regression, and
+    others to be passed through a sigmoid."""
+    if config.problem_type is None and config.num_labels == 1:
         return None
-    return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
+    by_problem = {"regression": None, "multi_label_classification": "sigmoid"}
+    return by_problem.get(config.problem_type, "softmax")
