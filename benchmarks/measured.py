@@ -128,7 +128,7 @@ def measured() -> Iterator[Record]:
 
 def predicted(record: Record) -> tuple[roofline.Device, Times]:
     """Launches and seconds of the reverse pass by operator, on the newest GPU of `roofline` that is not newer than this one."""
-    known = [device for device in roofline.DEVICES if int(device.target.removeprefix("sm_")) <= record.capability]
+    known = [device for device in roofline.DEVICES if device.capability <= record.capability]
     device, model = (known or roofline.DEVICES)[-1], roofline.MODELS[0]
     width, precision = next((width, precision) for what, width, precision in roofline.KINDS if what == record.what)
     if precision == "low" and "float8" not in device.tflops:

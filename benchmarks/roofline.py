@@ -10,11 +10,13 @@ launch and no contention are assumed: a device will be slower. Counted: one targ
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastrel.triton_kernels import configs
 
@@ -33,6 +35,11 @@ class Device:
     l2: float
     processors: int
     clock: float
+
+    @property
+    def capability(self) -> int:
+        """90 for compute capability 9.0."""
+        return int(self.target.removeprefix("sm_"))
 
 
 #: NVIDIA's data sheets of the A100 80 GB SXM and the H100 SXM, without sparsity. tf32x3: three TF32 products for one.
@@ -156,14 +163,18 @@ def forward(model: Model, batch: int, width: int) -> Iterator[Work]:
         yield Work(name, 0.0, width * n * moved, triton=False)
 
 
+@functools.cache
+def _compiled() -> Any:
+    return json.loads(compiled.TABLE.read_text())
+
+
 def _loop(device: Device, kernel: str, label: str, flags: str = "") -> int:
     """Instructions of a kernel's loop over tiles in what tests/golden/triton_resources.json keeps.
 
     Raises:
         LookupError: it keeps no such kernel.
     """
-    kept = json.loads(compiled.TABLE.read_text())[device.target]
-    for name, used in kept.items():
+    for name, used in _compiled()[device.target].items():
         if name.startswith(f"{kernel} {label}") and name.endswith(flags):
             return int(used["loop"])
     raise LookupError(f"no {kernel} {label} … {flags} for {device.target}")
@@ -185,7 +196,7 @@ def together(n: int) -> bool:
 
 def shares(device: Device, layer: Layer, n: int, width: int, precision: str) -> Work:
     """Z of a layer, and S unless that is formed elsewhere."""
-    kind, capability = kind_of(width, precision), int(device.target.removeprefix("sm_"))
+    kind, capability = kind_of(width, precision), device.capability
     tile = configs.product(configs.SHARES, kind, n, capability)
     stored, weight, value = _widths(kind, width, precision)
     moved = value * n * layer.ins + weight * layer.outs * layer.ins + n * layer.outs * (width + stored)
@@ -211,7 +222,10 @@ def linear(device: Device, layer: Layer, n: int, width: int, precision: str) -> 
     """The reverse pass of a linear layer, both lanes, as `zplus_linear` and `zplus_linear_reduced` choose it; without Z where that is
     formed for several layers at once."""
     ins, outs, more = layer.ins, layer.outs, layer.grad_outs
-    if (width == 2 or precision == "mixed") and precision != "low" and configs.products_first(n, (outs, ins)):
+    if precision == "low" and not configs.in_float8(n, (outs, ins), device.capability):
+        precision = "mixed"
+    kind = kind_of(width, precision)
+    if kind in ("split", "bfloat16") and configs.products_first(n, (outs, ins), kind, more > outs, device.capability):
         exact = precision == "float32"
         parts = 2 if exact else 1
         yield Work("passes", 0.0, n * ins * (width + (4 if exact else 2)))
@@ -229,7 +243,6 @@ def linear(device: Device, layer: Layer, n: int, width: int, precision: str) -> 
         if layer.after_gelu:
             yield Work("gelu", 0.0, n * ins * (width + 8))
         return
-    kind, capability = kind_of(width, precision), int(device.target.removeprefix("sm_"))
     few, apart = together(n), more > outs
     stored, weight, _ = _widths(kind, width, precision)
     if not few:
@@ -237,7 +250,7 @@ def linear(device: Device, layer: Layer, n: int, width: int, precision: str) -> 
             yield Work("passes", 0.0, n * ins * (width + 1))
         yield shares(device, layer, n, width, precision)
     divided = f"{kind}, divided"
-    tile = configs.product(configs.BACK, divided if few and divided in configs.BACK else kind, n, capability)
+    tile = configs.product(configs.BACK, divided if few and divided in configs.BACK else kind, n, device.capability)
     read = 8 if few and apart else 4 if few else stored  # R and Z, or S
     moved = n * (outs * read + more * 4) + weight * (outs + more * apart) * ins + n * ins * (width + 8)
     moved += n * ins * (width * layer.after_gelu + 4 * (few and layer.next))
@@ -270,7 +283,7 @@ SWEEPS = {
 
 def attention(device: Device, model: Model, batch: int, width: int) -> Iterator[Work]:
     """Attention of a block as `attention_relevance` chooses it."""
-    n, head, capability = batch * model.tokens, model.features // model.heads, int(device.target.removeprefix("sm_"))
+    n, head, capability = batch * model.tokens, model.features // model.heads, device.capability
     if width == 4 and head > 64 and configs.heads_by_library(head, n, capability):
         yield from attention_by_library(model, batch)
         return
@@ -292,7 +305,7 @@ def attention(device: Device, model: Model, batch: int, width: int) -> Iterator[
 def attention_by_sweeps(device: Device, model: Model, batch: int, width: int) -> Iterator[Work]:
     """Each a launch of its own, in tiles of heads padded to a power of two."""
     n, head, tokens = batch * model.tokens, model.features // model.heads, model.tokens
-    padded, capability = max(32, 1 << (head - 1).bit_length()), int(device.target.removeprefix("sm_"))
+    padded, capability = max(32, 1 << (head - 1).bit_length()), device.capability
     dtype, table = ("bfloat16", "tf32") if width == 2 else ("float32", "float32")
     precision = "tf32" if width == 2 else "tf32x3" if padded <= 64 else "float32"
     for name, flags, dots, lanes in SWEEPS[width]:
@@ -322,9 +335,8 @@ def attention_by_library(model: Model, batch: int) -> Iterator[Work]:
 def reverse(device: Device, model: Model, batch: int, width: int, precision: str) -> Iterator[Work]:
     """One block of the reverse pass; lanes are float32. Launches and what they move as recorded (tests/devices/test_launches.py)."""
     n, d = batch * model.tokens, model.features
-    if precision == "low" and n < configs.FLOAT8_ROWS:
-        precision = "mixed"
     if together(n):
+        precision = "mixed" if precision == "low" else precision
         one = [shares(device, layer, n, width, precision) for layer in layers(model)]
         yield replace(
             one[0],

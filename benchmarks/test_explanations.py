@@ -125,8 +125,8 @@ def runner(provider: str, model: nn.Module, given: dict[str, Tensor]) -> Callabl
             torch.testing.assert_close(explainer.predict(**given).logits, logits(model(**given)), rtol=1e-4, atol=1e-4)
         return lambda: explainer.predict(**given)
     ours = explainer(**given, target=target).relevance
-    if "torch" not in provider and options.get("rules") != "official":
-        plain = {key: value for key, value in options.items() if key == "start_layer"}
+    if "torch" not in provider:
+        plain = {key: value for key, value in options.items() if key in ("start_layer", "rules")}
         expected = fastrel.Explainer(model, backend="torch", **plain)(**given, target=target).relevance
         gate.check(ours, expected, options.get("precision", "float32"))
     return lambda: explainer(**given, target=target)

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastrel import weights
 from fastrel.engine import Engine
 from fastrel.errors import InputError
 from fastrel.explanation import Explanation
 from fastrel.graph.capture import Signature, in_order
-from fastrel.inputs import check_finite, image_size, input_names
+from fastrel.graph.constants import check_device
+from fastrel.inputs import Checks, image_size, input_names, waits
 from fastrel.maps import TokenMap
 from fastrel.options import Options
 from fastrel.outputs import logits_index
@@ -60,8 +62,14 @@ def reverse(program: Program, seed: Tensor, saved: Sequence[Any]) -> tuple[list[
     return relevance, [None if grid is None else grid.transpose(0, 1) for grid in grids]
 
 
-#: A CUDA graph's results, what computes them anew in the same places, and the memory it was recorded in.
-Recorded = tuple[Results, Callable[[], None], Any]
+class Recorded(NamedTuple):
+    """A CUDA graph's results, what computes them anew in the same places, the prepared weights that it reads, and the memory it was
+    recorded in."""
+
+    results: Results
+    replay: Callable[[], None]
+    weights: weights.Recording
+    pool: Any
 
 
 def record(compute: Callable[[], Results], device: torch.device, pool: Any = None) -> Recorded:
@@ -81,9 +89,9 @@ def record(compute: Callable[[], Results], device: torch.device, pool: Any = Non
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile, a DataLoader's that pins memory for one.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"), weights.recording() as read:
             results = compute()
-    return results, graph.replay, graph.pool()
+    return Recorded(results, graph.replay, read, graph.pool())
 
 
 def check_same_kind(given: Sequence[Tensor], captured: Sequence[Tensor]) -> None:
@@ -121,7 +129,7 @@ class Graphed:
         for size in reversed(sizes):  # the others have room in the memory of the largest
             these, named = pytree.tree_map(lambda x, size=size: _filled(x, batch, size), (args, kwargs))
             one = self._replays[size] = _Replay(engine, options, these, named, targets, pool)
-            pool = one.pool
+            pool = one.recorded.pool
 
     def __call__(self, *args: Any, target: Target = None, **kwargs: Any) -> Explanation:
         """Explain a batch for as many classes per sample as were captured. Between two sizes that were captured it is filled up to
@@ -136,11 +144,12 @@ class Graphed:
         batch = _batch(args, ordered)
         size = next((one for one in reversed(self._replays) if one >= batch), max(self._replays))
         replay = self._replays[size]
-        classes = replay.classes(target, batch)
+        checks = Checks(self._checks)
+        classes = replay.classes(target, batch, checks)
         if batch >= size:
-            return replay(args, ordered, classes, self._checks)
+            return replay(args, ordered, classes, checks)
         args, ordered, classes = pytree.tree_map(lambda x: _filled(x, batch, size), (args, ordered, classes))
-        return replay(args, ordered, classes, self._checks)[:batch]
+        return replay(args, ordered, classes, checks)[:batch]
 
 
 def _batch(args: Any, kwargs: Any) -> int:
@@ -174,15 +183,16 @@ class _Replay:
         self._entry = call.entry if engine.live else None
         self._signature, self._given = call.entry.signature, call.names
         self._places = _places(captured.parameters(self._model))
+        check_device(captured.graph, device)
         self._program = engine.explaining(call, options)
         self._spec, self._names = captured.out_spec, [call.names[one.input] + one.branch for one in self._program.maps]
         self._sizes = [image_size(values[len(captured.owners) + one.input], one.picture) for one in self._program.maps]
         self._beside = [tuple(call.names[i] for i in one.beside) for one in self._program.maps]
         batch = len(self._inputs[0])
         self._classes = torch.zeros(batch, targets, dtype=torch.long, device=device) if targets else None
-        self._results, self._replay, self.pool = record(lambda: run(self._program, values, self._classes), device, pool)
+        self.recorded = record(lambda: run(self._program, values, self._classes), device, pool)
 
-    def classes(self, target: Target, batch: int) -> Tensor | None:
+    def classes(self, target: Target, batch: int, checks: Checks) -> Tensor | None:
         """The classes of a target for a batch of so many samples, [batch, K]; None for the predicted ones.
 
         Raises:
@@ -194,15 +204,15 @@ class _Replay:
             )
         if self._classes is None:
             return None
-        logits = self._results[0][self._program.leaves[0]]
-        classes = classes_of(logits[:1].expand(batch, *logits.shape[1:]), target).reshape(batch, -1)
+        logits = self.recorded.results[0][self._program.leaves[0]]
+        classes = classes_of(logits[:1].expand(batch, *logits.shape[1:]), target, checks).reshape(batch, -1)
         if classes.shape[1] != self._classes.shape[1]:
             raise InputError(
                 f"target of shape {tuple(classes.shape)} does not fit the captured {(batch, self._classes.shape[1])}"
             )
         return classes
 
-    def __call__(self, args: Any, ordered: dict[str, Any], classes: Tensor | None, checks: bool) -> Explanation:
+    def __call__(self, args: Any, ordered: dict[str, Any], classes: Tensor | None, checks: Checks) -> Explanation:
         self._check_model()
         given = [x for x in pytree.tree_leaves((args, ordered)) if isinstance(x, Tensor)]
         check_same_kind(given, self._inputs)
@@ -211,17 +221,24 @@ class _Replay:
                 "other constants, keywords, tied inputs or ambient modes than captured; call graphed(...) again with these"
             )
         if self._classes is not None and classes is not None:
-            self._classes.copy_(classes)
+            count = self.recorded.results[0][self._program.leaves[0]].shape[1]
+            self._classes.copy_(classes.clamp(0, count - 1))
         for place, x in zip(self._inputs, given, strict=True):
             place.copy_(x)
-        self._replay()
+        self.recorded.weights.refresh()
+        self.recorded.replay()
         outputs, explained, relevance, grids = pytree.tree_map(
-            lambda x: x.clone() if isinstance(x, Tensor) else x, self._results
+            lambda x: x.clone() if isinstance(x, Tensor) else x, self.recorded.results
         )
-        if checks:
-            check_finite("the model's output", outputs[self._program.leaves[0]])
-            for row in relevance:
-                check_finite("the explanation", row)
+        if self._classes is not None and classes is not None and waits(classes):
+            # Those that do not exist are not refused yet.
+            known = torch.eq(classes, self._classes).unsqueeze(-1)
+            relevance = [row.where(known, torch.nan) for row in relevance]
+            grids = [grid if grid is None else grid.where(known.unsqueeze(-1), torch.nan) for grid in grids]
+        checks.finite("the model's output", outputs[self._program.leaves[0]])
+        for row in relevance:
+            checks.finite("the explanation", row)
+        checks.settle()
         one = self._classes is None or self._classes.shape[1] == 1
         maps: dict[str, TokenMap] = {}
         for name, size, beside, row, grid in zip(self._names, self._sizes, self._beside, relevance, grids, strict=True):

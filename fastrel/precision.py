@@ -84,10 +84,12 @@ def products(
 
 def _fast_float8(device: torch.device | None, backend: str) -> bool:
     """Whether Triton kernels run and multiply in float8; under the interpreter they do."""
-    if backend not in ("auto", "triton") or triton.unavailable():
+    if backend not in ("auto", "triton"):
         return False
     if device is None or device.type != "cuda":
-        return True
+        return triton.unavailable() is None
+    if triton.runs_on(device):
+        return False
     if torch.version.hip:  # CDNA3's float8 is another one, and CDNA2 has none
         return torch.cuda.get_device_properties(device).gcnArchName.startswith(("gfx95", "gfx12"))
     return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -23,7 +23,9 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +54,9 @@ class _Prepared:
 #: Per parameter, by what was asked for; gone with the parameter.
 _kept: Any = WeakTensorKeyDictionary()
 _total = 0
+#: How often `forget` was called.
+_forgotten = 0
+_recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
 #: Finalizers may run wherever memory is allocated, also while it is held.
 _lock = threading.RLock()
 
@@ -111,26 +116,84 @@ def kept(prepare: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tens
 
 def kept_by_version(prepare: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """The same on a GPU, where comparing digests would wait for all that was launched: until autograd's version of the weight or
-    its place changes. What is written through `.data` changes neither: call `forget()` after that."""
+    its place changes. What is written through `.data` changes neither: call `forget()` after that.
+
+    While a CUDA graph is captured (`recording`), the graph computes what is not kept yet, and nothing of that is kept: its memory
+    is filled at every replay."""
 
     def prepared(weight: Tensor, purpose: str) -> tuple[Tensor, ...]:
         if weight.is_inference() or limit() == 0:
             return prepare(weight, purpose)
         owner = weight if weight._base is None else weight._base
         key = (purpose, prepare, weight.storage_offset(), weight.shape, weight.stride())
-        mark = (weight._version, weight.data_ptr())
+        recording = _recording.get()
         found = _kept.get(owner, {}).get(key)
-        if found and found.mark == mark:
+        if found and found.mark == _mark(weight):
+            if recording is not None:
+                recording.read.append(
+                    _Read(weight, functools.partial(prepare, weight, purpose), found.made, _state(weight))
+                )
             return found.of(weight)
-        return _made(owner, key, mark, prepare(weight, purpose), weight)
+        if recording is not None:
+            return prepare(weight, purpose)
+        return _made(owner, key, _mark(weight), prepare(weight, purpose), weight)
 
     return prepared
 
 
 def forget() -> None:
-    """Keep nothing of what was prepared so far."""
+    """Keep nothing of what was prepared so far, and let CUDA graphs that were captured before prepare theirs anew."""
+    global _forgotten
     with _lock:
         _kept.clear()
+        _forgotten += 1
+
+
+@dataclass
+class _Read:
+    """What was made of a weight when it was in a state, and what makes it anew."""
+
+    weight: Tensor
+    prepare: Callable[[], tuple[Tensor, ...]]
+    made: tuple[Tensor | None, ...]
+    state: tuple[int, ...]
+
+
+class Recording:
+    """What a CUDA graph reads of kept weights, where it lies: alive as long as this, and up to date by `refresh`."""
+
+    def __init__(self) -> None:
+        self.read: list[_Read] = []
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Before a replay: prepare anew, in the same places, what was made of weights that were written since or forgotten."""
+        for one in self.read:
+            state = _state(one.weight)
+            if state != one.state:
+                for old, new in zip(one.made, one.prepare(), strict=True):
+                    if old is not None:
+                        old.copy_(new)
+                one.state = state
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """While a CUDA graph is captured in this thread."""
+    found = Recording()
+    token = _recording.set(found)
+    try:
+        yield found
+    finally:
+        _recording.reset(token)
+
+
+def _mark(weight: Tensor) -> tuple[int, int]:
+    return weight._version, weight.data_ptr()
+
+
+def _state(weight: Tensor) -> tuple[int, ...]:
+    return *_mark(weight), _forgotten
 
 
 def _made(owner: Tensor, key: Any, mark: Any, result: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:

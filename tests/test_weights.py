@@ -252,3 +252,38 @@ def test_what_holds_the_weight_itself_is_kept_without_it() -> None:
     del w, first, second
     gc.collect()
     assert weights.kept_bytes() == before
+
+
+def test_what_a_cuda_graph_reads_follows_its_weights() -> None:
+    """A graph reads what was prepared when it was captured, in one place for ever: a write to the weight left it as it was, and
+    `forget` freed it."""
+    kept, w = weights.kept_by_version(lambda weight, purpose: (weight * 2, weight)), nn.Parameter(torch.randn(4, 4))
+    with torch.no_grad():
+        kept(w, "doubled")  # the warm-up
+        with weights.recording() as graph:
+            place, _ = kept(w, "doubled")
+        w += 1
+        assert not torch.equal(place, 2 * w)
+        graph.refresh()
+        assert torch.equal(place, 2 * w)
+        assert torch.equal(kept(w, "doubled")[0], 2 * w)
+        w.data += 1
+        weights.forget()
+        graph.refresh()
+        assert torch.equal(place, 2 * w)
+        assert torch.equal(graph.read[0].made[0], place)
+
+
+def test_nothing_is_kept_that_a_cuda_graph_makes() -> None:
+    """Its memory is filled by replays alone."""
+    kept, w, before = (
+        weights.kept_by_version(lambda weight, purpose: (weight * 2,)),
+        torch.randn(4, 4),
+        weights.kept_bytes(),
+    )
+    with weights.recording() as graph:
+        kept(w, "doubled")
+    assert graph.read == []
+    assert weights.kept_bytes() == before
+    kept(w, "doubled")
+    assert weights.kept_bytes() == before + 64

@@ -1,6 +1,8 @@
 """Block sizes, by operator, kind of product and compute capability. No autotuning: it needs a device when kernels are loaded."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Tile(NamedTuple):
@@ -53,18 +55,30 @@ BACK = {
     "float8": {80: Tile(64, 64, 32, 8, 2)},
 }
 
-#: From so many rows on, and in layers so wide, torch's own products with passes between them take less time than fused ones.
-MANY_ROWS, WIDE = 1024, 512
+#: From so many rows on layers are taken one by one, and torch's own products with passes between them may take less time than fused
+#: ones: in layers with so many inputs and outputs, by how they multiply. `apart`: those whose gradient is of more outputs than
+#: relevance (q, k and v), which fused kernels read in two loops. GPUs for graphics have not the memory for passes. By the bounds of
+#: benchmarks/roofline.py, as `FLOAT8_WIDTHS` are.
+MANY_ROWS, NEVER = 1024, 2**30
+WIDE = {
+    "split": {80: 768, 86: NEVER, 90: 384, 120: NEVER},
+    "bfloat16": {80: 1024, 86: NEVER, 90: 512, 120: NEVER},
+    "apart": {80: 384, 86: NEVER, 90: 384, 120: NEVER},
+}
+
+#: Layers prepared for float8 are multiplied in it from so many rows on where their inputs or outputs are so many: rounding rows to
+#: float8 is a launch more, and torch's own products in bfloat16 of wider layers take less time.
+FLOAT8_ROWS, FLOAT8_WIDTHS = MANY_ROWS, {80: range(384, 768), 120: range(256, NEVER)}
 
 
-#: From so many rows on layers prepared for float8 are multiplied in it. Of fewer, rounding rows to float8 is a launch more for each
-#: layer, and Z of a block's layers is not formed in one.
-FLOAT8_ROWS = MANY_ROWS
+def products_first(rows: int, weight: tuple[int, ...], kind: str, apart: bool, capability: int) -> bool:
+    """Whether a layer in bfloat16 is multiplied by the vendor's library; kind: "split" or "bfloat16"."""
+    return rows >= MANY_ROWS and min(weight) >= of(WIDE["apart" if apart else kind], capability)
 
 
-def products_first(rows: int, weight: tuple[int, ...]) -> bool:
-    """Whether a layer in bfloat16 is multiplied by the vendor's library."""
-    return rows >= MANY_ROWS and min(weight) >= WIDE
+def in_float8(rows: int, weight: tuple[int, ...], capability: int) -> bool:
+    """Whether a layer prepared for float8 is multiplied in it, not in bfloat16."""
+    return rows >= FLOAT8_ROWS and min(weight) in of(FLOAT8_WIDTHS, capability)
 
 
 #: Features of float32 heads for which torch's own products take less time than tiles, by the bounds of benchmarks/roofline.py: tiles
@@ -74,9 +88,7 @@ HEADS_BY_LIBRARY = {80: range(65, 113), 86: range(0), 90: range(65, 129), 120: r
 
 def heads_by_library(features: int, rows: int, capability: int) -> bool:
     """Whether heads of float32 are multiplied by the vendor's library. Of few rows the launches count for more."""
-    return (
-        rows >= MANY_ROWS and features in HEADS_BY_LIBRARY[max(known for known in HEADS_BY_LIBRARY if known <= capability)]
-    )
+    return rows >= MANY_ROWS and features in of(HEADS_BY_LIBRARY, capability)
 
 
 #: Sweeps of `attention_relevance`, by how it multiplies and padded head size: m queries and n keys at a time; k is not used.
@@ -166,8 +178,7 @@ def together(precision: str, width: int, rows: int, capability: int) -> tuple[Ti
     by_width = TOGETHER["tf32" if precision == "tf32" else "float32"]
     if rows >= MANY_ROWS or width > max(by_width):
         return None
-    table = by_width[min(known for known in by_width if known >= width)]
-    return table[max(known for known in table if known <= capability)]
+    return of(by_width[min(known for known in by_width if known >= width)], capability)
 
 
 def product(tables: dict[str, dict[int, Tile]], kind: str, rows: int, capability: int) -> Tile:
@@ -176,7 +187,7 @@ def product(tables: dict[str, dict[int, Tile]], kind: str, rows: int, capability
     return of(tables[many if rows >= MANY_ROWS and many in tables else kind], capability)
 
 
-def of(table: dict[int, Tile], capability: int) -> Tile:
+def of(table: dict[int, T], capability: int) -> T:
     """The entry of the newest capability that is not newer than this one."""
     return table[max(known for known in table if known <= capability)]
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 
 import pytest
+import timm
 import torch
 from torch import Tensor, fx, nn
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is computed here", allow_module_level=True)
 
+from fastrel.errors import InputError
 from fastrel.graph.capture import Captured, capture, in_order
+from fastrel.graph.constants import check_device, fold_constants, from_the_cpu
 from tests import models
 
 aten = torch.ops.aten
@@ -26,36 +29,62 @@ def captured_elsewhere(model: nn.Module, given: dict[str, Tensor]) -> Captured:
     return capture(model.eval().to("meta"), (), in_order(model, (), inputs))
 
 
-def from_the_cpu(graph: fx.Graph) -> list[str]:
-    """Nodes that make or read a tensor of the CPU; numbers of no dimension are passed by value."""
-    found = []
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            continue
-        made = torch.device(node.kwargs.get("device") or "meta").type == "cpu"
-        copied = node.target is aten.to.device and node.args[0].meta["val"].device != value.device
-        if made or copied or (value.device.type == "cpu" and value.dim()):
-            found.append(str(node.format_node()))
-    return found
-
-
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_captured_graphs_stay_on_the_device(name: str) -> None:
     captured = captured_elsewhere((models.VISION | models.TEXT)[name](), models.inputs(name))
-    assert from_the_cpu(captured.graph) == []
+    assert from_the_cpu(captured.graph, torch.device("meta")) == []
 
 
 class _CpuGrid(nn.Module):
-    """As timm's DINOv3 makes its rotary grid."""
+    """As timm's DINOv3 makes its rotary grid; `varying`: as long as the text."""
 
-    def __init__(self) -> None:
+    def __init__(self, varying: bool = False) -> None:
         super().__init__()
-        self.layer = nn.Linear(4, 4)
+        self.layer, self.varying = nn.Linear(4, 4), varying
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) + torch.arange(4, device="cpu").to(x.device)
+        grid = torch.arange(x.shape[1] if self.varying else 4, device="cpu").sin() + torch.ones(1)
+        return self.layer(x) + (grid[:, None] if self.varying else grid).to(x.device)
 
 
-def test_a_grid_made_on_the_cpu_is_found() -> None:
-    assert from_the_cpu(captured_elsewhere(_CpuGrid(), {"x": torch.empty(2, 4)}).graph)
+def test_a_grid_made_on_the_cpu_is_made_once() -> None:
+    captured = captured_elsewhere(_CpuGrid(), {"x": torch.empty(2, 4)})
+    assert from_the_cpu(captured.graph, torch.device("meta")) == []
+    check_device(captured.graph, torch.device("meta"))
+    assert [owner.shape for owner in captured.owners if isinstance(owner, Tensor)] == [(4,)]
+
+
+def test_a_grid_that_varies_is_refused_in_a_cuda_graph() -> None:
+    captured = captured_elsewhere(_CpuGrid(varying=True), {"x": torch.empty(2, 7, 4)})
+    with pytest.raises(
+        InputError, match=r"arange.* lies on the CPU at every call, and the model on meta: a CUDA graph cannot hold"
+    ):
+        check_device(captured.graph, torch.device("meta"))
+
+
+def test_what_is_made_once_has_the_numbers_that_the_code_makes() -> None:
+    """Moved by its dtype's name, where a CPU is all there is."""
+    graph = fx.symbolic_trace(nn.Identity()).graph
+    x = next(iter(graph.nodes))
+    with graph.inserting_before(next(reversed(graph.nodes))):
+        made = graph.call_function(aten.arange.default, (4,), {"device": torch.device("cpu")})
+        made.meta["val"] = torch.arange(4)
+        moved = graph.call_function(aten.to.dtype, (made, torch.float64))
+        moved.meta["val"] = torch.empty(4, dtype=torch.float64, device="meta")
+    x.replace_all_uses_with(moved)
+    (value,) = fold_constants(graph, x)
+    assert torch.equal(value, torch.arange(4, dtype=torch.float64))
+
+
+#: Models that make tensors in their forward pass.
+OTHERS = {
+    "DINOv3": lambda: timm.create_model("vit_small_patch16_dinov3", num_classes=4, img_size=32, depth=1),
+    "Swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", num_classes=4, img_size=56, depths=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_captured_graphs_of_other_models_stay_on_the_device(name: str) -> None:
+    size = 56 if name == "Swin" else 32
+    captured = captured_elsewhere(OTHERS[name](), {"x": torch.randn(2, 3, size, size)})
+    assert from_the_cpu(captured.graph, torch.device("meta")) == []

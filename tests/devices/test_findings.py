@@ -66,12 +66,32 @@ def test_amds_float8_is_taken_where_there_is_one(name: str, fast: bool) -> None:
     """CDNA2 has none and CDNA3's is another one; their capabilities read 9.0 and 9.4."""
     with (
         mock.patch.object(torch.version, "hip", "6.4"),
-        mock.patch.object(triton, "unavailable", lambda: None),
+        mock.patch.object(triton, "runs_on", lambda device: None),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 4)),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=mock.Mock(gcnArchName=f"{name}:sramecc+")),
     ):
         found = precision.products("low", "positive", device=torch.device("cuda:0"))
     assert found == Products("float8" if fast else "bfloat16", True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason", "expected"),
+    [
+        ((8, 9), None, "bfloat16"),
+        ((9, 0), None, "float8"),
+        ((12, 0), None, "float8"),
+        ((9, 0), "a trial kernel failed", "bfloat16"),
+    ],
+)
+def test_float8_is_taken_where_its_sums_are_whole_and_kernels_run(
+    capability: tuple[int, int], reason: str | None, expected: str
+) -> None:
+    """Ada's sums of 14 bits cannot be promoted; where no kernel runs, plain torch would imitate float8."""
+    with (
+        mock.patch.object(triton, "runs_on", lambda device: reason),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+    ):
+        assert precision.products("low", "positive", device=torch.device("cuda:0")) == Products(expected, True)
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), Products()), ((8, 0), Products("bfloat16", True))])
@@ -88,15 +108,24 @@ def test_the_cuda_library_runs_on_gpus_that_come_later(monkeypatch: pytest.Monke
     assert codes == ["sm_80", "sm_90a", "sm_120", "compute_120"]
 
 
-@pytest.mark.parametrize("failure", [torch.AcceleratorError, torch.OutOfMemoryError])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.AcceleratorError("an illegal memory access"),
+        torch.OutOfMemoryError("an illegal memory access"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ],
+    ids=["torch", "memory", "Triton", "cuBLAS"],
+)
 @pytest.mark.parametrize("at", ["forward", "reverse"])
-def test_a_device_that_fails_is_no_fault_of_the_model(failure: type[RuntimeError], at: str) -> None:
+def test_a_device_that_fails_is_no_fault_of_the_model(failure: RuntimeError, at: str) -> None:
     model, given = models.build("timm_vit"), models.inputs("timm_vit")["x"]
     explainer = fastrel.Explainer(model, backend="torch")
     explainer(given)
     (program,) = models.programs(explainer)
-    failed = mock.patch.object(getattr(program, at), "forward", side_effect=failure("an illegal memory access"))
-    with failed, pytest.raises(failure, match="an illegal memory access") as found:
+    failed = mock.patch.object(getattr(program, at), "forward", side_effect=failure)
+    with failed, pytest.raises(type(failure), match="an illegal memory access") as found:
         explainer(given)
     assert not isinstance(found.value, fastrel.FastrelError)
 

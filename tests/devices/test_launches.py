@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -88,7 +89,7 @@ def every_operator(n: int) -> None:
     linear(n, torch.bfloat16, features=768)
     kernels[torch.matmul](on_gpu(1, n, 64), on_gpu(64, 32, dtype=torch.bfloat16))
     reduced(n, "bfloat16")
-    reduced(n, "float8")
+    reduced(n, "float8", features=384)
     attention(n, 2, 5)
     attention(n, 2, 5, dtype=torch.bfloat16)
     x, lane, maps = on_gpu(n, 3, 64), on_gpu(1, n, 3, 64), on_gpu(1, n, 2, 5, 5)
@@ -195,9 +196,9 @@ def test_what_a_layer_multiplies_in_is_what_its_operator_says(seen: Recorded, na
     """Not what dtypes suggest: values computed again are float32 beside a 16-bit weight, or both are 16-bit."""
     dtype, purpose, expected = DOTS[name]
     for x_dtype in {dtype, torch.float32}:
-        rows = configs.FLOAT8_ROWS if purpose == "float8" else 5
-        x, w = on_gpu(rows, 64, dtype=x_dtype), on_gpu(64, 64, dtype=dtype)
-        lane, y = on_gpu(1, rows, 64), on_gpu(rows, 64, dtype=dtype)
+        rows, features = (configs.FLOAT8_ROWS, 384) if purpose == "float8" else (5, 64)
+        x, w = on_gpu(rows, features, dtype=x_dtype), on_gpu(features, features, dtype=dtype)
+        lane, y = on_gpu(1, rows, features), on_gpu(rows, features, dtype=dtype)
         kernels = triton.kernels()
         if purpose:
             parts = kernels[ops.reduced_weight](w, purpose)
@@ -214,14 +215,14 @@ def test_few_rows_are_multiplied_in_bfloat16_not_in_float8(seen: Recorded) -> No
     """Rounding rows to float8 is a launch of its own, which a batch of one has not the time for; so is every Z."""
     for n, dot in ((configs.FLOAT8_ROWS - 1, "bf16"), (configs.FLOAT8_ROWS, "fp8e4nv")):
         seen.launches.clear()
-        reduced(n, "float8")
+        reduced(n, "float8", features=384)
         assert {x.arguments["DOT"].name for x in seen.launches if x.name.startswith("zplus")} == {dot}
         assert ("scaled_rows_kernel" in {x.name for x in seen.launches}) == (dot != "bf16")
 
 
 def test_float8_sums_are_promoted_to_float32(seen: Recorded) -> None:
     """Hopper adds float8 products in 14 bits until told otherwise."""
-    reduced(configs.FLOAT8_ROWS, "float8")
+    reduced(configs.FLOAT8_ROWS, "float8", features=384)
     variants = [k for k in seen.kernels if k.kernel.fn.__name__.startswith("zplus")]
     assert len(variants) == 2
     for variant in variants:
@@ -290,15 +291,41 @@ class TestWhetherTritonRuns:
 GPUS = (
     *roofline.DEVICES,
     roofline.Device("RTX 4090", "sm_89", {"float32": 82.6, "bfloat16": 165}, 1008, 5000, 128, 2.52),
-    roofline.Device("RTX 5090", "sm_120", {"float32": 104.8, "bfloat16": 209}, 1792, 7000, 170, 2.41),
+    roofline.Device("RTX 5090", "sm_120", {"float32": 104.8, "bfloat16": 209, "float8": 419}, 1792, 7000, 170, 2.41),
 )
+
+
+@pytest.mark.parametrize("device", GPUS, ids=lambda device: device.name)
+@pytest.mark.parametrize(("width", "precision"), [(2, "float32"), (4, "mixed"), (2, "mixed"), (2, "low")])
+def test_layers_are_multiplied_by_what_the_bound_favours(device: roofline.Device, width: int, precision: str) -> None:
+    """Torch's own products, tiles of bfloat16 or of float8: the layers of a block take at most a fifth more than the best of them."""
+    if precision == "low" and "float8" not in device.tflops:
+        pytest.skip(f"{device.name} does not multiply in float8 as `low` needs it")
+
+    def seconds(layer: roofline.Layer, n: int) -> float:
+        return sum(work.seconds(device) + roofline.GAP for work in roofline.linear(device, layer, n, width, precision))
+
+    def best(layer: roofline.Layer, n: int) -> float:
+        found = []
+        for by_library, in_float8 in itertools.product((False, True), repeat=2):
+            with (
+                mock.patch.object(configs, "products_first", lambda *_, chosen=by_library: chosen),
+                mock.patch.object(configs, "in_float8", lambda *_, chosen=in_float8: chosen),
+            ):
+                found.append(seconds(layer, n))
+        return min(found)
+
+    for features, n in itertools.product((192, 256, 384, 512, 768, 1024, 1280), (1024, 2048, 4096, 12608, 65536)):
+        layers = roofline.layers(roofline.Model("", 1, features, 4 * features, features // 64, 197))
+        taken, possible = (sum(f(layer, n) for layer in layers) for f in (seconds, best))
+        assert taken <= 1.2 * possible, (features, n)
 
 
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: device.name)
 @pytest.mark.parametrize("head", [72, 80, 88, 96, 104, 112, 128])
 def test_wide_heads_of_float32_are_multiplied_by_what_the_bound_favours(device: roofline.Device, head: int) -> None:
     """SigLIP's 72, ViT-H's 80, ViT-g's 88, ViT-bigG's 104: where torch's own products take a tenth less than tiles of 128."""
-    capability, rows = int(device.target.removeprefix("sm_")), 64 * 257
+    capability, rows = device.capability, 64 * 257
     model = roofline.Model("", 1, 16 * head, 64 * head, 16, 257)
     tiled, products = (
         sum(work.seconds(device) + roofline.GAP for work in works)
@@ -421,9 +448,11 @@ def test_lanes_are_neither_joined_nor_added_by_launches_of_their_own(precision: 
 
 
 def test_without_triton_a_cpu_explanation_is_none_the_worse() -> None:
-    """Whether kernels are interpreted is read from the environment: nothing of Triton's is imported for it (by us: torch does)."""
+    """Whether kernels are interpreted is read from the environment: nothing of Triton's is imported for it (torch imports it where it
+    is to be had)."""
     program = """
 import sys
+sys.modules["triton"] = None
 import fastrel
 from tests import models
 sys.modules["fastrel.triton_kernels"] = None

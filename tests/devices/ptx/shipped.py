@@ -42,11 +42,11 @@ class Call:
 
     def __call__(self) -> None:
         with contextlib.ExitStack() as patched:
-            patched.enter_context(mock.patch.object(configs, "FLOAT8_ROWS", 0))
+            patched.enter_context(mock.patch.object(configs, "in_float8", lambda *_: True))
             if self.many:
                 patched.enter_context(mock.patch.object(configs, "MANY_ROWS", 1))
             if self.products:
-                patched.enter_context(mock.patch.object(configs, "products_first", lambda rows, weight: True))
+                patched.enter_context(mock.patch.object(configs, "products_first", lambda *_: True))
             torch.manual_seed(0)
             self.check()
 
