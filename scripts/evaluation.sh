@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
 # The evaluations of docs/evaluation.md, into the folder given (default: results). Goes on where it was interrupted.
 # Needs `pip install ".[evaluate,text,captum]"` and ../shared with its models and data. Hours on one core: COCO with all methods half an
-# hour or more, SST and mosaics ten minutes each, scripts/sanity.py five.
+# hour or more, SST and mosaics ten minutes each, scripts/sanity.py five, perturbation of CLIP half an hour for each method and metric,
+# whose scores so far are in docs/scores.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-results}
 mkdir -p "$out"
+for scores in docs/scores/*.csv.gz; do
+  folder=$out/$(basename "$scores" .csv.gz)
+  [ -e "$folder/scores.csv" ] || { mkdir -p "$folder" && gunzip -c "$scores" > "$folder/scores.csv"; }
+done
 shared=$(cd ../shared && pwd)
 export PYTHONPATH="$shared/models${PYTHONPATH:+:$PYTHONPATH}"
 

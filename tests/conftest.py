@@ -11,6 +11,7 @@ import torch
 
 import fastrel
 from tests import tiny
+from tests.small import RELEASE
 
 # pytest listens to loggers that do not propagate, and torch formats its traces of every capture as soon as anybody listens.
 logging.getLogger("torch.__trace").propagate = True
@@ -49,7 +50,7 @@ ONE_IN = {
     "test_cache.py": 4,
     "test_cli.py": 4,
     "test_coverage.py": 18,
-    "test_cuda_shimmed.py": 5,
+    "test_cuda_shimmed.py": 8,
     "test_docs.py": 6,
     "test_dtypes.py": 6,
     "test_engine.py": 8,
@@ -78,7 +79,7 @@ ONE_IN = {
     "test_stability.py": 4,
     "test_text_pairs.py": 4,
     "test_triton.py": 2,
-    "test_triton_interpreted.py": 5,
+    "test_triton_interpreted.py": 7,
     "test_verification.py": 5,
     "test_waiting.py": 6,
     "test_weights.py": 2,
@@ -86,6 +87,20 @@ ONE_IN = {
     "test_attention_relevance": 5,
     "test_no_explanation_adds_up_in_an_order_of_the_gpus": 4,
     "test_zplus_linear": 3,
+}
+
+#: Tests with many cases of one kind that take long: of so many one runs in CI, and all before a release.
+FEWER = {
+    "test_all_other_methods": 3,
+    "test_heads_of_one_attention_are_one_block": 2,
+    "test_it_verifies_itself": 2,
+    "test_mixtures_of_experts_are_verified": 2,
+    "test_official_maps_of_clip_equal_golden": 2,
+    "test_other_architectures": 2,
+    "test_poolings_are_verified": 2,
+    "test_texts_that_share_an_embedding_have_a_map_each": 2,
+    "test_the_last_token_is_found_by_one_hot_codes": 2,
+    "test_three_inputs_of_one_encoder_share_the_row": 2,
 }
 
 #: Fixtures that take long: tests that use one are slow.
@@ -96,8 +111,11 @@ QUICK = 15
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, since xdist hands files out in this order (--no-loadscope-reorder); and which tests are slow."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long files first, since xdist hands files out in this order (--no-loadscope-reorder); which tests are slow, and which are for
+    releases."""
+    if not RELEASE:
+        _leave_out(config, items)
     places = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
     seen: Counter[str] = Counter()
@@ -110,6 +128,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen[kind] += 1
             if turn != ONE_IN.get(kind, 1) - 1:
                 item.add_marker("slow")
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take out of the items those cases of `FEWER` that are for releases; a case that is asked for by name stays."""
+    named = {arg.rpartition("::")[2] for arg in config.args}
+    seen: Counter[str] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        name: str = getattr(item, "originalname", item.name)
+        fewer = seen[name] % FEWER.get(name, 1) and item.name not in named
+        (left_out if fewer else kept).append(item)
+        seen[name] += 1
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 def _seconds() -> float:

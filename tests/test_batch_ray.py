@@ -24,6 +24,7 @@ from fastrel.cli import main
 from fastrel.data import inputs
 from fastrel.errors import FastrelError, InputError
 from tests import tiny
+from tests.small import RELEASE
 from tests.test_batch import found, rows
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,10 @@ pytestmark = pytest.mark.slow
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray listens on loopback alone
 ray = pytest.importorskip("ray")
 
-KILLS = int(os.environ.get("FASTREL_KILLS", "2"))
+#: What takes minutes and is of a kind with others here.
+for_releases = pytest.mark.skipif(not RELEASE, reason="takes minutes: before a release, FASTREL_EXAMPLES=300")
+
+KILLS = int(os.environ.get("FASTREL_KILLS", "1"))
 ROOT = Path(__file__).parent.parent
 
 
@@ -115,6 +119,7 @@ def test_both_engines_write_the_same_and_a_killed_driver_loses_nothing(
     assert made.replace_schema_metadata().equals(expected.replace_schema_metadata())
 
 
+@for_releases
 @pytest.mark.usefixtures("connected")
 def test_an_actor_that_dies_costs_no_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.pictures(tmp_path / "p", 20, red=11)
@@ -179,6 +184,7 @@ def test_what_an_actor_cannot_do_is_said_in_its_own_words(monkeypatch: pytest.Mo
     assert sys.path[-1] == "/some/where"
 
 
+@for_releases
 @pytest.mark.usefixtures("connected")
 def test_a_model_that_kills_every_actor_ends_the_run(tmp_path: Path) -> None:
     folder = tiny.pictures(tmp_path / "p", 2)

@@ -306,7 +306,7 @@ class Numbers:
 def test_a_row_that_was_forked_and_meets_again_counts_once(depth: int, operands: int, shared: bool, random: Any) -> None:
     """However sums are nested, and in whatever order their operands come back; some of them through an attention block."""
     numbers = Numbers()
-    rollout = Rollout(numbers.emit)
+    rollout = Rollout(numbers.emit, linear=True)
     row = rollout.seed(numbers.lane(torch.rand(1, 2, 5)).node)
     r = numbers.values[row.parts[()].lane.node]
     leaves, extra = [row], torch.zeros_like(r)
@@ -340,7 +340,7 @@ def test_a_row_that_was_forked_and_meets_again_counts_once(depth: int, operands:
 @given(st.integers(2, 4), st.integers(0, 3), st.booleans())
 def test_rows_that_do_not_meet_share_the_whole(operands: int, gone: int, weighted: bool) -> None:
     numbers = Numbers()
-    rollout = Rollout(numbers.emit)
+    rollout = Rollout(numbers.emit, linear=True)
     row = rollout.seed(numbers.lane(torch.rand(1, 2, 5)).node)
     r = numbers.values[row.parts[()].lane.node]
     weights = torch.rand(operands, 1, 2).softmax(0)
@@ -357,7 +357,7 @@ def test_rows_that_do_not_meet_share_the_whole(operands: int, gone: int, weighte
 def test_a_class_token_that_goes_through_attention_alone_keeps_its_identity() -> None:
     """Class attention: one token of the branch is mixed, the others pass by; the residual operand holds I for all."""
     numbers = Numbers()
-    rollout = Rollout(numbers.emit)
+    rollout = Rollout(numbers.emit, linear=True)
     row = rollout.seed(numbers.lane(torch.rand(1, 2, 5)).node)
     r = numbers.values[row.parts[()].lane.node]
     residual, branch = rollout.fork(row, 2)
@@ -375,7 +375,7 @@ def test_a_class_token_that_goes_through_attention_alone_keeps_its_identity() ->
 def test_a_fork_counted_twice_would_be_found() -> None:
     """A check that cannot fail would prove nothing."""
     numbers = Numbers()
-    rollout = Rollout(numbers.emit)
+    rollout = Rollout(numbers.emit, linear=True)
     row = rollout.seed(numbers.lane(torch.rand(1, 2, 5)).node)
     one, two = rollout.fork(row, 2)
     assert rollout.merge([one, two], numbers.add)[0].parts[()].lane == row.parts[()].lane
