@@ -21,6 +21,7 @@ from fastrel.engine import Call, Engine
 from fastrel.errors import FastrelError, first_line
 from fastrel.explanation import Explanation
 from fastrel.graph.ambient import plainly
+from fastrel.graph.equivalents import equivalent
 from fastrel.leaves import FrozenLeaves, Leaves
 from fastrel.maps import TokenMap
 from fastrel.noise import NOISY
@@ -244,7 +245,7 @@ def _second_path(wide: _Subject) -> list[Tensor]:
         with propagation(
             wide.options.rules, [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         ) as tape:
-            output = wide.engine.model(*args, **kwargs)
+            output = equivalent(wide.engine.model)(*args, **kwargs)
         seeds = _relevance_seeds(wide, output)
         leaves = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
         found = []

@@ -32,6 +32,7 @@ from fastrel.graph.ambient import casts
 from fastrel.graph.canonical import canonicalise
 from fastrel.graph.clone import structural_clone
 from fastrel.graph.constants import fold_constants
+from fastrel.graph.equivalents import as_graphs_can
 from fastrel.graph.facts import Facts
 from fastrel.graph.functional import functional
 from fastrel.graph.guards import Guards
@@ -295,6 +296,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ba
             clone = structural_clone(model)
             returns_plainly(clone)
             _stays_as_it_is(clone)
+            as_graphs_can(clone)
             ambient = casts()
             _autocast_inside(clone, ambient)
             dynamic = pytree.tree_map(

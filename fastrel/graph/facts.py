@@ -364,12 +364,12 @@ def _active(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> set[fx.Node]
             if node in varying and _is_float(node):
                 active.add(node)
             continue
+        if node.target in CONSTANTS:
+            continue
         if isinstance(node.meta.get("val"), (Tensor, list, tuple)) and any(n in varying for n in node.all_input_nodes):
             varying.add(node)  # sizes do not count
             chosen.update([node] if any(n in active or n in chosen for n in node.all_input_nodes) else ())
         if node.op != "call_function" or not (_is_float(node) or isinstance(node.meta.get("val"), (list, tuple))):
-            continue
-        if node.target in CONSTANTS:
             continue
         entry = enters(node) and _indices(node) in varying
         if entry and node.target is not aten.embedding.default:
