@@ -195,9 +195,9 @@ def page(rows: dict[str, list[tuple[str, ...]]]) -> str:
         "and so is what brings sums over tokens back to them in a form whose map is not found. Where a model has channel attention",
         "as well (XCiT, DaViT), maps over tokens are chained, relevance passes others by the rule of products. CoaT was built for",
         "112 × 112 or 128 × 128 pixels: an implied map takes memory that the model does not need.",
-        "ViLT, Longformer, LED and JetMoE take sizes from numbers of their inputs, which no graph holds (ViLT also draws its patches",
-        "in random order). LongT5 attends in blocks of tokens whose number varies with the length, beside its",
-        "heads; experts of Switch Transformers take as many tokens as choose them.\n",
+        "Longformer, LED and JetMoE take sizes from numbers of their inputs, which no graph holds; so does ViLT, whose patches fastrel",
+        "takes in their order (the model draws one at random). LongT5 attends in blocks of tokens whose number varies with the length,",
+        "beside its heads; experts of Switch Transformers take as many tokens as choose them.\n",
         f"- timm, plain ViT-like families: {count(plain)}",
         f"- timm, all: {count(timm_groups)}",
         *(

@@ -337,13 +337,22 @@ def test_models_without_attention_are_refused(images: Tensor) -> None:
         fastrel.Explainer(nn.Sequential(nn.Flatten(), nn.Linear(3072, 4).double()))(images)
 
 
-def test_data_dependent_models_are_refused(images: Tensor) -> None:
+def test_data_dependent_models_are_refused_by_the_line_that_asks(images: Tensor) -> None:
     class Branching(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(fastrel.CaptureError, match=r"torch\.export could not capture Branching"):
-        fastrel.Explainer(Branching())(images)
+    class Sizing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[: len(x[x > 0])]
+
+    for model, line in (
+        (Branching(), r"return x if x\.sum\(\) > 0 else -x"),
+        (Sizing(), r"return x\[: len\(x\[x > 0\]\)\]"),
+    ):
+        said = rf"could not capture {type(model).__name__}: its code chooses .* at test_explainer\.py:\d+, `{line}`.*use torch\.where"
+        with pytest.raises(fastrel.CaptureError, match=said):
+            fastrel.Explainer(model)(images)
 
 
 def test_a_model_that_returns_nan_gives_an_error_not_a_map(images: Tensor) -> None:

@@ -243,8 +243,6 @@ def test_the_answer_of_an_encoder_decoder_is_explained_token_by_token(kind: str)
         assert alone.target is not None
         assert torch.equal(alone.target, after[:, n])
         assert not found.maps["decoder_input_ids"].relevance[:, n, n + 1 :].any()
-        if n == 0:  # a decoder of one token is a pooling by attention: blocks of the encoder count by the tokens read
-            continue
         for name, length in (("input_ids", 6), ("decoder_input_ids", n + 1)):
             torch.testing.assert_close(found.maps[name].relevance[:, n, :length], alone.maps[name].relevance)
     assert explainer.next_token(ids).target.tolist() == after[:, 0].tolist()  # type: ignore[union-attr]

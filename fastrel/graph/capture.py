@@ -14,9 +14,11 @@ import itertools
 import logging
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,8 @@ aten = torch.ops.aten
 
 #: Held by whoever captures, in the whole process.
 LOCK = threading.RLock()
+
+_TORCH = Path(torch.__file__).parent
 
 #: Graph nodes that only check something at run time; what they check about sizes is among the guards.
 _ASSERTIONS = {
@@ -314,7 +318,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], ba
             raise
         except Exception as error:
             raise CaptureError(
-                f"torch.export could not capture {type(model).__name__}: {first_line(error)}. {_advice(error)}",
+                _reason(model, error),
                 details="\n".join([*said, str(error)]),
             ) from error
         finally:
@@ -339,10 +343,23 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
-def _advice(error: Exception) -> str:
-    if "data-dependent" in str(error):
-        return "Its code chooses by the numbers in its tensors, which a graph cannot: use torch.where, or make the choice an argument."
-    return "Check that model(*inputs) runs in eval mode and that its code computes with torch alone; --debug shows torch's log."
+def _reason(model: nn.Module, error: Exception) -> str:
+    name, place = type(model).__name__, _place_of(error)
+    if "data-dependent" not in str(error):
+        advice = "Check that model(*inputs) runs in eval mode and that its code computes with torch alone; --debug shows torch's log."
+        return f"torch.export could not capture {name}{place}: {first_line(error).rstrip('.')}. {advice}"
+    return (
+        f"torch.export could not capture {name}: its code chooses or sizes something by the numbers in its tensors{place}, which a "
+        "graph cannot; use torch.where, or make the choice an argument (a check of numbers: leave it out)"
+    )
+
+
+def _place_of(error: Exception) -> str:
+    """The line of a model's code that an error comes from, if it does."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not Path(frame.filename).is_relative_to(_TORCH) and frame.filename != __file__]
+    own = [frame for frame in own if Path(frame.filename).is_file()]
+    return f" at {Path(own[-1].filename).name}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
 
 
 def _release(graph: fx.Graph) -> None:

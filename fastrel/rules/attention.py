@@ -198,7 +198,7 @@ def _give_row(
 
     stream = t.rollout.stream(entering)
     if t.method.evidence and not t.method.normalize:
-        through = _times_read(t, block, stream, rows, whole, through)
+        through = _times_read(t, block, q, v, stream, rows, whole, through)
     mixed: dict[Path, Part] = {stream: Part(lane(v, through))}
     inner = [path for path in entering.parts if path != stream]
     if not (t.method.residual and t.method.normalize):
@@ -220,25 +220,33 @@ def _give_row(
     t.give(v, row=Row({**mixed, **left}))
 
 
-def _times_read(t: Context, block: fx.Node, stream: Path, rows: Rows | None, row: fx.Node, through: fx.Node) -> fx.Node:
+def _times_read(
+    t: Context, block: fx.Node, q: fx.Node, v: fx.Node, stream: Path, rows: Rows | None, row: fx.Node, through: fx.Node
+) -> fx.Node:
     """r M times N², N the number of tokens that the head reads of the stream.
 
     Each of the T queries of a pooled model has 1/T of the gradient and 1/T of the relevance that one query would have, so that M is
     of the order of 1/T² beside the identity; that of a stream which takes a share of the row, such as a member of an ensemble, has
-    that share of the relevance besides. `row`: that which enters, [K, *B, Tq]; the first block that has several queries says N.
+    that share of the relevance besides. `row`: that which enters, [K, *B, Tq]; the first block that has several queries says N. An
+    encoder is pooled by the decoder that attends to it: its own first block says how many of its tokens are read.
     """
     add = t.sum_of_rows(block)
-    known = [path for path in t.read if path == stream[: len(path)]]
+    own, attended = t.facts.sequences(q), t.facts.sequences(v)
+    encoder = next((found for found in t.encoders if own and own <= found), frozenset())
+    if attended < own:
+        t.encoders.append(frozenset(attended))
+    reads = t.read[encoder]
+    known = [path for path in reads if path == stream[: len(path)]]
     if known:
-        read = t.read[max(known, key=len)]
+        read = reads[max(known, key=len)]
     elif block.meta["val"].shape[-2] == 1:
         return through  # a pooling by attention
     elif rows is not None and rows.length == 1:
-        read = t.read[stream] = None
+        read = reads[stream] = None
     else:
         windows = math.prod(size for size, role in t.axes(block)[add.batch] if role == "token")
         how = (add.batch, None if axes_.varies(windows) else windows, add.inner)
-        read = t.read[stream] = t.emit.call(squared_tokens_read, row, t.seed, *how)
+        read = reads[stream] = t.emit.call(squared_tokens_read, row, t.seed, *how)
     if read is None:
         return through
     shares = t.rollout.shares(stream)

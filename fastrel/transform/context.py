@@ -46,7 +46,9 @@ class Context:
         maps: by kind, what the method's reading asks for of the blocks met so far, by their number.
         read_row: what the head reads of the last block, [K, B, Tq].
         seed: the row at an output of the model, [K, B, *].
-        read: for methods that read by evidence, N² [K, B] of the tokens that the head reads of each stream; None: it reads one.
+        read: for methods that read by evidence, N² [K, B] of the tokens that the head reads of each stream; None: it reads one. By the
+            encoder that the stream belongs to: one of `encoders`, or no sequence at all.
+        encoders: the sequences of tokens that blocks of others attended to so far.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class Context:
         self.generic: list[str] = []
         self.maps: dict[Kind, dict[int, fx.Node]] = defaultdict(dict)
         self.read_row: fx.Node | None = None
-        self.read: dict[Path, fx.Node | None] = {}
+        self.read: dict[frozenset[Any], dict[Path, fx.Node | None]] = defaultdict(dict)
+        self.encoders: list[frozenset[Any]] = []
         self.seed: fx.Node | None = None
         self.block = stretch.total  #: number of the block entered last
 
