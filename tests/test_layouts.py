@@ -242,12 +242,54 @@ def test_a_picture_that_the_model_moves_first_has_no_grid(move: str, pictures: T
         _ = explanation.patches
 
 
-def test_a_picture_that_the_model_normalises_and_pads_keeps_its_grid(pictures: Tensor) -> None:
+SIZED: dict[str, Callable[[Tensor], Tensor]] = {
+    "smaller": lambda x: F.interpolate(x, size=(8, 16), mode="bilinear", antialias=True),
+    "larger": lambda x: F.interpolate(x, scale_factor=2, mode="nearest"),
+    "other proportions": lambda x: F.interpolate(x, size=(20, 20), mode="bicubic", align_corners=True),
+}
+
+
+@pytest.mark.parametrize("size", SIZED)
+def test_a_picture_of_another_size_keeps_its_grid_unless_a_part_is_cut_out(size: str, pictures: Tensor) -> None:
+    class Sized(Patches):
+        def __init__(self, begin: int) -> None:
+            super().__init__(None)
+            self.begin = begin
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(SIZED[size](x[..., self.begin :]))
+
+    expected = tuple(n // PATCH for n in SIZED[size](pictures).shape[2:])
+    assert fastrel.Explainer(Sized(0).double().eval())(pictures, target=1).patches.shape[1:] == expected
+    with pytest.raises(InputError, match="do not lie on an image"):
+        _ = fastrel.Explainer(Sized(6).double().eval())(pictures, target=1).patches
+
+
+@pytest.mark.parametrize("sides", [(0, 2 * PATCH, 0, 0), (PATCH, PATCH, 2 * PATCH, 0), (3, 2, 0, 0)])
+def test_of_a_picture_that_the_model_normalises_and_pads_the_grid_is_what_lies_in_it(
+    sides: tuple[int, ...], pictures: Tensor
+) -> None:
     class Normalising(Patches):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(F.pad((x - 0.1) / 2, (0, 2 * PATCH, 0, 0)))
+            return super().forward(F.pad((x - 0.1) / 2, sides))
 
-    assert fastrel.Explainer(Normalising(None).double().eval())(pictures, target=1).patches.shape == (2, 3, 7)
+    explanation = fastrel.Explainer(Normalising(None).double().eval())(pictures, target=1)
+    height, width = (12 + sum(sides[2:])) // PATCH, (20 + sum(sides[:2])) // PATCH
+    every = explanation.relevance.unflatten(1, (height, width))
+    left, top = sides[0] // PATCH, sides[2] // PATCH
+    columns = -(-(sides[0] + 20) // PATCH) - left
+    torch.testing.assert_close(explanation.patches, every[:, top : top + 3, left : min(left + columns, width)])
+
+
+def test_only_a_picture_that_is_whole_has_patches_by_a_layer(pictures: Tensor) -> None:
+    def patches(x: Tensor) -> Tensor:
+        return x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    assert fastrel.Explainer(Patches(patches).double().eval())(pictures, target=1).patches.shape == (2, 3, 5)
+    for cut in (lambda x: x[..., PATCH:], lambda x: x[..., :-PATCH], lambda x: x[..., PATCH:, :]):
+        explanation = fastrel.Explainer(Patches(lambda x, cut=cut: patches(cut(x))).double().eval())(pictures, target=1)
+        with pytest.raises(InputError, match="do not lie on an image"):
+            _ = explanation.patches
 
 
 def test_patches_that_lie_across_one_another_have_no_grid(pictures: Tensor) -> None:
@@ -417,4 +459,4 @@ def test_channels_of_a_grey_picture_are_no_tokens() -> None:
     x = torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(3)).double()
     report = fastrel.Explainer(Grey().double().eval(), backend="torch").verify(x, target=1)
     assert report.ok, report
-    assert report.maps == {"x": "(9,) tokens"}
+    assert report.maps == {"x": "(9,) tokens, on a grid of 3 × 3 patches"}

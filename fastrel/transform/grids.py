@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from fastrel.errors import UnsupportedModelError
 from fastrel.graph import axes as axes_
 from fastrel.graph.facts import Facts, Stretch
+from fastrel.graph.nodes import arguments
 from fastrel.graph.patterns import is_pointwise
 from fastrel.rules import rule_for
 from fastrel.rules.generic import INDEX_MAPS
@@ -44,6 +46,17 @@ _MOVES = {
     aten.split.Tensor,
     aten.cat.default,
     operator.getitem,
+}
+
+#: What makes a picture of another size, in which everything lies where it lay, in proportion.
+_RESAMPLES = {
+    aten.upsample_nearest2d.vec,
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_bicubic2d.vec,
+    aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_bicubic2d_aa.vec,
+    aten.upsample_nearest3d.vec,
+    aten.upsample_trilinear3d.vec,
 }
 
 
@@ -102,11 +115,15 @@ def on_grid(t: Context, node: fx.Node, row: Lane) -> fx.Node | None:
             if lanes is None or lanes.row is None:
                 continue
             places = _places(t.facts, x.args[0]) if x.target is aten.linear.default else None
-            if x.target in _CONVOLUTIONS and not _in_place(t.facts, x.args[0]):
+            inside = _inside(t.facts, x) if x.target in _CONVOLUTIONS else []
+            if inside is None:
                 return None
             if x.target in _CONVOLUTIONS or places is not None:
                 row = back.rollout.share(lanes.row, back.sum_of_rows(x))
                 dense = samples_first(back, x, back.dense(row, x, is_row=True))
+                for dim, (start, length) in enumerate(inside, -len(inside)):
+                    if length < x.meta["val"].shape[dim]:
+                        dense = t.emit.call(aten.narrow.default, dense, dim, start, length)
                 return dense if places is None else _arranged(back, dense, *places)
             rule = rule_for(x)
             if rule is None:
@@ -136,11 +153,13 @@ def _places(facts: Facts, patches: fx.Node) -> tuple[list[int], list[int]] | Non
     if coordinates is None:
         return None
     centres, extents = [], []
-    for moved in coordinates:
+    for moved, dim in zip(coordinates, spatial, strict=True):
         moved = moved.reshape(_batch(source), -1, moved.shape[-1])[0]
         low, high = moved.where(moved > 0, math.inf).amin(-1), moved.amax(-1)  # what pads an image is 0
         centres.append((low + high) / 2)
         extents.append(float((high - low).max()) + 1)
+        if low.min() > 1 or high.max() <= source.meta["val"].shape[dim] - extents[-1]:
+            return None  # only a part of the picture is there
     levels = [centre.unique() for centre in centres]
     sizes = [len(level) for level in levels]
     if math.prod(sizes) != len(centres[0]) or not all(map(_fits, levels, extents)):
@@ -160,20 +179,32 @@ def _fits(level: Tensor, extent: float) -> bool:
     return bool(level.isfinite().all()) and (len(level) == 1 or extent <= 2 * float(level.diff().max()))
 
 
-def _in_place(facts: Facts, x: fx.Node) -> bool:
-    """Whether what a convolution reads lies as the input does, as far as that was only moved: not turned, cropped or shifted."""
+def _inside(facts: Facts, convolution: fx.Node) -> list[tuple[int, int]] | None:
+    """Which places of a convolution lie in the picture, not in what pads it: the first and how many, along each dimension, all where
+    none is named. None where what it reads does not lie as the picture does, as far as that was only moved, padded, or made larger
+    or smaller: where it is turned, cropped or shifted."""
+    x, weight, _, strides, paddings = arguments(convolution, None, 1, 0, count=5)
     source = facts.source(x)
     dims = x.meta["val"].dim() - 2
     spatial = _spatial(facts, source)[-dims:] if source in facts.axes else []
-    coordinates = _coordinates(facts, x, source, spatial) if len(spatial) == dims else None
+    coordinates = _coordinates(facts, x, source, spatial, _RESAMPLES) if len(spatial) == dims else None
     if coordinates is None:
-        return True  # something was computed of it
+        return []  # something was computed of it
+    found = []
     for place, dim, moved in zip(range(-dims, 0), spatial, coordinates, strict=True):
         along = moved.movedim(place, 0).flatten(1).amax(1)
-        inside = along > 0  # what pads an image is 0
-        if not torch.equal(along[inside], torch.arange(1.0, source.meta["val"].shape[dim] + 1)):
-            return False
-    return True
+        pixels = along.nonzero()[:, 0]  # what pads a picture is 0
+        size, step = len(pixels), source.meta["val"].shape[dim] / max(len(pixels), 1)
+        expected = (torch.arange(size) + 0.5) * step + 0.5
+        if not bool(((along[pixels] - expected).abs() <= (1e-3 if step == 1 else max(step, 1))).all()):
+            return None
+        kernel, count = weight.meta["val"].shape[place], convolution.meta["val"].shape[place]
+        stride, padding = (x[place] if isinstance(x, (list, tuple)) else x for x in (strides, paddings))
+        # The cell of a place: a stride's width around the centre of its kernel.
+        begins = torch.arange(count) * stride - padding + (kernel - stride) / 2
+        within = ((begins + stride > pixels[0]) & (begins <= pixels[-1])).nonzero()[:, 0]
+        found.append((int(within[0]), len(within)) if size < len(along) else (0, count))
+    return found
 
 
 def _batch(source: fx.Node) -> int:
@@ -182,24 +213,26 @@ def _batch(source: fx.Node) -> int:
     return int(size) if is_concrete_int(size) else 1
 
 
-def _coordinates(facts: Facts, x: fx.Node, source: fx.Node, spatial: list[int]) -> list[Tensor] | None:
-    """What x would hold if its input held coordinates, from 1 on, along each of some dimensions; None where x mixes them, or sizes
-    vary."""
+def _coordinates(
+    facts: Facts, x: fx.Node, source: fx.Node, spatial: list[int], resamples: Set[Any] = frozenset()
+) -> list[Tensor] | None:
+    """What x would hold if its input held coordinates, from 1 on, along each of some dimensions; None where x mixes them by anything
+    but `resamples`, or sizes vary."""
     shape = source.meta["val"].shape
     if not all(map(is_concrete_int, shape[1:])):
         return None
     found = []
     for dim in spatial:
         line = torch.arange(1.0, shape[dim] + 1).reshape([-1 if i == dim else 1 for i in range(len(shape))])
-        moved = _moved(facts, x, {source: line.expand(_batch(source), *shape[1:]).contiguous()})
+        moved = _moved(facts, x, {source: line.expand(_batch(source), *shape[1:]).contiguous()}, _MOVES | resamples)
         if moved is None:
             return None
         found.append(moved)
     return found
 
 
-def _moved(facts: Facts, node: fx.Node, known: dict[fx.Node, Any]) -> Tensor | None:
-    """What a value would hold if its input held coordinates: these, moved; None where they are mixed."""
+def _moved(facts: Facts, node: fx.Node, known: dict[fx.Node, Any], moves: Set[Any]) -> Tensor | None:
+    """What a value would hold if its input held coordinates: these, after `moves`; None where they are mixed."""
 
     def value(x: fx.Node) -> Any:
         if x not in known:
@@ -213,7 +246,7 @@ def _moved(facts: Facts, node: fx.Node, known: dict[fx.Node, Any]) -> Tensor | N
             if len(active) != 1 or not same:
                 raise ValueError(f"{x} mixes values")
             return value(same[0])
-        if x.op != "call_function" or (x in facts.active and x.target not in _MOVES):
+        if x.op != "call_function" or (x in facts.active and x.target not in moves):
             raise ValueError(f"{x} does not move entries")
         operator_: Any = x.target
         return operator_(*fx.map_arg(x.args, value), **fx.map_arg(x.kwargs, value))
