@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -179,10 +179,13 @@ def groups(source: Sequence[int], result: Sequence[int]) -> list[tuple[list[int]
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of a graph's values so far: the axes of those that were labelled, and sizes as integers."""
+    """What is known of a graph's values so far: the axes of those that were labelled, and sizes as integers; and what is assumed: in
+    which dimension inputs have their features, and what values that are stacked are, unless they are known to be tokens."""
 
     axes: dict[fx.Node, Axes]
     sizes: Sizes
+    channels: Mapping[fx.Node, int | None]
+    stacked: Role = "feature"
 
     def of(self, x: Any) -> Axes | None:
         """The axes of a value; None where they are not known or x is no value."""
@@ -210,21 +213,25 @@ def axes_of(*targets: Any) -> Callable[[Labeller], Labeller]:
 
 def label(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> dict[fx.Node, Axes]:
     """Axes of every active value whose dimensions can be followed from the inputs."""
-    return max(
-        (_labelled(nodes, active, sizes, channels) for channels in _places_of_channels(nodes, active, sizes)),
-        key=lambda labels: _fitting(nodes, labels),
-    ).axes
+    tried = [Labels({}, sizes, channels=channels) for channels in _places_of_channels(nodes, active, sizes)]
+    best = max((_labelled(nodes, active, labels) for labels in tried), key=lambda labels: _fitting(nodes, labels))
+    if _beside_samples(nodes, best):
+        # What layers read beside samples are samples of their own: frames, slices without channels, inputs that are stacked.
+        grey = {node: None if len(sizes.shape(node)) == 4 else dim for node, dim in best.channels.items()}
+        tried = [Labels({}, sizes, channels, "token") for channels in (best.channels, grey)]
+        others = (_labelled(nodes, active, labels) for labels in tried)
+        best = max((best, *others), key=lambda labels: _fitting(nodes, labels))
+    return best.axes
 
 
-def _labelled(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes, channels: dict[fx.Node, int]) -> Labels:
-    """Labels if inputs have their features in these dimensions."""
-    labels = Labels({}, sizes)
+def _labelled(nodes: Sequence[fx.Node], active: set[fx.Node], labels: Labels) -> Labels:
+    """The same labels, of all values."""
     for node in nodes:
         value = node.meta.get("val")
         if node not in active or not isinstance(value, (Tensor, list, tuple)):
             continue
         if node.op == "placeholder":
-            labels.axes[node] = _input_axes(labels.shape(node), channels.get(node))
+            labels.axes[node] = _input_axes(labels.shape(node), labels.channels.get(node))
         elif not isinstance(value, Tensor):
             # A tuple of parts: the axes of the whole, which getitem takes apart.
             known = next((labels.axes[n] for n in node.all_input_nodes if n in labels.axes), None)
@@ -236,11 +243,11 @@ def _labelled(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes, chan
 
 
 #: Where features may be: of tokens [B, T, D]; pictures [B, C, H, W], [B, H, W, C]; volumes [B, C, D, H, W], films [B, T, C, H, W]
-#: and [B, T, H, W, C].
-_CHANNELS = {3: (2,), 4: (1, 3), 5: (1, 2, 4)}
+#: and [B, T, H, W, C]; slices [B, D, H, W] have none.
+_CHANNELS: dict[int, tuple[int | None, ...]] = {3: (2,), 4: (1, 3, None), 5: (1, 2, 4)}
 
 
-def _places_of_channels(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> list[dict[fx.Node, int]]:
+def _places_of_channels(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> list[dict[fx.Node, int | None]]:
     """What may be tried for a graph's inputs, the most usual first; pictures [B, C ≤ 4, H, W] are what they look like."""
     inputs = [n for n in nodes if n.op == "placeholder" and n in active and n.meta["val"].dim() in _CHANNELS]
     choices = []
@@ -262,7 +269,14 @@ def _fitting(nodes: Sequence[fx.Node], labels: Labels) -> int:
             score += is_feature(axes[1]) and not any(has_features(axis) for axis in axes[2:])
         elif node.target is aten.linear.default:
             score -= any(has_features(axis) for axis in axes[1:-1])
-    return score
+    return score - _beside_samples(nodes, labels)
+
+
+def _beside_samples(nodes: Sequence[fx.Node], labels: Labels) -> int:
+    """How many layers read features that lie beside samples, which they do not mix."""
+    layers = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default)
+    read = [labels.of(node.args[0]) for node in nodes if node.target in layers]
+    return sum(len(axes) > 1 and has_features(axes[0]) for axes in read if axes)
 
 
 def has_features(axis: Axis) -> bool:
@@ -355,7 +369,7 @@ def _stack(node: fx.Node, labels: Labels) -> Axes | None:
         return _widest(node, labels)
     x, shape = labels.axes[known], labels.shape(node)
     dim = int(node.args[1]) % len(shape) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-    return (*x[:dim], ((shape[dim], "token" if _are_tokens(parts, labels) else "feature"),), *x[dim:])
+    return (*x[:dim], ((shape[dim], "token" if _are_tokens(parts, labels) else labels.stacked),), *x[dim:])
 
 
 @axes_of(aten.cat.default)
