@@ -220,6 +220,14 @@ def test_few_rows_are_multiplied_in_bfloat16_not_in_float8(seen: Recorded) -> No
         assert ("scaled_rows_kernel" in {x.name for x in seen.launches}) == (dot != "bf16")
 
 
+@pytest.mark.parametrize(("capability", "features", "wanted"), [(90, 384, True), (90, 768, False), (120, 768, True)])
+def test_no_weight_is_kept_in_float8_that_is_never_multiplied_in_it(capability: int, features: int, wanted: bool) -> None:
+    """Of ViT-B on an H100 none is."""
+    with recorded(capability), FakeTensorMode():
+        parts = triton.kernels()[ops.reduced_weight](on_gpu(features, features), "float8")
+    assert [x.dtype for x in parts[:2]] == [torch.float8_e4m3fn if wanted else torch.bfloat16, torch.bfloat16]
+
+
 def test_float8_sums_are_promoted_to_float32(seen: Recorded) -> None:
     """Hopper adds float8 products in 14 bits until told otherwise."""
     reduced(configs.FLOAT8_ROWS, "float8", features=384)
