@@ -268,33 +268,6 @@ def test_wide_layer_norms_are_left_to_torch(seen: Recorded) -> None:
     assert len(seen.launches) == 1
 
 
-class TestWhetherTritonRuns:
-    """Asked per device, by a launch."""
-
-    @pytest.fixture(autouse=True)
-    def forget(self) -> Iterator[None]:
-        triton._fails_on.cache_clear()
-        yield
-        triton._fails_on.cache_clear()
-
-    def test_a_trial_kernel_that_fails_is_the_reason(self) -> None:
-        with (
-            mock.patch.object(torch.cuda, "is_available", return_value=True),
-            mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
-        ):
-            reason = triton.runs_on(torch.device("cuda:1"))
-        assert reason is not None
-        assert reason.startswith("a trial kernel failed on cuda:1: ")
-
-    def test_every_device_is_asked_for_its_own_capability(self) -> None:
-        old = {0: (9, 0), 1: (7, 5)}
-        with (
-            mock.patch.object(torch.cuda, "is_available", return_value=True),
-            mock.patch.object(torch.cuda, "get_device_capability", lambda device=0: old[int(device)]),
-        ):
-            assert triton.runs_on(torch.device("cuda:1")) == "compute capability 7.5 of cuda:1 is below 8.0"
-
-
 #: GPUs that the roofline predicts for, and two for graphics, by their data sheets.
 GPUS = (
     *roofline.DEVICES,
