@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from unittest import mock
 
 import pytest
 import timm
 import torch
 import transformers
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is computed here", allow_module_level=True)
 
 from fastrel.errors import InputError
-from fastrel.graph.capture import Captured, capture, in_order
+from fastrel.graph.capture import Captured
 from fastrel.graph.constants import check_device, fold_constants, from_the_cpu
 from tests import models
+from tests.devices.programs import captured_on
 
 aten = torch.ops.aten
 
@@ -34,18 +31,8 @@ GPU = torch.device("cuda:0")
 
 
 def captured_on_gpu(model: nn.Module, given: dict[str, Tensor]) -> Captured:
-    """The graph of a model whose parameters and buffers were moved, as `model.cuda()` would move them."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-
-    def moved(x: Tensor) -> Tensor:
-        return torch.empty(x.shape, dtype=torch.float32 if x.is_floating_point() else x.dtype, device=GPU)
-
-    # Without a driver, what an empty list becomes on a GPU cannot be computed ahead (`torch.tensor([], device="cuda")`).
-    with mode, mock.patch.object(proxy_tensor, "CONSTANT_NUMEL_LIMIT", -1):
-        for module in model.modules():
-            module._parameters |= {name: nn.Parameter(moved(x)) for name, x in module._parameters.items() if x is not None}
-            module._buffers |= {name: moved(x) for name, x in module._buffers.items() if x is not None}
-        return capture(model.eval(), (), in_order(model, (), {name: moved(x) for name, x in given.items()}))
+    """The graph of a model of float32 that was moved."""
+    return captured_on(GPU, model.eval(), {name: x.float() if x.is_floating_point() else x for name, x in given.items()})[0]
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
