@@ -257,8 +257,8 @@ def compiled(case: Case, target: str) -> Any:
     return triton.compile(case.variant.source(), target=TARGETS[target], options=options)
 
 
-def resources(case: Case, target: str) -> Resources:
-    """What the compiled kernel takes."""
+def resources(case: Case, target: str, digest: str) -> Resources:
+    """What the compiled kernel takes, of the source of this digest."""
     binary = compiled(case, target)
     if target.startswith("gfx"):
         text = binary.asm["amdgcn"]
@@ -267,9 +267,7 @@ def resources(case: Case, target: str) -> Resources:
             return int(re.findall(rf"\.{key}:\s+(\d+)", text)[0])
 
         spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
-        return Resources(
-            number("vgpr_count"), spills, binary.metadata.shared, len(re.findall(r"v_mfma", text)), 0, source(case)
-        )
+        return Resources(number("vgpr_count"), spills, binary.metadata.shared, len(re.findall(r"v_mfma", text)), 0, digest)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -279,9 +277,7 @@ def resources(case: Case, target: str) -> Resources:
     found = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage.stdout + usage.stderr))
     instructions = len(re.findall(r"\b(?:wgmma|mma\.sync|tcgen05\.mma)", binary.asm["ptx"]))
     spilled = int(found["LOCAL"]) + int(found["STACK"])
-    return Resources(
-        int(found["REG"]), spilled, binary.metadata.shared, instructions, loop_instructions(code), source(case)
-    )
+    return Resources(int(found["REG"]), spilled, binary.metadata.shared, instructions, loop_instructions(code), digest)
 
 
 def loop_instructions(code: str) -> int:
@@ -308,8 +304,8 @@ def table(targets: list[str], kept: Mapping[str, Mapping[str, Any]] | None = Non
 
     def found_for(job: tuple[str, Case]) -> Resources:
         target, case = job
-        known = (kept or {}).get(target, {}).get(case.name)
-        return Resources(**known) if known and known["source"] == source(case) else resources(case, target)
+        known, digest = (kept or {}).get(target, {}).get(case.name), source(case)
+        return Resources(**known) if known and known["source"] == digest else resources(case, target, digest)
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(found_for, jobs))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastrel.precision import products
 from tests.devices.programs import Launches, lowered
 from tests.devices.recorder import Variant, recorded
 
@@ -70,8 +71,8 @@ def uses(float8: bool) -> Iterator[Use]:
 
 
 @functools.cache
-def _program(use: Use, float8: bool) -> Any:
-    """What is made of a model; by "low" another program where there are products in float8."""
+def _program(use: Use) -> Any:
+    """What is made of a model, the same for every GPU on which it is of use."""
     model, given = MODELS[use.model]()
     given = {name: x.to(use.dtype) if x.is_floating_point() else x for name, x in given.items()}
     return lowered(model.to(use.dtype), given, DEVICE, precision=use.precision, rules=use.rules), len(given)
@@ -79,9 +80,11 @@ def _program(use: Use, float8: bool) -> Any:
 
 def variants(capability: int) -> Iterator[tuple[Use, int, Variant]]:
     """Every kernel that they launch on a GPU of this capability, and for which use and batch."""
-    for use in uses(float8=capability >= 89):
+    with recorded(capability, devices=1, checked=False):
+        float8 = products("low", "positive", device=DEVICE).relevance == "float8"
+    for use in uses(float8):
         with recorded(capability, devices=1, checked=False) as seen:
-            (program, values), inputs = _program(use, float8=capability >= 90)
+            (program, values), inputs = _program(use)
             launches = Launches(seen, program, values, DEVICE, inputs)
             for batch in BATCHES:
                 launches.explain(batch)

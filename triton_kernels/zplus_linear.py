@@ -75,7 +75,7 @@ def zplus_linear_reduced(
 ) -> tuple[Tensor, Tensor]:
     """`fastrel::zplus_linear_reduced` in the prepared weight's dtype, bfloat16 or float8_e4m3fn. |W| is formed in registers.
 
-    w_abs: W in bfloat16 (`reduced_weight`), by which few rows are multiplied, wide layers, and all whose Z was formed before.
+    w_abs: W in bfloat16 (`reduced_weight`), by which few rows are multiplied, and all whose Z was formed before.
     w_grad [grad_outs, ins] and what comes after it: as `zplus_linear` takes them.
     """
     rows, where = x.numel() // x.shape[-1], capability(x.device)

@@ -13,7 +13,8 @@ parts=2, S = high + low holds 16 bits, and [high low] is multiplied with the wei
 import torch
 import triton
 import triton.language as tl
-from fastrel.triton_kernels.launch import blocks, dense, on_its_device
+from fastrel.triton_kernels import configs
+from fastrel.triton_kernels.launch import blocks, capability, dense, on_its_device
 from fastrel.triton_kernels.math import narrow, negative, positive, safe_divide
 from torch import Tensor
 
@@ -162,8 +163,9 @@ def linear(
 
 
 def reduced_weight(weight: Tensor, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastrel::reduced_weight` for these kernels, which have no use for |W|: W in bfloat16 stands in its place."""
-    if purpose != "float8":
+    """`fastrel::reduced_weight` for these kernels, which have no use for |W|: W in bfloat16 stands in its place, and in that of
+    float8 where no number of rows is multiplied in it."""
+    if purpose != "float8" or not configs.in_float8(configs.FLOAT8_ROWS, weight.shape, capability(weight.device)):
         narrow = weight.bfloat16()
         return narrow, narrow, weight.new_empty(0)
     scales = weight.float().abs().amax(1).clamp_min(LEAST_SCALE) / FLOAT8_MAX

@@ -52,6 +52,6 @@ def as_the_model_has_it(x: Any) -> Any:
         return x
     if x.meta.get("widened"):
         return x.args[0]
-    if x.target in _VIEWS and isinstance(x.args[0], fx.Node) and x.args[0].meta.get("widened"):
-        return x.graph.call_function(x.target, (x.args[0].args[0], *x.args[1:]))
+    if x.target in _VIEWS and (narrow := as_the_model_has_it(x.args[0])) is not x.args[0]:
+        return x.graph.call_function(x.target, (narrow, *x.args[1:]))
     return x

@@ -53,9 +53,11 @@ def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 
 def from_the_cpu(graph: fx.Graph, device: torch.device) -> list[fx.Node]:
-    """Nodes that make or read a tensor of the CPU in the graph of a model on another device; numbers of no dimension are passed by
+    """Nodes whose tensor is on the CPU, and used, in the graph of a model on another device; numbers of no dimension are passed by
     value."""
-    return [node for node in graph.nodes if device.type != "cpu" and _on(node) == "cpu" and node.meta["val"].dim()]
+    if device.type == "cpu":
+        return []
+    return [node for node in graph.nodes if node.users and _on(node) == "cpu" and node.meta["val"].dim()]
 
 
 def check_device(graph: fx.Graph, device: torch.device) -> None:

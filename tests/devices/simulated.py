@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from fastrel.triton_kernels import configs
 from torch import Tensor, nn
 
 from fastrel import ops
@@ -135,7 +136,8 @@ def operators() -> dict[Any, Callable[..., Any]]:
 def explained(
     model: nn.Module, given: dict[str, Tensor], classes: Tensor, precision: str = "float32", exact: bool = False
 ) -> Tensor:
-    """The maps [B, K, T] of classes [B, K], as the Triton backend would compute it; exact: the same operators without any rounding."""
+    """The maps [B, K, T] of classes [B, K], as the Triton backend would compute it; exact: the same operators without any rounding.
+    All layers of `low` in float8, though of most widths they are not."""
     with recorded(90), mock.patch.object(fusion, "fuse", lambda graph: None):  # operators one by one
         program, values = lowered(model, given, torch.device("cuda:0"), precision=precision)
         launchers = triton.kernels()
@@ -160,7 +162,7 @@ def explained(
         elif op in REFERENCES and op is not ops.reduced_weight:
             node.target = REFERENCES[op]
     program.reverse.recompile()
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(configs, "in_float8", lambda *_: True):
         _, _, relevance, _ = run(program, values, classes)
     return relevance[0]
 

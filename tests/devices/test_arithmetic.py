@@ -13,9 +13,11 @@ from torch import nn
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("a simulation of its own", allow_module_level=True)
 
+from fastrel.graphed import reverse
 from tests import golden_files as golden
 from tests import real_models
 from tests.devices import arithmetic, simulated
+from tests.devices.programs import lowered
 from tests.small import RELEASE
 from tests.test_real_models import photograph
 
@@ -48,6 +50,28 @@ def test_maps_of_clip_on_tensor_cores(clip: nn.Module, name: str) -> None:
         ours = simulated.explained(model, given, target, precision)
         assert 1e-6 < golden.map_error(ours, exact) <= bound
         assert spearmanr(ours[0, 0, 1:], exact[0, 0, 1:]).statistic >= 0.9999
+
+
+#: How far the map of a float32 model may be where products are in TF32, rounded as our kernels do it, or cut off as a tensor core
+#: does it to operands that nobody rounds.
+TF32_BOUNDS = {arithmetic.tf32: 6e-4, arithmetic.tf32_cut_off: 4e-3}
+
+
+@pytest.mark.slow
+def test_maps_of_clip_in_tf32(clip: nn.Module) -> None:
+    """Cut off, all operands err to one side, and so do sums of relevance, whose terms have one sign."""
+    for i in range(2 if RELEASE else 1):
+        program, values = lowered(clip, {"x": photograph(i).float()}, torch.device("cpu"), backend="torch")
+        with torch.no_grad():
+            outputs, saved = program.forward(*values)
+            logits = outputs[program.leaves[0]]
+            seed = nn.functional.one_hot(logits.argmax(1), logits.shape[1]).float()[None]
+            exact = reverse(program, seed, saved)[0][0]
+            for operand in TF32_BOUNDS if RELEASE else (arithmetic.tf32_cut_off,):
+                with arithmetic.products(operand):
+                    ours = reverse(program, seed, saved)[0][0]
+                assert 1e-5 < golden.map_error(ours, exact) <= TF32_BOUNDS[operand]
+                assert spearmanr(ours[0, 0, 1:], exact[0, 0, 1:]).statistic >= 0.9999
 
 
 def test_rounding_is_torchs_own_where_torch_has_the_dtype() -> None:

@@ -12,7 +12,7 @@
 | torch's new name of the setting for TF32 raised | `test_launches` … read_by_either_of_its_names |
 | NaN vanished in maxima | `test_triton_interpreted`, `test_ptx` … is_not_hidden |
 | TF32 cut off, float8 summed in 14 bits | `test_arithmetic`, `test_launches` … are_promoted_to_float32 |
-| device 0 asked for all, no launch tried; nvcc run for nothing | `test_launches` TestWhetherTritonRuns, nothing_is_compiled_… |
+| device 0 asked for all, no launch tried; nvcc run for nothing | `test_trial`, `test_launches` … nothing_is_compiled_… |
 | a CPU explanation imported Triton | `test_launches` … without_triton_a_cpu_explanation |
 | AMD's float8 and old GPUs' bfloat16 taken for fast | here |
 | a library for today's GPUs alone | here |

@@ -220,6 +220,14 @@ def test_few_rows_are_multiplied_in_bfloat16_not_in_float8(seen: Recorded) -> No
         assert ("scaled_rows_kernel" in {x.name for x in seen.launches}) == (dot != "bf16")
 
 
+@pytest.mark.parametrize(("capability", "features", "wanted"), [(90, 384, True), (90, 768, False), (120, 768, True)])
+def test_no_weight_is_kept_in_float8_that_is_never_multiplied_in_it(capability: int, features: int, wanted: bool) -> None:
+    """Of ViT-B on an H100 none is."""
+    with recorded(capability), FakeTensorMode():
+        parts = triton.kernels()[ops.reduced_weight](on_gpu(features, features), "float8")
+    assert [x.dtype for x in parts[:2]] == [torch.float8_e4m3fn if wanted else torch.bfloat16, torch.bfloat16]
+
+
 def test_float8_sums_are_promoted_to_float32(seen: Recorded) -> None:
     """Hopper adds float8 products in 14 bits until told otherwise."""
     reduced(configs.FLOAT8_ROWS, "float8", features=384)
@@ -258,33 +266,6 @@ def test_wide_layer_norms_are_left_to_torch(seen: Recorded) -> None:
     assert seen.launches == []
     norm(on_gpu(1, 2, layer_norm_backward.WIDEST), on_gpu(2, layer_norm_backward.WIDEST), None, 1, 1e-5)
     assert len(seen.launches) == 1
-
-
-class TestWhetherTritonRuns:
-    """Asked per device, by a launch."""
-
-    @pytest.fixture(autouse=True)
-    def forget(self) -> Iterator[None]:
-        triton._fails_on.cache_clear()
-        yield
-        triton._fails_on.cache_clear()
-
-    def test_a_trial_kernel_that_fails_is_the_reason(self) -> None:
-        with (
-            mock.patch.object(torch.cuda, "is_available", return_value=True),
-            mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
-        ):
-            reason = triton.runs_on(torch.device("cuda:1"))
-        assert reason is not None
-        assert reason.startswith("a trial kernel failed on cuda:1: ")
-
-    def test_every_device_is_asked_for_its_own_capability(self) -> None:
-        old = {0: (9, 0), 1: (7, 5)}
-        with (
-            mock.patch.object(torch.cuda, "is_available", return_value=True),
-            mock.patch.object(torch.cuda, "get_device_capability", lambda device=0: old[int(device)]),
-        ):
-            assert triton.runs_on(torch.device("cuda:1")) == "compute capability 7.5 of cuda:1 is below 8.0"
 
 
 #: GPUs that the roofline predicts for, and two for graphics, by their data sheets.
@@ -505,12 +486,23 @@ def test_16_bit_values_reach_the_cuda_passes_without_casts(dtype: torch.dtype, p
     assert not [node for node in program.reverse.graph.nodes if node.target in (steps.gelu, torch.nn.functional.gelu)]
 
 
-def test_16_bit_values_reach_the_kernels_without_casts() -> None:
-    """Computed again, cut out of a larger layer or turned round: x and weight are what the model has."""
-    model, given = _vit(torch.bfloat16)
+def _gpt2() -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """Its weights are [in, out], and v's a part of one."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = GPT2ForSequenceClassification(config).eval().bfloat16()
+    return model, {"input_ids": torch.randint(1, 60, (2, 7))}
+
+
+@pytest.mark.parametrize("build", [lambda: _vit(torch.bfloat16), _gpt2], ids=["ViT", "GPT-2"])
+def test_16_bit_values_reach_the_kernels_without_casts(build: Any) -> None:
+    """Computed again, cut out of a larger layer, turned round, or both: x and weight are what the model has."""
+    model, given = build()
     with recorded(90) as seen:
-        launches = Launches(seen, *lowered(model, given, DEVICE), DEVICE)
+        launches = Launches(seen, *lowered(model, given, DEVICE, moved=True), DEVICE)
         launches.explain(2)
-        for launch in seen.launches:
-            if launch.name == "zplus_back_kernel":
-                assert {launch.arguments[name].dtype for name in ("x_ptr", "w_ptr", "w_grad_ptr")} == {torch.bfloat16}
+        of_layers = [launch for launch in seen.launches if launch.name == "zplus_back_kernel"]
+        assert len(of_layers) >= 8
+        for launch in of_layers:
+            assert {launch.arguments[name].dtype for name in ("x_ptr", "w_ptr", "w_grad_ptr")} == {torch.bfloat16}

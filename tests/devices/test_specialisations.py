@@ -19,8 +19,10 @@ from triton.compiler import ASTSource
 
 from fastrel import ops
 from fastrel.backends import triton
+from tests import models
+from tests.devices.programs import Launches, lowered
 from tests.devices.recorder import GRID_LIMITS, Variant, recorded, to_ttir
-from tests.devices.test_launches import every_operator
+from tests.devices.test_launches import DEVICE, every_operator
 
 pytestmark = pytest.mark.slow
 
@@ -146,3 +148,30 @@ def test_no_address_is_computed_in_32_bits_that_may_not_fit(variants: list[Varia
         module = str(to_ttir(variant.source(), TARGET, dict(variant.options)))
         found |= {f"{variant.kernel.fn.__name__}: {re.sub(' loc.*', '', line)}" for line in overflows(module)}
     assert found == set()
+
+
+#: Models of 17 and of 12 tokens, and how they are explained.
+WHOLE = {
+    "timm_vit": (torch.float32, {}),
+    "timm_vit in bfloat16": (torch.bfloat16, {"precision": "mixed"}),
+    "timm_vit official": (torch.float32, {"rules": "official"}),
+    "hf_bert": (torch.float32, {}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_model_is_compiled_once_for_all_sizes_of_a_batch(name: str) -> None:
+    """The first explanation, be it of one sample, compiles what others take; so does the first where layers have many rows."""
+    (dtype, options), family = WHOLE[name], name.split()[0]
+    given = {key: x.to(dtype) if x.is_floating_point() else x for key, x in models.inputs(family).items()}
+    with recorded(capability=90, checked=False) as seen:
+        launches = Launches(seen, *lowered(models.build(family).to(dtype), given, DEVICE, **options), DEVICE, len(given))
+        for sizes in ((1, 2, 16, 17), (512, 777)):
+            launches.explain(sizes[0])
+            assert seen.kernels
+            for size in sizes[1:]:
+                launches.explain(size)
+                assert [variant.kernel.fn.__name__ for variant in seen.kernels] == [], f"{size} samples after {sizes[0]}"
+                assert seen.launches
+        launches.explain(2, targets=3)
+        assert seen.kernels == []
