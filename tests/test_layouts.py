@@ -438,7 +438,7 @@ def test_texts_folded_into_the_batch_are_refused_in_words(size: Callable[[Tensor
             x = self.block(torch.cat([self.cls.expand(size(x), -1, -1), x], 1))[:, 0]
             return self.score(x).view(ids.shape[0], ids.shape[1])
 
-    with pytest.raises(fastrel.UnsupportedModelError, match="12 samples and the prediction 3"):
+    with pytest.raises(fastrel.UnsupportedModelError, match="several texts or pictures of a sample there; explain what reads one of them"):
         fastrel.Explainer(Choices().eval())(torch.randint(0, 9, (3, 4, 5)))
 
 
@@ -460,3 +460,66 @@ def test_channels_of_a_grey_picture_are_no_tokens() -> None:
     report = fastrel.Explainer(Grey().double().eval(), backend="torch").verify(x, target=1)
     assert report.ok, report
     assert report.maps == {"x": "(9,) tokens, on a grid of 3 × 3 patches"}
+
+
+class Shots(nn.Module):
+    """Several pictures of a sample by one encoder, folded into the batch, of which the first is read."""
+
+    def __init__(self, channels: int, fold: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution, self.body, self.fold = nn.Conv2d(channels, D, PATCH, PATCH), Body(), fold
+
+    def forward(self, *x: Tensor) -> Tensor:
+        pictures = self.fold(*x)
+        return self.body(self.convolution(pictures).flatten(2).mT).unflatten(0, (len(x[0]), -1))[:, 0]
+
+
+GREY: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "frames": (1, lambda x: x.unsqueeze(2).flatten(0, 1)),
+    "slices": (1, lambda x: x.reshape(-1, 1, *x.shape[2:])),
+    "slices, three times": (3, lambda x: x.flatten(0, 1).unsqueeze(1).expand(-1, 3, -1, -1)),
+}
+
+
+@pytest.mark.parametrize("count", [3, 5])
+@pytest.mark.parametrize("kind", GREY)
+def test_pictures_without_channels_keep_their_maps_apart(kind: str, count: int) -> None:
+    channels, fold = GREY[kind]
+    x = torch.randn(2, count, 12, 20, dtype=torch.double)
+    explainer = fastrel.Explainer(Shots(channels, fold).double().eval())
+    explanation = explainer(x, target=1)
+    assert explanation.patches.shape == (2, count, 3, 5)
+    assert not explanation.patches[:, 1:].any()
+    picture = Shots(channels, fold).double().eval()
+    torch.testing.assert_close(explanation.patches[:, 0], fastrel.Explainer(picture)(x[:, :1], target=1).patches)
+    assert explainer.verify(x, target=1).ok
+
+
+def test_views_that_are_stacked_and_folded_keep_their_maps_apart(pictures: Tensor) -> None:
+    other = torch.randn_like(pictures)
+    explainer = fastrel.Explainer(Shots(3, lambda *x: torch.stack(x, 1).flatten(0, 1)).double().eval())
+    maps = explainer(pictures, other, target=1).maps
+    assert [float(one.relevance.sum()) > 0 for one in maps.values()] == [True, False]
+    assert explainer.verify(pictures, other, target=1).ok
+
+
+PARTED: dict[str, Callable[[Tensor, int], Any]] = {
+    "chunks": lambda z, _: z.chunk(2),
+    "slices": lambda z, count: (z[:count], z[count:]),
+    "a dimension": lambda z, count: z.view(2, count, -1),
+}
+
+
+@pytest.mark.parametrize("parts", PARTED)
+def test_inputs_that_are_joined_along_the_batch_are_refused(parts: str, pictures: Tensor) -> None:
+    """Which of its samples are one the graph does not say."""
+
+    class Joined(Patches):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            u, w = PARTED[parts](super().forward(torch.cat([x, y])), len(x))
+            return (u - w).square()
+
+    said = "joined along the batch; call its encoder for each input by itself|cannot follow tokens through .*; where no attention|by itself"
+    with pytest.raises(fastrel.UnsupportedModelError, match=said):
+        fastrel.Explainer(Joined(None).double().eval())(pictures, pictures.flip(0), target=1)

@@ -61,6 +61,11 @@ def reshape(t: Context, node: fx.Node, out: Lanes) -> None:
     """Dimensions merged, split, added or dropped."""
     (x,) = arguments(node, count=1)
     source, result = t.facts.sizes.shape(x), t.facts.sizes.shape(node)
+    if sum(any(role == "batch" for _, role in axis) for axis in t.axes(node)) > 1:
+        raise UnsupportedModelError(
+            f"{describe(node)} parts what lies along the batch: the model puts several texts or pictures of a sample there; explain what "
+            "reads one of them (a choice, a side) by itself"
+        )
     groups = axes_.groups(source, result)
 
     def back(lane: Lane, is_row: bool) -> Lane:
@@ -199,10 +204,21 @@ def slice_(t: Context, node: fx.Node, out: Lanes) -> None:
     dim %= _ndim(x)
     if x.meta["val"].shape[dim] == node.meta["val"].shape[dim]:
         return t.give(x, *out)
+    _keep_samples(t, node, x, dim)
     length, begin = node.meta["val"].shape[dim], _from_the_start(t, x, dim, start or 0)
     if step != 1 or not isinstance(length, int) or begin is None:
         return index_map(t, node, out)
     _narrow(t, node, x, out, dim, begin, length)
+
+
+def _keep_samples(t: Context, node: fx.Node, x: fx.Node, dim: int) -> None:
+    """Raise UnsupportedModelError where a node parts what lies along a dimension of x that holds samples: then several of what is there
+    are one sample, and which is not known."""
+    if any(role == "batch" for _, role in t.axes(x)[dim]):
+        raise UnsupportedModelError(
+            f"{describe(node)} parts samples that the model joined along the batch; call its encoder for each input by itself, "
+            "which gives the same numbers"
+        )
 
 
 def _narrow(t: Context, node: fx.Node, x: fx.Node, out: Lanes, dim: int, start: int, length: int) -> None:
@@ -232,14 +248,10 @@ def getitem(t: Context, node: fx.Node, out: Lanes) -> None:
     if whole.target in CUTS:
         x, _, dim = arguments(whole, 0, count=3)
         dim %= _ndim(x)
+        _keep_samples(t, whole, x, dim)
         lengths = [part.shape[dim] for part in whole.meta["val"]]
         if all(isinstance(length, int) for length in lengths):
             return _narrow(t, node, x, out, dim, sum(lengths[:index]), lengths[index])
-        if any(role == "batch" for _, role in t.axes(x)[dim]):
-            raise UnsupportedModelError(
-                f"{describe(whole)} parts samples that the model joined along the batch; call its encoder for each input by itself, "
-                "which gives the same numbers"
-            )
 
         def back(lane: Lane, is_row: bool) -> Lane:
             sizes = t.row_shape(x) if is_row else t.shape(x)
