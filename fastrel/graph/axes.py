@@ -42,6 +42,21 @@ REDUCTIONS = {
     aten.logsumexp.default,
 }
 
+#: Operators that put dimensions in another order.
+_TURNS = {
+    aten.transpose.int,
+    aten.permute.default,
+    aten.t.default,
+    aten.numpy_T.default,
+    aten.mT.default,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.moveaxis.int,
+    aten.moveaxis.intlist,
+}
+
 #: Operators that take a part of a value, or several.
 _CUTS = {
     aten.select.int,
@@ -210,10 +225,14 @@ def axes_of(*targets: Any) -> Callable[[Labeller], Labeller]:
 
 def label(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> dict[fx.Node, Axes]:
     """Axes of every active value whose dimensions can be followed from the inputs."""
-    return max(
-        (_labelled(nodes, active, sizes, channels) for channels in _places_of_channels(nodes, active, sizes)),
-        key=lambda labels: _fitting(nodes, labels),
-    ).axes
+
+    usual = _places_of_channels(nodes, active, sizes, _CHANNELS)
+    found = [_labelled(nodes, active, sizes, channels) for channels in usual]
+    if all(_fitting(nodes, labels) < 0 and not _attends_to_tokens(nodes, labels) for labels in found):
+        turned = _places_of_channels(nodes, active, sizes, _TURNED)
+        others = [_labelled(nodes, active, sizes, channels) for channels in turned if channels not in usual]
+        found += [labels for labels in others if _attends_to_tokens(nodes, labels)]
+    return max(found, key=lambda labels: _fitting(nodes, labels)).axes
 
 
 def _labelled(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes, channels: dict[fx.Node, int]) -> Labels:
@@ -239,14 +258,19 @@ def _labelled(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes, chan
 #: and [B, T, H, W, C].
 _CHANNELS = {3: (2,), 4: (1, 3), 5: (1, 2, 4)}
 
+#: The same, and tokens that come as [B, D, T], as the V variates of a series [B, L, V] may.
+_TURNED = _CHANNELS | {3: (2, 1)}
 
-def _places_of_channels(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> list[dict[fx.Node, int]]:
+
+def _places_of_channels(
+    nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes, channels: dict[int, tuple[int, ...]]
+) -> list[dict[fx.Node, int]]:
     """What may be tried for a graph's inputs, the most usual first; pictures [B, C ≤ 4, H, W] are what they look like."""
-    inputs = [n for n in nodes if n.op == "placeholder" and n in active and n.meta["val"].dim() in _CHANNELS]
+    inputs = [n for n in nodes if n.op == "placeholder" and n in active and n.meta["val"].dim() in channels]
     choices = []
     for node in inputs:
         shape = sizes.shape(node)
-        places = _CHANNELS[len(shape)]
+        places = channels[len(shape)]
         choices.append(places[:1] if len(shape) == 4 and shape[1] <= 4 else places)
     return [dict(zip(inputs, places, strict=True)) for places in itertools.product(*choices)]
 
@@ -263,6 +287,17 @@ def _fitting(nodes: Sequence[fx.Node], labels: Labels) -> int:
         elif node.target is aten.linear.default:
             score -= any(has_features(axis) for axis in axes[1:-1])
     return score
+
+
+def _attends_to_tokens(nodes: Sequence[fx.Node], labels: Labels) -> bool:
+    """Whether the keys of some attention map are tokens."""
+    for node in nodes:
+        fused = node.target is aten.scaled_dot_product_attention.default
+        axes = labels.of(node.args[1]) if fused else labels.of(node) if node.target is aten.softmax.int else None
+        dim: Any = -2 if fused else node.args[1] if axes else None
+        if axes and are_tokens(axes[dim]):
+            return True
+    return False
 
 
 def has_features(axis: Axis) -> bool:
@@ -300,9 +335,50 @@ def _part(node: fx.Node, labels: Labels) -> Axes | None:
 @axes_of(aten.embedding.default)
 def _embedding(node: fx.Node, labels: Labels) -> Axes:
     shape = labels.shape(node)
-    roles: list[Role] = ["batch", "token"] if len(shape) >= 3 else ["batch" if _is_word(node, labels) else "token"]
-    roles += ["token"] * (len(shape) - 1 - len(roles))
+    roles: list[Role] = ["token"] * (len(shape) - 1)
+    if len(shape) >= 3 or _is_word(node, labels):
+        ids: Any = node.args[1]
+        roles[_samples_of(ids, labels)] = "batch"
     return (*(((size, role),) for size, role in zip(shape, roles, strict=False)), ((shape[-1], "feature"),))
+
+
+def _samples_of(ids: fx.Node, labels: Labels) -> int:
+    """The dimension of integers along which samples lie: that of the batch's size, or, where sizes do not tell, that to which the first
+    one of an input was moved; the first where neither says so."""
+    shape = labels.shape(ids)
+    if shape[0] % _PRIMES[0] and shape.count(_PRIMES[0]) == 1:
+        return shape.index(_PRIMES[0])
+    return moved_to(ids) or 0
+
+
+def moved_to(ids: fx.Node) -> int | None:
+    """To which dimension the first one of an input of integers was moved; None where it cannot be followed."""
+    if ids.op == "placeholder":
+        return 0
+    if ids.target is aten.cat.default:  # with constants, perhaps, which were not moved
+        parts: Any = ids.args[0]
+        return max((dim for part in parts if (dim := moved_to(part)) is not None), default=None)
+    given: Any = ids.args[0] if ids.args else None
+    if not isinstance(given, fx.Node) or ids.target in RESHAPES or given.meta["val"].dim() != ids.meta["val"].dim():
+        return None
+    dim, order = moved_to(given), order_of(ids)
+    return dim if dim is None or order is None else order.index(dim)
+
+
+def order_of(node: fx.Node) -> list[int] | None:
+    """Which dimension of a value lies where in a transpose or permutation of it; None for other nodes."""
+    if node.target not in _TURNS:
+        return None
+    operator_: Any = node.target
+    probe = torch.empty([dim + 2 for dim in range(node.meta["val"].dim())], device="meta")
+    return [size - 2 for size in operator_(probe, *node.args[1:]).shape]
+
+
+def unturned(x: fx.Node) -> fx.Node:
+    """What a value is a transpose or permutation of; else itself."""
+    while order_of(x) is not None:
+        x = x.args[0]  # type: ignore[assignment]
+    return x
 
 
 def _is_word(node: fx.Node, labels: Labels) -> bool:
