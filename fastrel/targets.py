@@ -155,6 +155,11 @@ def function_seeds(outputs: list[Any], rebuild: Callable[[list[Any]], Any], func
     used = [j for j in range(len(floats)) if any(grads[j] is not None for grads in per_target)]
     if not used:
         raise InputError("the target function does not depend on the model's output, so there is nothing to explain")
+    if any(leaves[floats[j]].dim() == 0 for j in used):
+        raise InputError(
+            "the target function reads an output that is one number for the whole batch, such as a loss, not one per sample; let it "
+            "read what that is made of (lambda out: out.logits[:, 0])"
+        )
     gradient = [torch.stack([_or_zeros(grads[j], leaves[floats[j]]) for grads in per_target]) for j in used]
     gradient = [g.to(lane_dtype(g.dtype)) for g in gradient]
     for g in gradient:

@@ -22,6 +22,7 @@ from fastrel.errors import FastrelError, first_line
 from fastrel.explanation import Explanation
 from fastrel.graph.ambient import plainly
 from fastrel.graph.equivalents import equivalent
+from fastrel.graph.results import plain
 from fastrel.leaves import FrozenLeaves, Leaves
 from fastrel.maps import TokenMap
 from fastrel.noise import NOISY
@@ -247,7 +248,7 @@ def _second_path(wide: _Subject) -> list[Tensor]:
         ) as tape:
             output = equivalent(wide.engine.model)(*args, **kwargs)
         seeds = _relevance_seeds(wide, output)
-        leaves = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        leaves = pytree.tree_leaves(plain(output))
         found = []
         for k in range(len(seeds[0][1])):
             ends = [leaves[i] for i, _ in seeds]
@@ -261,7 +262,7 @@ def _second_path(wide: _Subject) -> list[Tensor]:
 
 
 def _relevance_seeds(wide: _Subject, output: Any) -> list[tuple[int, Tensor]]:
-    """The relevance of the outputs that the target reads, [K, B, …], by their place among the output's tensors."""
+    """The relevance of the outputs that the target reads, [K, B, …], by their place in the output."""
     seeds = wide.prediction.seeds(wide.target)
     return list(zip(seeds.outputs, seeds.relevance, strict=True))
 

@@ -438,7 +438,9 @@ def test_texts_folded_into_the_batch_are_refused_in_words(size: Callable[[Tensor
             x = self.block(torch.cat([self.cls.expand(size(x), -1, -1), x], 1))[:, 0]
             return self.score(x).view(ids.shape[0], ids.shape[1])
 
-    with pytest.raises(fastrel.UnsupportedModelError, match="several texts or pictures of a sample there; explain what reads one of them"):
+    with pytest.raises(
+        fastrel.UnsupportedModelError, match="several texts or pictures of a sample there; explain what reads one of them"
+    ):
         fastrel.Explainer(Choices().eval())(torch.randint(0, 9, (3, 4, 5)))
 
 
@@ -520,6 +522,141 @@ def test_inputs_that_are_joined_along_the_batch_are_refused(parts: str, pictures
             u, w = PARTED[parts](super().forward(torch.cat([x, y])), len(x))
             return (u - w).square()
 
-    said = "joined along the batch; call its encoder for each input by itself|cannot follow tokens through .*; where no attention|by itself"
+    said = "joined along the batch; call its encoder for each input by itself|cannot follow tokens through .*; where no"
     with pytest.raises(fastrel.UnsupportedModelError, match=said):
         fastrel.Explainer(Joined(None).double().eval())(pictures, pictures.flip(0), target=1)
+
+
+class Sequences(nn.Module):
+    """Ids -> logits by blocks that take sequences first; `turned` makes [T, B, D] of an embedding and ids [B, T], or of several."""
+
+    def __init__(self, turned: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.turned = nn.Embedding(9, D), nn.Linear(D, 3), turned
+        self.blocks = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, 32), 2, enable_nested_tensor=False)
+
+    def forward(self, *ids: Tensor) -> Tensor:
+        return self.head(self.blocks(self.turned(self.embed, *ids))[0])
+
+
+TEXTS = torch.randint(0, 9, (3, 7), generator=torch.Generator().manual_seed(4))
+
+#: The same sequences [T, B, D].
+TURNED_TEXTS: dict[str, Callable[..., Tensor]] = {
+    "T": lambda embed, ids: embed(ids.T),
+    "transpose, contiguous": lambda embed, ids: embed(ids.transpose(0, 1).contiguous()),
+    "movedim": lambda embed, ids: embed(ids.movedim(1, 0)),
+    "a size of the batch in Python": lambda embed, ids: embed(ids.T.clamp(0, 8)).view(-1, int(ids.shape[0]), D),
+}
+
+
+@pytest.mark.parametrize("turn", TURNED_TEXTS)
+def test_ids_may_be_turned_before_they_are_looked_up(turn: str) -> None:
+    explainer = fastrel.Explainer(Sequences(TURNED_TEXTS[turn]).double().eval())
+    after = fastrel.Explainer(Sequences(lambda embed, ids: embed(ids).transpose(0, 1)).double().eval())
+    found = explainer(TEXTS, target=1).relevance
+    torch.testing.assert_close(found, after(TEXTS, target=1).relevance)
+    alone = torch.cat([explainer(one[None], target=1).relevance for one in TEXTS])
+    torch.testing.assert_close(alone, found, rtol=1e-10, atol=1e-12)
+
+
+def test_turned_ids_are_verified() -> None:
+    report = fastrel.Explainer(Sequences(TURNED_TEXTS["T"]).double().eval()).verify(TEXTS, target=1)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize(
+    "joined",
+    [
+        lambda embed, a, b: embed(torch.cat([a, b], 1).T),
+        lambda embed, a, b: embed(torch.cat([a.T, b.T])),
+        lambda embed, a, b: embed(torch.cat([a.new_ones(1, a.shape[0]), a.T, b.T])),
+    ],
+    ids=["joined, turned", "turned, joined", "after a token of the model's own"],
+)
+def test_joined_ids_that_are_turned_have_a_map_each(joined: Callable[..., Tensor]) -> None:
+    maps = fastrel.Explainer(Sequences(joined).double().eval())(TEXTS[:, :3], TEXTS[:, 3:], target=1).maps
+    found = torch.cat([one.relevance for one in maps.values()], 1)
+    more = found.shape[1] - TEXTS.shape[1]
+    expected = fastrel.Explainer(Sequences(lambda embed, ids: embed(ids).transpose(0, 1)).double().eval())
+    whole = torch.cat([torch.ones(3, more, dtype=torch.long), TEXTS], 1)
+    torch.testing.assert_close(found, expected(whole, target=1).relevance)
+    assert [one.relevance.shape[1] for one in maps.values()] == [3 + more, 4]
+
+
+class Variates(nn.Module):
+    """Series [B, 12, V] whose variates are the tokens -> a number per variate [B, V], or a horizon [B, 5, V], or logits [B, 5]."""
+
+    def __init__(self, form: str, embed: str = "a layer") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.series, self.head = nn.Linear(12, D), nn.Linear(D, 1 if form in ("one", "residual") else 5)
+        self.blocks = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(D, 2, 32, batch_first=True, norm_first=True), 2, enable_nested_tensor=False
+        )
+        self.form, self.embed = form, embed
+
+    def tokens(self, x: Tensor) -> Tensor:
+        if self.embed == "a convolution":
+            return F.conv1d(x, self.series.weight[..., None], self.series.bias).mT
+        if self.embed == "a product":
+            return x.mT @ self.series.weight.T + self.series.bias
+        return self.series(x if self.embed == "as they come" else x.transpose(1, 2))
+
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        tokens = self.tokens(x) if more is None else torch.cat([self.tokens(x), self.tokens(more)], 1)
+        z = self.head(self.blocks(tokens))
+        if self.form == "residual":
+            return z.squeeze(-1) + x[:, -1]
+        return {"one": lambda: z.squeeze(-1), "horizon": lambda: z.mT, "logits": lambda: z.mean(1)}[self.form]()
+
+
+SERIES = torch.randn(3, 12, 6, generator=torch.Generator().manual_seed(5)).double()
+
+
+@pytest.mark.parametrize("embed", ["a layer", "a convolution", "a product"])
+def test_variates_that_are_tokens_have_the_map_of_tokens(embed: str) -> None:
+    expected = fastrel.Explainer(Variates("logits", "as they come").double().eval())(SERIES.mT.contiguous(), target=1)
+    found = fastrel.Explainer(Variates("logits", embed).double().eval())(SERIES, target=1)
+    torch.testing.assert_close(found.relevance, expected.relevance)
+
+
+@pytest.mark.parametrize(("form", "embed"), [("one", "a convolution"), ("residual", "a layer"), ("horizon", "a layer")])
+def test_an_output_of_a_variate_is_explained_from_there(form: str, embed: str) -> None:
+    target: Any = (lambda out: out[:, 1, 2]) if form == "horizon" else 2
+    explainer = fastrel.Explainer(Variates(form, embed).double().eval())
+    report = explainer.verify(SERIES, target=target)
+    assert report.ok, report
+    found = explainer(SERIES, target=target).relevance
+    assert found.shape == (3, 6)
+    assert (found.argmax(1) == 2).all()
+    alone = torch.cat([explainer(one[None], target=target).relevance for one in SERIES])
+    torch.testing.assert_close(alone, found, rtol=1e-10, atol=1e-12)
+
+
+def test_variates_of_two_inputs_have_a_map_each() -> None:
+    maps = fastrel.Explainer(Variates("one").double().eval())(SERIES[..., :4], SERIES[..., 4:], target=2).maps
+    whole = fastrel.Explainer(Variates("one").double().eval())(SERIES, target=2).relevance
+    torch.testing.assert_close(torch.cat([one.relevance for one in maps.values()], 1), whole)
+
+
+class TokensMixedFirst(nn.Module):
+    """More layers over tokens than over features, before attention over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mixing, self.body = nn.ModuleList(nn.Linear(6, 6) for _ in range(9)), Body()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.mixing:
+            x = x + layer(x.mT).mT
+        return self.body(x)
+
+
+def test_layers_over_tokens_do_not_make_features_of_them() -> None:
+    x = torch.randn(2, 6, D, generator=torch.Generator().manual_seed(6)).double()
+    report = fastrel.Explainer(TokensMixedFirst().double().eval()).verify(x, target=1)
+    assert report.ok, report
+    assert report.maps == {"x": "(6,) tokens"}

@@ -72,6 +72,11 @@ def a() -> Any:
     return A
 
 
+def _with_loss(m: Any, tokens: Tensor) -> Any:
+    logits = m.head(m.encoder(tokens)[:, 0])
+    return {"loss": logits.sum(), "logits": logits}
+
+
 def _changed(a: Any) -> None:
     images = a.images.clone()
     prediction = a.see.predict(images)
@@ -108,6 +113,10 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a model that says it has no classes": (lambda a: fastrel.Explainer(_headless())(a.images), r"not logits: output \[B, 192\]"),
     "a target of another batch": (lambda a: a.see(a.images, target=lambda out: out[:1, 0]), r"1"),
     "a target without gradient": (lambda a: a.see(a.images, target=lambda out: out.detach()[:, 0]), r"depend|gradient"),
+    "a target that reads a loss": (
+        lambda a: fastrel.Explainer(made(_with_loss))(ids(1), target=lambda out: -out["loss"][None]),
+        r"one number for the whole batch.*logits",
+    ),
     "an output that is none": (lambda a: a.read.using(output="nope")(input_ids=a.ids), r"nope.*logits"),
     "NaN in a picture": (lambda a: a.see(_nan(a, float("nan"))), r"nan|NaN"),
     "infinity in a picture": (lambda a: a.see(_nan(a, float("inf"))), r"inf"),

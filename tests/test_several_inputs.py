@@ -122,6 +122,18 @@ class SequenceFirst(nn.Module):
         return self.head(self.layer(x).mean(0))
 
 
+class Texts(nn.Module):
+    """Ids [T, B] -> what `read` makes of [T, B, 16], by PyTorch's default layout."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.layer, self.read = nn.Embedding(9, 16), nn.TransformerEncoderLayer(16, 2, 32), read
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.embed(ids) if ids.dim() == 2 else ids
+        return self.read(self.layer(x, src_key_padding_mask=mask))
+
+
 class InBatch(nn.Module):
     """Two pictures, read as one batch of twice as many."""
 
@@ -152,6 +164,31 @@ ELSEWHERE: dict[str, tuple[nn.Module, Any, str]] = {
         "samples lie along dimension 1",
     ),
     "sequence first, one sample": (SequenceFirst(), (torch.randn(7, 1, 16),), "1 samples however long dimension 0 of x is"),
+    "texts first, with a mask": (
+        Texts(lambda x: x[0]),
+        (torch.ones(7, 3, dtype=torch.long), torch.zeros(3, 7, dtype=torch.bool)),
+        "samples lie along dimension 1 of input ids",
+    ),
+    "texts first, with a mask of numbers": (
+        Texts(lambda x: x[0]),
+        (torch.ones(7, 3, dtype=torch.long), torch.zeros(3, 7)),
+        "samples lie along dimension 1 of input ids",
+    ),
+    "sequence first, with a mask": (
+        Texts(lambda x: x[0]),
+        (torch.randn(7, 3, 16), torch.zeros(3, 7, dtype=torch.bool)),
+        "attends to samples.*dimension 0 of ids",
+    ),
+    "texts first, an output per token": (
+        Texts(lambda x: x[..., 0]),
+        (torch.ones(7, 3, dtype=torch.long),),
+        r"attends to samples.*dimension 0 of ids.*takes \[B, T, …\]",
+    ),
+    "samples first, where sequences belong": (
+        Texts(lambda x: x[:, 0]),
+        (torch.ones(3, 7, dtype=torch.long),),
+        "attends to samples.*dimension 0 of ids",
+    ),
     "two texts in the batch": (made(in_batch), (ids(2), ids(2, seed=2)), "map of first has 4 samples and the prediction 2"),
     "choices in the batch": (made(choices), (ids(8).view(2, 4, 7),), "map of first has 8 samples and the prediction 2"),
     "two pictures in the batch": (InBatch(), (torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)), "joined along the batch"),

@@ -286,3 +286,11 @@ def test_heads_beside_their_group_are_heads(method: str) -> None:
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     own, other = (fastrel.Explainer(Grouped(r).double().eval(), method)(x, target=1) for r in (False, True))
     torch.testing.assert_close(own.relevance, other.relevance)
+
+
+def test_outputs_that_are_no_tensors_have_their_places() -> None:
+    explainer = fastrel.Explainer(made(lambda m, x: (None, 3, m.head(m.encoder(x)[:, 0]))), backend="torch")
+    for target in (1, lambda out: out[2][:, 1]):
+        report = explainer.verify(ids(), target=target)
+        assert report.ok, report
+        assert {check.name: check for check in report.checks}["relevance"].limit is not None

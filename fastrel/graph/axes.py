@@ -42,6 +42,21 @@ REDUCTIONS = {
     aten.logsumexp.default,
 }
 
+#: Operators that put dimensions in another order.
+_TURNS = {
+    aten.transpose.int,
+    aten.permute.default,
+    aten.t.default,
+    aten.numpy_T.default,
+    aten.mT.default,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.moveaxis.int,
+    aten.moveaxis.intlist,
+}
+
 #: Operators that take a part of a value, or several.
 _CUTS = {
     aten.select.int,
@@ -213,14 +228,21 @@ def axes_of(*targets: Any) -> Callable[[Labeller], Labeller]:
 
 def label(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> dict[fx.Node, Axes]:
     """Axes of every active value whose dimensions can be followed from the inputs."""
-    tried = [Labels({}, sizes, channels=channels) for channels in _places_of_channels(nodes, active, sizes)]
-    best = max((_labelled(nodes, active, labels) for labels in tried), key=lambda labels: _fitting(nodes, labels))
+    found = [
+        _labelled(nodes, active, Labels({}, sizes, usual)) for usual in _places_of_channels(nodes, active, sizes, _CHANNELS)
+    ]
+    if all(_fitting(nodes, labels) < 0 and not _attends_to_tokens(nodes, labels) for labels in found):
+        turned = [Labels({}, sizes, channels) for channels in _places_of_channels(nodes, active, sizes, _TURNED)]
+        known = [labels.channels for labels in found]
+        others = [_labelled(nodes, active, labels) for labels in turned if labels.channels not in known]
+        found += [labels for labels in others if _attends_to_tokens(nodes, labels)]
+    best = max(found, key=lambda labels: _fitting(nodes, labels))
     if _beside_samples(nodes, best):
         # What layers read beside samples are samples of their own: frames, slices without channels, inputs that are stacked.
         grey = {node: None if len(sizes.shape(node)) == 4 else dim for node, dim in best.channels.items()}
-        tried = [Labels({}, sizes, channels, "token") for channels in (best.channels, grey)]
-        others = (_labelled(nodes, active, labels) for labels in tried)
-        best = max((best, *others), key=lambda labels: _fitting(nodes, labels))
+        apart = [Labels({}, sizes, channels, "token") for channels in (best.channels, grey)]
+        found = [best, *(_labelled(nodes, active, labels) for labels in apart)]
+        best = max(found, key=lambda labels: _fitting(nodes, labels))
     return best.axes
 
 
@@ -246,14 +268,19 @@ def _labelled(nodes: Sequence[fx.Node], active: set[fx.Node], labels: Labels) ->
 #: and [B, T, H, W, C]; slices [B, D, H, W] have none.
 _CHANNELS: dict[int, tuple[int | None, ...]] = {3: (2,), 4: (1, 3, None), 5: (1, 2, 4)}
 
+#: The same, and tokens that come as [B, D, T], as the V variates of a series [B, L, V] may.
+_TURNED = _CHANNELS | {3: (2, 1)}
 
-def _places_of_channels(nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes) -> list[dict[fx.Node, int | None]]:
+
+def _places_of_channels(
+    nodes: Sequence[fx.Node], active: set[fx.Node], sizes: Sizes, channels: dict[int, tuple[int | None, ...]]
+) -> list[dict[fx.Node, int | None]]:
     """What may be tried for a graph's inputs, the most usual first; pictures [B, C ≤ 4, H, W] are what they look like."""
-    inputs = [n for n in nodes if n.op == "placeholder" and n in active and n.meta["val"].dim() in _CHANNELS]
+    inputs = [n for n in nodes if n.op == "placeholder" and n in active and n.meta["val"].dim() in channels]
     choices = []
     for node in inputs:
         shape = sizes.shape(node)
-        places = _CHANNELS[len(shape)]
+        places = channels[len(shape)]
         choices.append(places[:1] if len(shape) == 4 and shape[1] <= 4 else places)
     return [dict(zip(inputs, places, strict=True)) for places in itertools.product(*choices)]
 
@@ -277,6 +304,17 @@ def _beside_samples(nodes: Sequence[fx.Node], labels: Labels) -> int:
     layers = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default)
     read = [labels.of(node.args[0]) for node in nodes if node.target in layers]
     return sum(len(axes) > 1 and has_features(axes[0]) for axes in read if axes)
+
+
+def _attends_to_tokens(nodes: Sequence[fx.Node], labels: Labels) -> bool:
+    """Whether the keys of some attention map are tokens."""
+    for node in nodes:
+        fused = node.target is aten.scaled_dot_product_attention.default
+        axes = labels.of(node.args[1]) if fused else labels.of(node) if node.target is aten.softmax.int else None
+        dim: Any = -2 if fused else node.args[1] if axes else None
+        if axes and are_tokens(axes[dim]):
+            return True
+    return False
 
 
 def has_features(axis: Axis) -> bool:
@@ -314,9 +352,50 @@ def _part(node: fx.Node, labels: Labels) -> Axes | None:
 @axes_of(aten.embedding.default)
 def _embedding(node: fx.Node, labels: Labels) -> Axes:
     shape = labels.shape(node)
-    roles: list[Role] = ["batch", "token"] if len(shape) >= 3 else ["batch" if _is_word(node, labels) else "token"]
-    roles += ["token"] * (len(shape) - 1 - len(roles))
+    roles: list[Role] = ["token"] * (len(shape) - 1)
+    if len(shape) >= 3 or _is_word(node, labels):
+        ids: Any = node.args[1]
+        roles[_samples_of(ids, labels)] = "batch"
     return (*(((size, role),) for size, role in zip(shape, roles, strict=False)), ((shape[-1], "feature"),))
+
+
+def _samples_of(ids: fx.Node, labels: Labels) -> int:
+    """The dimension of integers along which samples lie: that of the batch's size, or, where sizes do not tell, that to which the first
+    one of an input was moved; the first where neither says so."""
+    shape = labels.shape(ids)
+    if shape[0] % _PRIMES[0] and shape.count(_PRIMES[0]) == 1:
+        return shape.index(_PRIMES[0])
+    return moved_to(ids) or 0
+
+
+def moved_to(ids: fx.Node) -> int | None:
+    """To which dimension the first one of an input of integers was moved; None where it cannot be followed."""
+    if ids.op == "placeholder":
+        return 0
+    if ids.target is aten.cat.default:  # with constants, perhaps, which were not moved
+        parts: Any = ids.args[0]
+        return max((dim for part in parts if (dim := moved_to(part)) is not None), default=None)
+    given: Any = ids.args[0] if ids.args else None
+    if not isinstance(given, fx.Node) or ids.target in RESHAPES or given.meta["val"].dim() != ids.meta["val"].dim():
+        return None
+    dim, order = moved_to(given), order_of(ids)
+    return dim if dim is None or order is None else order.index(dim)
+
+
+def order_of(node: fx.Node) -> list[int] | None:
+    """Which dimension of a value lies where in a transpose or permutation of it; None for other nodes."""
+    if node.target not in _TURNS:
+        return None
+    operator_: Any = node.target
+    probe = torch.empty([dim + 2 for dim in range(node.meta["val"].dim())], device="meta")
+    return [size - 2 for size in operator_(probe, *node.args[1:]).shape]
+
+
+def unturned(x: fx.Node) -> fx.Node:
+    """What a value is a transpose or permutation of; else itself."""
+    while order_of(x) is not None:
+        x = x.args[0]  # type: ignore[assignment]
+    return x
 
 
 def _is_word(node: fx.Node, labels: Labels) -> bool:

@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -453,6 +453,7 @@ def _check_batch(guards: Guards, inputs: Sequence[fx.Node], outputs: Sequence[An
     leading = [x.shape[0] for x in values if isinstance(x, Tensor) and x.dim()]
     varying = {str(size) for size in leading if not is_concrete_int(size)}
     if varying & guards.batch_names:
+        _check_places(filter(_is_looked_up, inputs), varying)
         return
     sizes = [x.meta["val"].shape[0] for x in inputs if _has_dims(x)]
     given = {size.node.hint for size in sizes if isinstance(size, torch.SymInt)}
@@ -461,14 +462,25 @@ def _check_batch(guards: Guards, inputs: Sequence[fx.Node], outputs: Sequence[An
             f"the outputs have {leading[0]} samples however long dimension 0 of {inputs[0].name} is, and fastrel takes samples along "
             "it; give one sample as a batch of one, [1, T, …], to a module that turns it into what the model takes"
         )
+    _check_places(inputs, varying)
+
+
+def _check_places(inputs: Iterable[fx.Node], samples: Collection[str]) -> None:
+    """Raise CaptureError where `samples`, sizes of the outputs' first dimensions, are those of another dimension of an input."""
     for node in inputs:
         value = node.meta.get("val")
-        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            if str(size) in varying:
-                raise CaptureError(
-                    f"the samples lie along dimension {dim} of input {node.name}, and fastrel takes them along the first; "
-                    "explain a module that takes [B, T, …] and transposes it for the model"
-                )
+        sizes = [str(size) for size in value.shape] if isinstance(value, Tensor) else []
+        found = [dim for dim, size in enumerate(sizes) if size in samples]
+        if found and found[0] > 0:
+            raise CaptureError(
+                f"the samples lie along dimension {found[0]} of input {node.name}, and fastrel takes them along the first; "
+                "explain a module that takes [B, T, …], transposes it for the model, and returns samples first"
+            )
+
+
+def _is_looked_up(x: fx.Node) -> bool:
+    """Whether an input holds token ids that an embedding looks up, as they are."""
+    return any(user.target is aten.embedding.default and user.args[1] is x for user in x.users)
 
 
 def _has_dims(node: fx.Node) -> bool:

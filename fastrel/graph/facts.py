@@ -299,7 +299,19 @@ class Facts:
                 " on its way (for other models: captum)"
             )
         self._refuse_complex_numbers(relevant)
+        for node in found:
+            self._refuse_mixed_samples(node)
         return found
+
+    def _refuse_mixed_samples(self, block: fx.Node) -> None:
+        """Raise UnsupportedModelError where the values that a block mixes are those of samples, not of tokens."""
+        values: Any = block.args[2 if block.target is aten.scaled_dot_product_attention.default else 1]
+        axes = self.axes.get(values, ())
+        if len(axes) > 1 and axes[-2] and all(role == "batch" for _, role in axes[-2]):
+            raise UnsupportedModelError(
+                f"{describe(block)} attends to samples, for it mixes what lies along dimension 0 of {self.source(values).name}; of a "
+                "model that takes sequences first, [T, B, …], explain a module that takes [B, T, …] and transposes it for the model"
+            )
 
 
 @dataclass(frozen=True)
@@ -423,18 +435,26 @@ def _sources(
 
 
 def _joined(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """For inputs [B, T] of integers that an embedding looks up as cat([first, …, second], 1): that cat."""
+    """For inputs [B, T] of integers that an embedding looks up as cat([first, …, second], 1), or as cat([first.T, …, second.T]): that
+    cat."""
     found: dict[fx.Node, fx.Node] = {}
     several: set[fx.Node] = set()
     for node in nodes:
-        cat: Any = node.args[1] if node.target is aten.embedding.default else None
-        if cat is None or cat.target is not aten.cat.default or cat.args[1:] not in ((1,), (-1,)):
+        cat: Any = axes_.unturned(node.args[1]) if node.target is aten.embedding.default else None  # type: ignore[arg-type]
+        if cat is None or cat.target is not aten.cat.default or cat.meta["val"].dim() != 2:
             continue
-        own = [x for x in cat.args[0] if x in inputs]
-        if len(own) > 1 and len(set(own)) == len(own) and cat.meta["val"].dim() == 2:
+        parts = [axes_.unturned(x) for x in cat.args[0]]
+        own = [x for x in parts if x in inputs]
+        if along(cat) != (axes_.moved_to(cat) or 0) and len(own) > 1 and len(set(own)) == len(own):
             several.update(x for x in own if x in found and list(found[x].args[0]) != list(cat.args[0]))  # type: ignore[arg-type]
             found.update(dict.fromkeys(own, cat))
-    return {x: cat for x, cat in found.items() if several.isdisjoint(cat.args[0])}  # type: ignore[arg-type]
+    return {x: cat for x, cat in found.items() if several.isdisjoint(map(axes_.unturned, cat.args[0]))}  # type: ignore
+
+
+def along(cat: fx.Node) -> int:
+    """The dimension along which values are joined."""
+    dim: Any = cat.args[1] if len(cat.args) > 1 else 0
+    return int(dim % cat.meta["val"].dim())
 
 
 def _in_a_row(

@@ -63,8 +63,8 @@ def reshape(t: Context, node: fx.Node, out: Lanes) -> None:
     source, result = t.facts.sizes.shape(x), t.facts.sizes.shape(node)
     if sum(any(role == "batch" for _, role in axis) for axis in t.axes(node)) > 1:
         raise UnsupportedModelError(
-            f"{describe(node)} parts what lies along the batch: the model puts several texts or pictures of a sample there; explain what "
-            "reads one of them (a choice, a side) by itself"
+            f"{describe(node)} parts what lies along the batch: the model puts several texts or pictures of a sample there; explain "
+            "what reads one of them (a choice, a side) by itself"
         )
     groups = axes_.groups(source, result)
 

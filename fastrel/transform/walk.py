@@ -16,7 +16,7 @@ from torch import fx
 from fastrel.errors import InputError, UnsupportedModelError
 from fastrel.graph import axes as axes_
 from fastrel.graph.capture import Captured
-from fastrel.graph.facts import Memory, Stretch
+from fastrel.graph.facts import Memory, Stretch, along
 from fastrel.graph.nodes import describe
 from fastrel.precision import Products
 from fastrel.reference.rollout import per_attention
@@ -179,7 +179,7 @@ class _Walk:
         except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise UnsupportedModelError(f"the rule of {describe(node)} does not take it: {error!r}") from error
         except UnsupportedModelError as error:
-            if t.block == t.stretch.total:
+            if t.block in (t.stretch.total, min(t.stretch.blocks)):
                 raise
             raise UnsupportedModelError(f"{error}; with start_layer={t.block} it is not needed") from error
 
@@ -259,12 +259,16 @@ def _parts(t: Context, one: _Found, row: fx.Node) -> list[tuple[fx.Node, fx.Node
     up. Tokens that the model puts between them (CLS, a separator) belong to the input before, those at the start to the first."""
     source = t.facts.source(one.node)
     joined: Any = t.facts.joined.get(source)
-    if joined is None or str(one.node.meta["val"].shape[1]) != str(joined.meta["val"].shape[1]):
+    if joined is None:
+        return [(source, row)]
+    tokens = [dim for dim, axis in enumerate(t.axes(one.node)) if any(role == "token" for _, role in axis)] or [1]
+    dim = along(joined)
+    if str(one.node.meta["val"].shape[tokens[0]]) != str(joined.meta["val"].shape[dim]):
         return [(source, row)]
     lengths: dict[fx.Node, Any] = {}
     before: Any = 0
-    for x in joined.args[0]:
-        length = t.emit.size(x, 1)
+    for part in joined.args[0]:
+        x, length = axes_.unturned(part), t.emit.size(part, dim)
         if x in t.facts.joined:
             lengths[x], before = t.emit.arith("add", before, length), 0
         elif lengths:
