@@ -83,7 +83,7 @@ RESHAPES = {
 
 
 class Sizes:
-    """Sizes as integers, with a prime in the place of every symbol."""
+    """Sizes as integers, with a prime in the place of every symbol: the first in that of the batch, if it varies, and of nothing else."""
 
     def __init__(self, batch: set[str]) -> None:
         self._values: dict[str, int] = dict.fromkeys(batch, _PRIMES[0])
@@ -95,7 +95,7 @@ class Sizes:
         expression = size.node.expr
         for symbol in sorted(expression.free_symbols, key=str):
             if str(symbol) not in self._values:
-                prime = _PRIMES[len(set(self._values.values())) % len(_PRIMES)]
+                prime = _PRIMES[len({_PRIMES[0], *self._values.values()}) % len(_PRIMES)]
                 # A number of entries that depends on data (x[mask]) is that of all samples, which models divide by their number.
                 self._values[str(symbol)] = prime * _PRIMES[0] if str(symbol).startswith("u") else prime
         return int(expression.subs({s: self._values[str(s)] for s in expression.free_symbols}))
