@@ -199,10 +199,64 @@ WEIGHTED: dict[str, Pool] = {
     "einsum": lambda x: torch.einsum("btd,t->bd", x, WEIGHTS)[:, None],
     "einsum, weights first": lambda x: torch.einsum("t,btd->bd", WEIGHTS, x)[:, None],
     "einsum of as many tokens": lambda x: torch.einsum("t,btd->bd", WEIGHTS, x[:, torch.arange(T)])[:, None],
+    "a column": lambda x: (x.mT @ WEIGHTS[:, None]).mT,
+    "a vector": lambda x: (x.mT @ WEIGHTS)[:, None],
+    "a row": lambda x: WEIGHTS[None] @ x,
+    "a layer": lambda x: F.linear(x.mT, WEIGHTS[None])[..., 0][:, None],
+    "tensordot": lambda x: torch.tensordot(x, WEIGHTS, ([1], [0]))[:, None],
+    "tensordot, weights first": lambda x: torch.tensordot(WEIGHTS, x, ([0], [1]))[:, None],
+}
+MEAN: dict[str, Pool] = {
+    "mean": lambda x: x.mean(1, keepdim=True),
+    "Python's sum": lambda x: (sum(x.unbind(1)) / T)[:, None],
+    "one by one": lambda x: functools.reduce(torch.add, [x[:, i] for i in range(T)])[:, None] * (1 / T),
+    "one by one, kept": lambda x: functools.reduce(torch.add, [x[:, i : i + 1] for i in range(T)]) / T,
+    "one by one, each divided": lambda x: sum(x[:, i] / T for i in range(T))[:, None],
+    "halves": lambda x: (sum(part.mean(1) for part in x.split([3, 3], 1)) / 2)[:, None],
+    "sums of unequal parts": lambda x: (x[:, :2].sum(1, keepdim=True) + x[:, 2:].sum(1, keepdim=True)) / T,
+    "chunks": lambda x: sum(part.sum(1) for part in x.chunk(3, 1))[:, None] / T,
+    "the first, and the others": lambda x: (x[:, 0] + x[:, 1:].sum(1))[:, None] / T,
+    "a column": lambda x: (x.mT @ x.new_full((T, 1), 1 / T)).mT,
+    "tensordot": lambda x: torch.tensordot(x.new_full((T,), 1 / T), x, dims=([0], [1]))[:, None],
+    "avg_pool2d": lambda x: F.avg_pool2d(x.mT[:, None], (1, T))[:, 0].mT,
+}
+FROM_THE_SECOND: dict[str, Pool] = {
+    "sliced": lambda x: x[:, 1:].mean(1, keepdim=True),
+    "Python's sum": lambda x: (sum(x.unbind(1)[1:]) / (T - 1))[:, None],
+}
+
+
+def largest_code(x: Tensor) -> Tensor:
+    return F.one_hot(x.argmax(1), T).to(x.dtype)
+
+
+LARGEST_OF_ALL: dict[str, Pool] = {
+    "amax": lambda x: x.amax(1, keepdim=True),
+    "one by one": lambda x: functools.reduce(torch.maximum, x.unbind(1))[:, None],
+    "one by one, kept": lambda x: functools.reduce(torch.max, [x[:, i : i + 1] for i in range(T)]),
+    "halves": lambda x: torch.maximum(x[:, :3].amax(1), x[:, 3:].max(1).values)[:, None],
+    "gathered": lambda x: x.gather(1, x.argmax(1, keepdim=True)),
+    "gathered by max": lambda x: x.gather(1, x.max(1).indices[:, None]),
+    "take_along_dim": lambda x: x.take_along_dim(x.argmax(1, keepdim=True), 1),
+    "max_pool1d": lambda x: F.max_pool1d(x.mT, T).mT,
+    "max_pool2d": lambda x: F.max_pool2d(x.mT[:, None], (1, T))[:, 0].mT,
+    "max_pool2d, tokens first": lambda x: F.max_pool2d(x[:, None], (T, 1))[:, 0],
+    "where": lambda x: torch.where(x == x.amax(1, keepdim=True), x, torch.zeros_like(x)).sum(1, keepdim=True),
+    "where, 0": lambda x: torch.where(x == x.max(1, keepdim=True).values, x, 0.0).sum(1, keepdim=True),
+    "masked": lambda x: (x * (x == x.amax(1, keepdim=True))).sum(1, keepdim=True),
+    "one-hot": lambda x: (largest_code(x).mT * x).sum(1, keepdim=True),
+    "one-hot, einsum": lambda x: torch.einsum("bdt,btd->bd", largest_code(x), x)[:, None],
+}
+LARGEST_PAIRS: dict[str, Pool] = {
+    "reshaped": lambda x: x.unflatten(1, (3, 2)).amax(2),
+    "max_pool1d": lambda x: F.max_pool1d(x.mT, 2).mT,
+    "max_pool2d": lambda x: F.max_pool2d(x[:, None], (2, 1))[:, 0],
+    "parts": lambda x: torch.maximum(*x.unflatten(1, (3, 2)).unbind(2)),
 }
 GROUPS = {
     "learned queries": ASKED, "learned queries, summed": ASKED_ALL, "a learned query": ASKED_BY_ONE,
     "a gate": GATED, "a gate of sum 1": GATED_BY_SUM, "gates": GATES, "constant weights": WEIGHTED,
+    "mean": MEAN, "mean of the others": FROM_THE_SECOND, "the largest of all": LARGEST_OF_ALL, "the largest of pairs": LARGEST_PAIRS,
     "sums": SUMS, "means": MEANS, "largest": LARGEST, "all in one": ALONE, "windows": WINDOWS, "pairs": PAIRS, "running sums": RUNNING,
     "no NaN": NO_NAN, "NaN at the end": WITHOUT_LAST, "parts": PARTS, "steps": STEPS, "ends": ENDS,
 }  # fmt: skip

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrel import functional
-from fastrel.eager import exponentials, parts
+from fastrel.eager import exponentials, parts, runs
 from fastrel.eager.kinds import generic, move, unchanged
 from fastrel.eager.tape import Tape, handles, is_activation
 from fastrel.errors import UnsupportedModelError
@@ -31,14 +31,27 @@ def add(tape: Tape, u: Any, v: Any, *, alpha: float = 1) -> Tensor:
     if is_activation(v):
         if of_u.root is of_v.root:
             return tape.of_root(u.detach() + v.detach(), u)
-        if (one := parts.added(tape, u, v)) is not None:
+        if (one := parts.added(tape, u, v)) is not None or (one := _of_tokens(tape, u, v)) is not None:
             return one
         batch_dim = tape.batch_dim(torch.broadcast_shapes(u.shape, v.shape))
         return parts.kept(tape, tape.know(functional.add(u, v, tape.rules, batch_dim=batch_dim), **both_maps), u, v)
     if isinstance(v, Tensor) and tape.rules != "positive":
         return functional.add_constant(u, v, tape.rules)
     out = tape.pointwise(u.detach() + v, u)
-    return tape.know(out, **both_maps) if both_maps else parts.kept(tape, out, u, v)
+    out = tape.know(out, **both_maps) if both_maps else parts.kept(tape, out, u, v)
+    return tape.also(out, run=of_u.run) if not isinstance(v, Tensor) and v == 0 else out
+
+
+def _of_tokens(tape: Tape, u: Tensor, v: Tensor) -> Tensor | None:
+    """u + v of two sums of one value's tokens, as the sum of all of them; None for others."""
+    run = runs.joined(tape.facts(u).run, tape.facts(v).run)
+    if run is None or u.shape != v.shape or tape.batch_dim(run.whole.shape) == 1:
+        return None
+    tokens = run.whole
+    if run.stop - run.start < tokens.shape[1]:
+        tokens = move(tape, "narrow", torch.narrow, (tokens, 1, run.start, run.stop - run.start), {})
+    out = sum_(tape, tokens, 1, run.keep)
+    return tape.also(out if run.factor == 1 else mul(tape, out, run.factor), run=run)
 
 
 @handles("sub", "subtract")
@@ -61,7 +74,7 @@ def mul(tape: Tape, u: Any, v: Any) -> Tensor:
     u, v = (u, v) if is_activation(u) else (v, u)
     of_u, of_v = tape.facts(u), tape.facts(v)
     if not is_activation(v):
-        return tape.keep_map(tape.pointwise(u.detach() * v, u), u, v)
+        return tape.also(tape.keep_map(tape.pointwise(u.detach() * v, u), u, v), run=runs.scaled(of_u.run, v))
     if of_u.scale != of_v.scale:
         x, scale = (u, v) if of_v.scale else (v, u)
         return tape.keep_map(functional.identity(x.detach() * scale.detach(), x), x, scale)
@@ -96,7 +109,8 @@ def div(tape: Tape, u: Any, v: Any, *, rounding_mode: str | None = None) -> Tens
         raise UnsupportedModelError(f"no relevance function for a division with rounding_mode={rounding_mode!r}")
     value = _plain(u) / _plain(v)
     if not is_activation(v):
-        return tape.keep_map(tape.pointwise(value, u), u, v)
+        by = 1 / v if isinstance(v, (int, float)) and v else None
+        return tape.also(tape.keep_map(tape.pointwise(value, u), u, v), run=runs.scaled(tape.facts(u).run, by))
     if not is_activation(u):
         return tape.pointwise(value, v)
     if (attention := exponentials.divided(tape, value, u, v)) is not None:
@@ -132,7 +146,17 @@ def _by_share(
 @handles("mean")
 def mean(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """By share, over tokens or features."""
-    return _by_share(tape, torch.mean, x, dim, keepdim, dtype)
+    out = _by_share(tape, torch.mean, x, dim, keepdim, dtype)
+    return _total(tape, out, x, dim, keepdim, 1 / x.shape[1] if x.dim() > 1 and x.shape[1] else 1.0)
+
+
+def _total(tape: Tape, out: Tensor, x: Tensor, dim: Any, keepdim: bool, factor: float) -> Tensor:
+    """`out` is the sum of x over its tokens, times a factor; that is remembered, or that it is something else."""
+    if x.dim() != 3 or [d % 3 for d in _dims(x, dim)] != [1] or out.dtype != x.dtype:
+        return out
+    run = tape.facts(x).run
+    run = runs.Run(x, 0, x.shape[1]) if run is None or run.summed else run
+    return tape.also(out, run=run.total(keepdim, factor))
 
 
 @handles("sum")
@@ -141,7 +165,7 @@ def sum_(tape: Tape, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype
     whole = None if keepdim or dtype is not None else parts.unstacked(tape, x, _dims(x, dim))
     if whole is not None:
         return whole
-    out = _by_share(tape, torch.sum, x, dim, keepdim, dtype)
+    out = _total(tape, _by_share(tape, torch.sum, x, dim, keepdim, dtype), x, dim, keepdim, 1.0)
     return exponentials.summed(tape, out, x, [d % x.dim() for d in _dims(x, dim)])
 
 

@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastrel import functional
+from fastrel.eager import runs
 from fastrel.eager.names import BROADCASTS, COPIES, FILLS, MOVES, OVER_FEATURES, PICKS, REARRANGEMENTS
 from fastrel.eager.tape import Tape, activations
 from fastrel.errors import UnsupportedModelError
@@ -105,7 +106,13 @@ def move(tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if y.dim() == 3 and x.dim() == 4 and y.shape == (x.shape[0] * x.shape[1], *x.shape[2:]):
             merged = (x.shape[0], x.shape[1])
         scale = facts.scale and name in BROADCASTS and (name != "getitem" or y.numel() == x.numel())
-        kept = {"pairs": pair, "scaled": facts.scaled and pair is not None, "tokens": of_tokens, "shaped": facts.shaped}
+        kept: dict[str, Any] = {
+            "pairs": pair,
+            "scaled": facts.scaled and pair is not None,
+            "tokens": of_tokens,
+            "shaped": facts.shaped,
+        }
+        kept |= {"run": runs.cut(name, x, y), "turned": runs.turned(name, x, y, facts.turned)}
         tape.know(
             y, keys=key, mixed=facts.mixed and key is not None, scale=scale, merged=merged, origin=facts.origin, **kept
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,9 @@ from fastrel.errors import UnsupportedModelError
 def linear(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Eq. (5); of attention maps whose heads come last it makes maps mixed over heads."""
     refuse_activations("linear", weight, bias)
+    if tape.facts(x).turned and len(weight) == 1 and weight.dim() == 2:
+        pooled = sum_(tape, mul(tape, x, weight.detach()[0]), -1, True)
+        return pooled if bias is None else add(tape, pooled, bias.detach())
     keys, out = tape.facts(x).keys, functional.linear(x, weight, bias, tape.rules)
     if keys not in (None, -1):
         return tape.know(out, keys=keys, mixed=True)
@@ -70,16 +74,19 @@ def _flat(option: Any) -> list[Any]:
 @handles("matmul", "bmm", "mm", "mv")
 def matmul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     """A·V, V·Aᵀ, Q·Kᵀ, other products of two activations, linear layers, and sums by constant weights."""
+    if not is_activation(b) and tape.facts(a).turned and (b.dim() == 1 or (b.dim() == 2 and b.shape[1] == 1)):
+        return sum_(tape, mul(tape, a, b.detach().flatten()), -1, b.dim() == 2)
     if not is_activation(b) and b.dim() < 3:
         weight = b.detach().mT if b.dim() == 2 else b.detach()[None]
         out = tape.know(functional.linear(a, weight, None, tape.rules), origin=a)
         if b.dim() == 2:
             return of_columns(tape, out, a, b, weight)
         return tape.know(out.squeeze(-1), tokens=-1 if a.dim() == 3 else None)
+    one_row = a.dim() > 1 and a.shape[-2] == 1 and b.dim() > 2
+    if not is_activation(a) and one_row and tape.facts(a).keys is None:
+        return sum_(tape, mul(tape, b, a.mT), -2, True)
     if not is_activation(a) and a.dim() < 3:
         return matmul(tape, b.mT, a.mT).mT.contiguous()
-    if not is_activation(a) and a.shape[-2] == 1 and tape.facts(a).keys is None:
-        return sum_(tape, mul(tape, b, a.mT), -2, True)
     if (weights := weights_of(tape, a)) is not None:
         attended = matmul(tape, weights[0], b)
         return tape.pointwise(attended.detach() * weights[1], attended)
@@ -209,6 +216,21 @@ def einsum(tape: Tape, equation: str, *operands: Any) -> Tensor:
     facts = tape.facts(a)
     mixes = facts.keys is not None and not is_activation(b) and left[facts.keys] in rows
     return tape.know(out, keys=result.index(left[facts.keys]) - len(result), mixed=True) if mixes else out  # type: ignore[index]
+
+
+@handles("tensordot")
+def tensordot(tape: Tape, a: Any, b: Any, dims: Any = 2, out: None = None) -> Tensor:
+    """As an einsum."""
+    if isinstance(dims, (int, Tensor)):
+        count = int(dims)
+        dims = (range(a.dim() - count, a.dim()), range(count))
+    given = [[d] if isinstance(d, int) else [int(i) for i in d] for d in dims]
+    letters = iter(string.ascii_letters)
+    left, right = ([next(letters) for _ in range(x.dim())] for x in (a, b))
+    for i, j in zip(*given, strict=True):
+        right[j] = left[i]
+    result = [c for c in (*left, *right) if (c in left) != (c in right)]
+    return einsum(tape, f"{''.join(left)},{''.join(right)}->{''.join(result)}", a, b)
 
 
 def _unsummed(equation: str) -> tuple[str, int] | None:

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fastrel import functional
+from fastrel.eager.runs import Run
 from fastrel.errors import UnsupportedModelError
 from fastrel.reference.rules import Rules
 
@@ -54,7 +55,7 @@ class Facts:
     the end; `mixed`: over heads. `pairs`: the same of a product of two activations and what is made of it entry by entry, scores or
     maps that are no softmax; `scaled`: nothing but scaled since. `scale`: one number per token, made of all its features. `merged`:
     what its first dimension was. `tokens`: of what a layer made of one token each, their dimension, counted from the end; `shaped`: by
-    a function since.
+    a function since. `turned`: whether its features come before its last dimension.
     """
 
     tensor: Tensor  # kept, so that no other tensor gets its id
@@ -74,6 +75,8 @@ class Facts:
     head: tuple[Any, ...] | None = None  # of A V of one head: what tells its attention
     stacked: tuple[tuple[Tensor, ...], int] | None = None  # of parts of a layer: these, and along which dimension
     softmax: Any = None  # `fastrel.eager.exponentials.Part`
+    run: Run | None = None  # of what tokens of another value it is made
+    turned: bool | None = False
     alias: Tensor | None = None  # the same value, of an autograd.Function's forward pass
 
 

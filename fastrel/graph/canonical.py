@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fastrel.graph import axes as axes_
-from fastrel.graph import mixing, parts
+from fastrel.graph import mixing, parts, poolings
 from fastrel.graph.gates import gates_as_weights
 from fastrel.graph.nodes import arguments, insert_call, insert_like, replace
 from fastrel.graph.patterns import IDENTITIES, is_attention_value, is_softmax_over_keys
@@ -149,6 +149,11 @@ def _look_up(node: fx.Node) -> tuple[Any, Any]:
 def spelled_out(graph: fx.Graph, axes: Labelled) -> bool:
     """Operators that are others in one word become these; whether there was any."""
     return spell_out(graph, axes.__contains__)
+
+
+rewrite(poolings.pooled_in_parts)
+rewrite(poolings.picked_by_index)
+rewrite(poolings.one_column_over_tokens)
 
 
 @rewrite

@@ -307,7 +307,7 @@ def _einsum(insert: Any, equation: str, operands: Sequence[fx.Node], *, active: 
     if len(operands) == 1:
         return _summed(insert, operands[0], names[0], result, result)
     (a, left), (b, right) = zip(operands, names, strict=True)
-    if not active(a) and not set(left) & set(right) & set(result):
+    if not active(a) and (not set(left) & set(right) & set(result) or set(left) <= set(right)):
         (a, left), (b, right) = (b, right), (a, left)
     if (
         active(a) and active(b) and any(is_softmax_over_keys(x) for x in (a, b))

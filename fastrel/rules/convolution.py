@@ -132,7 +132,7 @@ def _way_back(
 ) -> Callable[[Lane], Lane]:
     """What moves a row of a pooling to x, whose lanes are given: by evidence where the method says so, else by weights."""
     options, kwargs = node.args[1:], tuple(node.kwargs.items())
-    over = _pooled(node, x)
+    over = [dim for dim in _pooled(node, x) if not _is_left_alone(t, node, x, dim)]
     features = [dim for dim in t.features(x) if dim not in over]
     # The entries of a window lie with the features, among which a row that has their full number is divided.
     windows = node.target is aten.col2im.default
@@ -167,6 +167,17 @@ def _pooled(node: fx.Node, x: fx.Node) -> list[int]:
     if node.target is aten.cumsum.default:
         return [node.args[1] % ndim]
     return list(range(2, ndim))
+
+
+def _is_left_alone(t: Context, node: fx.Node, x: fx.Node, dim: int) -> bool:
+    """Whether features lie in a dimension of which each window holds one."""
+    if dim < 2 or not axes_.is_feature(t.axes(x)[dim]) or not t.axes(x)[dim]:
+        return False
+    size: Any = node.args[1]
+    if node.target in (aten.avg_pool2d.default, aten.avg_pool3d.default):
+        return [size, *[size] * dim][dim - 2] == 1 if isinstance(size, int) else size[(dim - 2) % len(size)] == 1
+    adaptive = node.target in (aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
+    return adaptive and str(node.meta["val"].shape[dim]) == str(x.meta["val"].shape[dim])
 
 
 def row_by_evidence(

@@ -71,8 +71,6 @@ INDEX_MAPS = MIXING_IN | {
     aten.unsafe_chunk.default,
     aten.narrow.default,
     aten.diagonal.default,
-    aten.max_pool2d.default,
-    aten.max_pool3d.default,
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from fastrel.graph import axes as axes_
 from fastrel.graph.nodes import arguments
 from fastrel.graph.patterns import IDENTITIES
+from fastrel.graph.poolings import chosen_by_size
 from fastrel.reference import pooling
 from fastrel.reference import rules as reference
 from fastrel.rules.generic import statistic, vjp
@@ -81,7 +82,8 @@ def spread(lane: Tensor, count: int, *shape: int) -> Tensor:
 def total(t: Context, node: fx.Node, out: Lanes) -> None:
     """A sum, also of weighted or masked values, and the spread of values: relevance by share of what adds up to its sign.
 
-    A row goes to each token by its constant weight, in equal parts where it has none; tokens that are 0 (padding) take nothing.
+    A row goes to each token by its constant weight, in equal parts where it has none; tokens that are 0 (padding) take nothing. Of
+    entries that were chosen by their size it goes back entry by entry, as from the largest.
     """
     if not (out.rel or out.row):
         return statistic(t, node, out)
@@ -94,8 +96,20 @@ def total(t: Context, node: fx.Node, out: Lanes) -> None:
         values: Any = fx.map_arg(node.args, t.value)
         lane = t.dense(out.grad, node).node
         grad = Lane(t.emit.call(vjp, node.target, lane, 0, None, tuple(node.kwargs.items()), *values))
+    if (mask := chosen_by_size(x, over)) is not None:
+
+        def back(lane: fx.Node) -> fx.Node:
+            return t.emit.call(among_chosen, _widened(t, node, Lane(lane), over, keep), t.value(mask), over)
+
+        return t.give(x, grad, rel, out.row and by_relevance(t, node, x, out, back))
     shares = pooled_evidence(t, x, grad, rel, over)
     t.give(x, grad, rel, out.row and _row_by_weight(t, node, x, out.row, over, keep, shares))
+
+
+def among_chosen(lane: Tensor, mask: Tensor, over: list[int]) -> Tensor:
+    """A lane [K, *], size 1 in dimensions `over`, in equal parts among the entries there that a mask [*] chooses."""
+    chosen = mask.to(lane.dtype)
+    return lane * (chosen / chosen.sum(over, keepdim=True).clamp_min(1))
 
 
 @rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
@@ -192,7 +206,7 @@ def weighted_row(row: Tensor, by: Tensor | None, features: list[int], *shape: in
     return full * torch.where(sums > 0, weights / torch.where(sums > 0, sums, 1.0), equal)
 
 
-@rule(aten.amax.default, aten.amin.default, aten.max_pool1d.default)
+@rule(aten.amax.default, aten.amin.default, aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 def extreme(t: Context, node: fx.Node, out: Lanes) -> None:
     """The largest entry: nothing reaches the others. A row goes where its features' relevance does."""
     pick(t, node, node, out)
