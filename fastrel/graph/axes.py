@@ -83,7 +83,7 @@ RESHAPES = {
 
 
 class Sizes:
-    """Sizes as integers, with a prime in the place of every symbol: the first in that of the batch, if it varies, and of nothing else."""
+    """Sizes as integers, with a prime in the place of every symbol: the first is that of the batch, if it varies."""
 
     def __init__(self, batch: set[str]) -> None:
         self._values: dict[str, int] = dict.fromkeys(batch, _PRIMES[0])
