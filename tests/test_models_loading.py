@@ -114,6 +114,16 @@ def test_scores_of_pairs_are_found_by_their_names() -> None:
         matching.score_of(SimpleNamespace(logits=torch.zeros(2, 3)))
 
 
+def test_loading_a_folder_says_nothing_where_nobody_looks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    folder = tiny.vit_folder(tmp_path)
+    capfd.readouterr()
+    load(str(folder))
+    assert capfd.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()
+
+
 def test_a_folder_of_hugging_face_with_pictures(tmp_path: Path) -> None:
     from transformers import AutoImageProcessor
 

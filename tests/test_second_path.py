@@ -416,7 +416,7 @@ WRONG: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
     "a convolution that flips": (rules.convolution, "conv_relevance", flipped, "depthwise convolution"),
     "pooling that flips": (rules.convolution, "window_shares", flipped, "average over windows"),
     "a generic rule that flips": (rules.generic, "share", flipped, "softplus of a difference"),
-    "picks that flip": (rules.generic, "vjp", flipped, "max over windows"),
+    "picks that flip": (rules.reduce, "vjp", flipped, "max over windows"),
 }
 
 

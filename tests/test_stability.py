@@ -101,7 +101,7 @@ def test_maps_of_bfloat16_models_are_those_of_float64(subject: Subject) -> None:
     assert ours.relevance.dtype == torch.float32
     for a, b in zip(rows(ours, given), rows(exact, given), strict=True):
         kept = apart(b)
-        assert len(kept) > 0.8 * len(b)
+        assert len(kept) > len(b) / 2  # most tokens, or nothing is shown
         assert spearman(a[kept], b[kept]) > RANKS[name]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,18 +189,33 @@ def _build(transformers: Any, architecture: Any, config: Any, request: Request) 
         return architecture(config)
     found: Any = {"state_dict": state.read(request.weights), "config": config} if request.weights else {}
     try:
-        model, report = architecture.from_pretrained(
-            None if request.weights else request.name,
-            dtype=request.torch_dtype or "auto",
-            output_loading_info=True,
-            **found,
-        )
+        with _bars_where_they_are_seen(transformers):
+            model, report = architecture.from_pretrained(
+                None if request.weights else request.name,
+                dtype=request.torch_dtype or "auto",
+                output_loading_info=True,
+                **found,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load {request.name!r}: {first_line(error)}") from error
     untrained = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
     if untrained:
         raise InputError(f"{request.name!r} holds no weights for {', '.join(untrained[:5])}: they would be random numbers")
     return model
+
+
+@contextlib.contextmanager
+def _bars_where_they_are_seen(transformers: Any) -> Iterator[None]:
+    """The library's progress bars, which it writes to stderr, on a terminal alone."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _from(kind: Any, name: str) -> Any:
