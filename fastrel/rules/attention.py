@@ -231,7 +231,7 @@ def _times_read(
     encoder is pooled by the decoder that attends to it: its own first block says how many of its tokens are read.
     """
     add = t.sum_of_rows(block)
-    own, attended = t.facts.sequences(q), t.facts.sequences(v)
+    own, attended = (t.facts.sequences(x) if t.is_active(x) else set() for x in (q, v))  # learned queries read nothing
     encoder = next((found for found in t.encoders if own and own <= found), frozenset())
     if attended < own:
         t.encoders.append(frozenset(attended))

@@ -61,11 +61,6 @@ def reshape(t: Context, node: fx.Node, out: Lanes) -> None:
     """Dimensions merged, split, added or dropped."""
     (x,) = arguments(node, count=1)
     source, result = t.facts.sizes.shape(x), t.facts.sizes.shape(node)
-    if sum(any(role == "batch" for _, role in axis) for axis in t.axes(node)) > 1:
-        raise UnsupportedModelError(
-            f"{describe(node)} parts what lies along the batch: the model puts several texts or pictures of a sample there; explain "
-            "what reads one of them (a choice, a side) by itself"
-        )
     groups = axes_.groups(source, result)
 
     def back(lane: Lane, is_row: bool) -> Lane:
